@@ -1,0 +1,90 @@
+"""Checks every kernel and head_dim against float64 on a CUDA GPU, and writes what it measured.
+
+python benchmarks/check_kernels.py --json benchmarks/results/kernel_errors.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from hf_flashinfer_attn.environment import describe_environment
+
+from hf_flashinfer_attn.accuracy import KernelError, measure_kernel_error
+from hf_flashinfer_attn.backends.flashinfer import KERNEL_HEAD_DIMS, Kernel
+
+HEAD_DIMS = (8, 16, 24, 26, 32, 48, 64, 72, 80, 96, 112, 120, 128, 192, 256)
+DTYPES = (torch.float16, torch.bfloat16)
+BUDGET = 1.25
+
+
+def compile_kernel(kernel: Kernel, head_dim: int, dtype: torch.dtype) -> float:
+    """Compiles one kernel by using it once; returns the seconds it took."""
+    start = time.perf_counter()
+    measure_kernel_error(kernel, head_dim, dtype=dtype, causal=False, device=torch.device("cuda"), max_length=4)
+    return time.perf_counter() - start
+
+
+def compile_all(kernels: list[Kernel], workers: int) -> None:
+    # fa3 first: its kernels take longest.
+    jobs = [(kernel, dim, dtype) for kernel in kernels for dim in KERNEL_HEAD_DIMS[kernel] for dtype in DTYPES]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for job, seconds in zip(jobs, pool.map(compile_kernel, *zip(*jobs))):
+            print(f"compiled {job[0]} head_dim {job[1]} {job[2]} in {seconds:.0f} s", flush=True)
+
+
+def check(kernels: list[Kernel], repeats: int) -> list[KernelError]:
+    device = torch.device("cuda")
+    errors = []
+    for kernel, head_dim, dtype, causal in itertools.product(kernels, HEAD_DIMS, DTYPES, (False, True)):
+        heads, kv_heads = ((4, 4), (8, 2))[head_dim % 16 == 0]
+        for _ in range(repeats):
+            errors.append(
+                measure_kernel_error(
+                    kernel, head_dim, dtype=dtype, causal=causal, device=device, num_heads=heads, num_kv_heads=kv_heads
+                )
+            )
+    for kernel, dtype in itertools.product(kernels, DTYPES):
+        errors.append(measure_kernel_error(kernel, 192, value_head_dim=128, dtype=dtype, causal=True, device=device))
+    return errors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--kernels", default="fa3,fa2")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--compile-workers", type=int, default=6)
+    options = parser.parse_args()
+    kernels: list[Kernel] = options.kernels.split(",")
+    compile_all(kernels, options.compile_workers)
+    errors = check(kernels, options.repeats)
+    worst = max(errors, key=lambda error: error.ratio if error.ratio == error.ratio else float("inf"))
+    passed = all(error.ratio <= BUDGET for error in errors)
+    report = {
+        "passed": passed,
+        "budget": BUDGET,
+        "worst_ratio": worst.ratio,
+        "environment": describe_environment(),
+        "errors": [{**asdict(error), "ratio": error.ratio} for error in errors],
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    for kernel in kernels:
+        ratios = [error.ratio for error in errors if error.kernel == kernel]
+        print(f"{kernel}: {len(ratios)} checks, error / sdpa's error: worst {max(ratios):.3f}")
+    print("worst:", worst)
+    print("passed" if passed else "FAILED")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

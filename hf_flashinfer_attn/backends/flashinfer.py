@@ -1,0 +1,268 @@
+"""The FlashInfer backend: head-dim padding, plans and workspaces of its ragged prefill kernels.
+
+FlashInfer is imported on first use, never on import of this module. Facts about it were read from and run on 0.7.2.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import threading
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UnsupportedAttentionError
+from ..layout import RaggedLayout
+from ..trace import record_plan
+
+__all__ = ["Kernel", "attend", "choose_kernel", "head_dim_reason", "padded_head_dim", "unavailable_reason"]
+
+Kernel = Literal["fa2", "fa3", "auto"]
+
+# Sizes that the kernels really have. Others fail to build, raise, or compute garbage without an error (upstream #4299).
+KERNEL_HEAD_DIMS: dict[Kernel, tuple[int, ...]] = {
+    "fa2": (64, 128, 192, 256),
+    "fa3": (64, 128, 256),
+    "auto": (64, 128, 256),
+}
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16)
+_MIN_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
+
+# Only split-KV (switched off) and some Blackwell kernels take memory from it.
+_FLOAT_WORKSPACE_BYTES = {"fa2": 1 << 20, "fa3": 1 << 20, "auto": 128 << 20}
+
+
+@functools.lru_cache(maxsize=64)
+def unavailable_reason(device: torch.device) -> tuple[str, str] | None:
+    """Returns why FlashInfer cannot run on `device`, and the way out; None if it can."""
+    if device.type != "cuda":
+        way_out = "Move the model to a CUDA GPU, or use hf_flashinfer_attn.configure(backend='torch')."
+        return f"the tensors are on {device.type!r}, not on a CUDA device", way_out
+    if torch.version.hip is not None:
+        return "this is a ROCm build of torch", "Use hf_flashinfer_attn.configure(backend='torch')."
+    if importlib.util.find_spec("flashinfer") is None:
+        return "the package flashinfer is not installed", "Install it: pip install flashinfer-python (Linux)."
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (7, 5):
+        return (
+            f"the GPU has compute capability {capability[0]}.{capability[1]}, FlashInfer needs 7.5 or newer",
+            "Use hf_flashinfer_attn.configure(backend='torch').",
+        )
+    if not _can_compile():
+        return (
+            "there is no nvcc to compile its kernels with (looked at CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)",
+            "Install the CUDA toolkit, or the package flashinfer-jit-cache with compiled kernels.",
+        )
+    return None
+
+
+def _can_compile() -> bool:
+    if importlib.util.find_spec("flashinfer_jit_cache") is not None or shutil.which("nvcc") is not None:
+        return True
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    return any(home and os.path.exists(os.path.join(home, "bin", "nvcc")) for home in homes)
+
+
+def dtype_reason(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Returns why the kernels cannot take `dtype` on `device`; None if they can."""
+    if dtype not in DTYPES:
+        return f"dtype {dtype} (FlashInfer takes torch.float16 and torch.bfloat16)"
+    needed = _MIN_CAPABILITY[dtype]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < needed:
+        return f"dtype {dtype} on a GPU older than compute capability {needed[0]}.{needed[1]}"
+    return None
+
+
+def head_dim_reason(head_dim: int) -> str | None:
+    """Returns why the kernels cannot take `head_dim`, even padded; None if they can."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} (FlashInfer's prefill kernels go up to {MAX_HEAD_DIM})"
+    return None
+
+
+def padded_head_dim(head_dim: int, kernel: Kernel) -> int:
+    """Returns the smallest size that `kernel` has for `head_dim`.
+
+    Raises:
+        ValueError: If `head_dim` is above 256.
+
+    Examples:
+        >>> from hf_flashinfer_attn.backends.flashinfer import padded_head_dim
+        >>> padded_head_dim(32, "fa3"), padded_head_dim(72, "fa2"), padded_head_dim(160, "fa2")
+        (64, 128, 192)
+    """
+    for size in KERNEL_HEAD_DIMS[kernel]:
+        if head_dim <= size:
+            return size
+    raise ValueError(f"head_dim={head_dim} is not supported; expected at most {MAX_HEAD_DIM}. Use backend='torch'.")
+
+
+@functools.lru_cache(maxsize=64)
+def choose_kernel(device: torch.device, head_dim: int) -> Kernel:
+    """Returns the kernel to use on `device`: fa3 on Hopper, fa2 elsewhere, FlashInfer's own choice on Blackwell."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) == (9, 0):
+        # Padding 129 to 192 up to 256 for fa3 costs a third more work than fa2 at 192.
+        return "fa2" if 128 < head_dim <= 192 else "fa3"
+    if major in (10, 11) and padded_head_dim(head_dim, "auto") == 128:
+        return "auto"
+    return "fa2"
+
+
+@dataclass(frozen=True, slots=True)
+class _PlanKey:
+    kernel: Kernel
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    causal: bool
+    sm_scale: float
+    device: torch.device
+    stream: int
+
+
+class _Wrapper:
+    """A FlashInfer wrapper with its own plan buffers.
+
+    `plan` fills a pinned buffer and returns while the copy of it to the GPU may still be under way: the next plan must
+    not touch that buffer before `event` has passed.
+    """
+
+    def __init__(self, kernel: Kernel, float_workspace: torch.Tensor) -> None:
+        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+
+        self.prefill = BatchPrefillWithRaggedKVCacheWrapper(float_workspace, "NHD", backend=kernel)
+        self.event = torch.cuda.Event()
+
+    def plan(self, key: _PlanKey, layout: RaggedLayout) -> None:
+        self.event.synchronize()
+        self.prefill.plan(
+            # On the host, so that FlashInfer need not copy them back.
+            layout.query.cu_seqlens_host,
+            layout.key.cu_seqlens_host,
+            key.num_heads,
+            key.num_kv_heads,
+            key.head_dim,
+            causal=key.causal,
+            sm_scale=key.sm_scale,
+            q_data_type=key.dtype,
+            # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream #4972).
+            disable_split_kv=True,
+        )
+        self.event.record(torch.cuda.current_stream(key.device))
+        record_plan()
+
+
+class _WrapperPool:
+    """Wrappers of one kernel on one stream of one device; a plan holds one for as long as its layout lives."""
+
+    def __init__(self, kernel: Kernel, device: torch.device) -> None:
+        self._kernel: Kernel = kernel
+        self._float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES[kernel], dtype=torch.uint8, device=device)
+        self._free: deque[_Wrapper] = deque()
+
+    def take(self) -> _Wrapper:
+        try:
+            # The one that came back first: the copy of its last plan is the likeliest to be over.
+            return self._free.popleft()
+        except IndexError:
+            return _Wrapper(self._kernel, self._float_workspace)
+
+    def give_back(self, wrapper: _Wrapper) -> None:
+        self._free.append(wrapper)
+
+
+_pools: dict[tuple[Kernel, torch.device, int], _WrapperPool] = {}
+_pools_lock = threading.Lock()
+_captured: set[RaggedLayout] = set()
+
+
+def _planned(layout: RaggedLayout, key: _PlanKey) -> Any:
+    """Returns a wrapper planned for `key` on `layout`, planning at most once per layout."""
+    wrapper: _Wrapper | None = layout.plans.get(key)
+    if torch.cuda.is_current_stream_capturing():
+        if wrapper is None:
+            raise UnsupportedAttentionError(
+                "planning FlashInfer attention while a CUDA graph is captured",
+                "Run the model once on the same shapes, without padding, on the capturing stream before the capture.",
+            )
+        # The graph will read this plan at every replay: its buffers must never serve another.
+        _captured.add(layout)
+    elif wrapper is None:
+        with layout.lock:
+            wrapper = layout.plans.get(key)
+            if wrapper is None:
+                with _pools_lock:
+                    pool = _pools.get((key.kernel, key.device, key.stream))
+                    if pool is None:
+                        pool = _pools[key.kernel, key.device, key.stream] = _WrapperPool(key.kernel, key.device)
+                wrapper = pool.take()
+                wrapper.plan(key, layout)
+                layout.plans[key] = wrapper
+                weakref.finalize(layout, pool.give_back, wrapper).atexit = False
+    assert wrapper is not None
+    return wrapper.prefill
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: RaggedLayout,
+    *,
+    causal: bool,
+    sm_scale: float,
+    kernel: Kernel | None = None,
+) -> torch.Tensor:
+    """Computes ragged attention with FlashInfer, forward only.
+
+    Args:
+        query: Shape `(total_query_tokens, heads, head_dim)`, float16 or bfloat16, on a CUDA device.
+        key: Shape `(total_key_tokens, kv_heads, head_dim)`; `heads` must be a multiple of `kv_heads`.
+        value: Shape `(total_key_tokens, kv_heads, value_head_dim)`.
+        layout: Which tokens belong to which row.
+        causal: Whether query i of a row sees only its first `i + 1 + key_length - query_length` keys.
+        sm_scale: What logits are multiplied with: that of the head_dim before padding.
+        kernel: "fa2", "fa3" or "auto"; by default what `choose_kernel` says.
+
+    Returns:
+        Shape `(total_query_tokens, heads, value_head_dim)`, the dtype of `query`. Rows without keys are zero.
+
+    Raises:
+        ValueError: If a head_dim is above 256.
+    """
+    device, head_dim, value_head_dim = query.device, query.shape[-1], value.shape[-1]
+    if layout.query.total_tokens == 0 or layout.key.total_tokens == 0:
+        return query.new_zeros(*query.shape[:-1], value_head_dim)
+    widest = max(head_dim, value_head_dim)
+    kernel = choose_kernel(device, widest) if kernel is None else kernel
+    size = padded_head_dim(widest, kernel)
+    with torch.cuda.device(device):
+        plan_key = _PlanKey(
+            kernel=kernel,
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_dim=size,
+            dtype=query.dtype,
+            causal=causal,
+            sm_scale=float(sm_scale),
+            device=device,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )
+        prefill = _planned(layout, plan_key)
+        output: torch.Tensor = prefill.run(_pad(query, size), _pad(key, size), _pad(value, size))
+    return output if value_head_dim == size else output[..., :value_head_dim]
+
+
+def _pad(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    # Zeros, not fresh memory: a NaN in a padded column of the keys would reach every logit.
+    return tensor if tensor.shape[-1] == size else F.pad(tensor, (0, size - tensor.shape[-1]))

@@ -1,0 +1,144 @@
+"""From a request to the path that serves it: FlashInfer, a fallback with its reason, or an error. Needs no GPU."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from .backends import flashinfer
+from .errors import BackendUnavailableError, UnsupportedAttentionError
+from .pattern import Pattern, PatternKind
+from .settings import Settings
+
+__all__ = ["RULES", "AttentionRequest", "Decision", "Path", "Rule", "decide"]
+
+logger = logging.getLogger("hf_flashinfer_attn")
+
+
+class Path(Enum):
+    """Who computes a call."""
+
+    FLASHINFER = "flashinfer"
+    TORCH = "torch"
+    DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRequest:
+    """One call of the attention function, as far as the choice of a path depends on it.
+
+    Args:
+        pattern: Which keys a query may see, padding aside.
+        device: Where the tensors are.
+        dtype: Of query, key and value.
+        head_dim: The widest of the query's and the value's.
+        needs_grad: Whether gradients must flow.
+        dropout: Probability of dropping an attention weight in this call.
+        output_attentions: Whether the weights themselves are asked for.
+        softcap: Whether logits are capped.
+        sinks: Whether there are attention sinks.
+        position_bias: Whether a bias is added to the logits.
+        mask_shape_differs: Whether the mask was made for other lengths than those of this call.
+        mask_modified: Whether the model wrote to the mask's values.
+    """
+
+    pattern: Pattern
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    needs_grad: bool = False
+    dropout: float = 0.0
+    output_attentions: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    position_bias: bool = False
+    mask_shape_differs: bool = False
+    mask_modified: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The path of a call, and why it is not FlashInfer's; `reason` is None when nothing fell back."""
+
+    path: Path
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A feature that FlashInfer's kernels do not compute, and the path that does."""
+
+    path: Path
+    reason: Callable[[AttentionRequest], str | None]
+
+
+def _dense_pattern(request: AttentionRequest) -> str | None:
+    return f"the mask {request.pattern.name}" if request.pattern.kind is PatternKind.DENSE else None
+
+
+# In this order: what needs a whole mask first, then what only needs another kernel.
+RULES: tuple[Rule, ...] = (
+    Rule(Path.DENSE, lambda request: "output_attentions=True" if request.output_attentions else None),
+    Rule(Path.DENSE, lambda request: "attention sinks (s_aux)" if request.sinks else None),
+    Rule(Path.DENSE, lambda request: "softcap" if request.softcap else None),
+    Rule(Path.DENSE, lambda request: "position_bias" if request.position_bias else None),
+    Rule(Path.DENSE, _dense_pattern),
+    Rule(Path.DENSE, lambda request: "a mask of another shape than the call" if request.mask_shape_differs else None),
+    Rule(Path.DENSE, lambda request: "a mask that the model wrote to" if request.mask_modified else None),
+    Rule(Path.TORCH, lambda request: "gradients (the kernels are forward only)" if request.needs_grad else None),
+    Rule(Path.TORCH, lambda request: f"dropout {request.dropout}" if request.dropout > 0 else None),
+    Rule(Path.TORCH, lambda request: flashinfer.dtype_reason(request.dtype, request.device)),
+    Rule(Path.TORCH, lambda request: flashinfer.head_dim_reason(request.head_dim)),
+)
+
+
+def decide(request: AttentionRequest, settings: Settings) -> Decision:
+    """Chooses the path of a call.
+
+    Raises:
+        BackendUnavailableError: If backend="flashinfer" was asked for and cannot run on the request's device.
+        UnsupportedAttentionError: If the call would fall back and backend="flashinfer" or strict=True forbids it.
+    """
+    unavailable = flashinfer.unavailable_reason(request.device) if settings.backend != "torch" else None
+    if settings.backend == "flashinfer" and unavailable is not None:
+        raise BackendUnavailableError("flashinfer", *unavailable)
+    for rule in RULES:
+        if (feature := rule.reason(request)) is not None:
+            break
+    else:
+        rule, feature = Rule(Path.FLASHINFER, lambda request: None), None
+    on_torch = settings.backend == "torch" or unavailable is not None
+    if on_torch:
+        # Not a fallback but the backend in force, unless a whole mask is needed.
+        if unavailable is not None:
+            _log_once(f"attention runs on the torch backend: {unavailable[0]}")
+        return Decision(Path.DENSE, feature) if rule.path is Path.DENSE else Decision(Path.TORCH, None)
+    if feature is None:
+        return Decision(Path.FLASHINFER, None)
+    if settings.backend == "flashinfer" or settings.strict:
+        named = "backend='flashinfer'" if settings.backend == "flashinfer" else "strict=True"
+        raise UnsupportedAttentionError(
+            f"FlashInfer's kernels do not compute {feature}, and {named} forbids a fallback",
+            "Use hf_flashinfer_attn.configure(backend='auto', strict=False) to let "
+            f"{'dense' if rule.path is Path.DENSE else 'torch'} attention serve such calls.",
+        )
+    _log_once(f"falling back to {rule.path.value} attention: {feature}")
+    return Decision(rule.path, feature)
+
+
+_logged: set[str] = set()
+_logged_lock = threading.Lock()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        with _logged_lock:
+            if message in _logged:
+                return
+            _logged.add(message)
+        logger.warning(message)

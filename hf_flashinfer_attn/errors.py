@@ -1,0 +1,46 @@
+"""The errors of this package. Each message gives the value, what was expected, and the way out."""
+
+from __future__ import annotations
+
+__all__ = ["BackendUnavailableError", "FlashInferAttentionError", "UnsupportedAttentionError"]
+
+
+class FlashInferAttentionError(RuntimeError):
+    """Base class of every error that this package raises on purpose."""
+
+
+class BackendUnavailableError(FlashInferAttentionError):
+    """A backend that was asked for by name cannot run on this machine.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> try:
+        ...     raise hf_flashinfer_attn.BackendUnavailableError("flashinfer", "no CUDA device", "use backend='torch'")
+        ... except hf_flashinfer_attn.BackendUnavailableError as error:
+        ...     print(error.backend, "-", error.reason)
+        flashinfer - no CUDA device
+    """
+
+    def __init__(self, backend: str, reason: str, way_out: str) -> None:
+        super().__init__(f"backend {backend!r} cannot run here: {reason}. {way_out}")
+        self.backend = backend
+        self.reason = reason
+        self.way_out = way_out
+
+
+class UnsupportedAttentionError(FlashInferAttentionError):
+    """A model asked for attention that the selected backend cannot compute, and falling back was ruled out.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> try:
+        ...     raise hf_flashinfer_attn.UnsupportedAttentionError("softcap", "use backend='auto'")
+        ... except hf_flashinfer_attn.UnsupportedAttentionError as error:
+        ...     print(error.feature)
+        softcap
+    """
+
+    def __init__(self, feature: str, way_out: str) -> None:
+        super().__init__(f"{feature}. {way_out}")
+        self.feature = feature
+        self.way_out = way_out

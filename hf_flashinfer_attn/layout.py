@@ -1,0 +1,175 @@
+"""Padded to ragged: where the tokens of a padded batch go once padding is dropped, and back.
+
+A ragged tensor holds the valid tokens of all rows one after another, shape `(total_tokens, heads, head_dim)`; row `i`
+is `[cu_seqlens[i], cu_seqlens[i + 1])`. Kernels plan from lengths on the host and move data with indices on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Hashable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from .errors import UnsupportedAttentionError
+from .trace import record_host_copy, record_layout
+
+__all__ = ["LengthsRead", "RaggedLayout", "RaggedSide", "uniform_layout"]
+
+
+class LengthsRead:
+    """A device-to-host copy of row lengths, started at construction and waited for in `wait`.
+
+    This is the one place where the package makes the host wait for the GPU. The copy goes to pinned memory while the
+    model's first projections are still being launched, so that the wait is short.
+
+    Args:
+        counts: Valid tokens per row, integer, any shape, any device.
+
+    Raises:
+        UnsupportedAttentionError: If a CUDA graph is being captured, where the host cannot read lengths.
+    """
+
+    def __init__(self, counts: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._on_cpu = counts.device.type == "cpu"
+        if counts.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise UnsupportedAttentionError(
+                    "reading row lengths of a padding mask while a CUDA graph is captured",
+                    "Capture without an attention_mask (every row full), or run this forward outside the graph.",
+                )
+            self._host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+            self._host.copy_(counts, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(counts.device))
+        else:
+            self._host = counts.to("cpu")
+
+    def wait(self) -> Any:
+        """Returns the counts as (nested) lists of int, waiting for the copy if it is under way."""
+        if self._event is not None:
+            self._event.synchronize()
+        if not self._on_cpu:
+            record_host_copy()
+        return self._host.tolist()
+
+
+class RaggedSide:
+    """One side, queries or keys, of a batch.
+
+    Args:
+        lengths: Valid tokens of each row, on the host.
+        padded_shape: Rows and slots per row of the padded tensor; `(1, total_tokens)` for packed input.
+        valid: Which slots hold a token, bool, shape `padded_shape`; None when all of them do.
+    """
+
+    def __init__(self, lengths: Sequence[int], padded_shape: tuple[int, int], valid: torch.Tensor | None) -> None:
+        self.lengths = tuple(lengths)
+        self.batch_size = len(self.lengths)
+        self.padded_shape = padded_shape
+        self.offsets = (0, *accumulate(self.lengths))
+        self.total_tokens = self.offsets[-1]
+        self.max_length = max(self.lengths, default=0)
+        self.is_full = self.total_tokens == padded_shape[0] * padded_shape[1]
+        self._valid = None if self.is_full else valid
+        self._indices: dict[torch.device, torch.Tensor] = {}
+        self._cu_seqlens: dict[torch.device, torch.Tensor] = {}
+        if not self.is_full and valid is None:
+            raise ValueError(f"{self.total_tokens} tokens in {padded_shape} slots need a mask of the valid slots")
+
+    @functools.cached_property
+    def cu_seqlens_host(self) -> torch.Tensor:
+        """Offsets of the rows on the host, int32, shape `(batch + 1,)`."""
+        return torch.tensor(self.offsets, dtype=torch.int32)
+
+    def cu_seqlens(self, device: torch.device) -> torch.Tensor:
+        """Offsets of the rows on `device`, int32, shape `(batch + 1,)`, copied once per device."""
+        if (offsets := self._cu_seqlens.get(device)) is None:
+            offsets = self._cu_seqlens[device] = self.cu_seqlens_host.to(device, non_blocking=True)
+        return offsets
+
+    def indices(self, device: torch.device) -> torch.Tensor | None:
+        """Flat slot of each token on `device`, int64, shape `(total_tokens,)`; None when no slot is padding."""
+        if self._valid is None:
+            return None
+        if (indices := self._indices.get(device)) is None:
+            slots = self._valid.flatten()
+            # Not `nonzero`, which would wait for the GPU to learn the size: padding slots all land in one extra place.
+            destination = torch.where(slots, slots.cumsum(0) - 1, self.total_tokens)
+            positions = torch.arange(slots.numel(), device=slots.device)
+            indices = positions.new_empty(self.total_tokens + 1).scatter_(0, destination, positions)
+            indices = self._indices[device] = indices[: self.total_tokens].to(device, non_blocking=True)
+        return indices
+
+    def gather(self, padded: torch.Tensor) -> torch.Tensor:
+        """Drops padding: `(*padded_shape, heads, dim)` to `(total_tokens, heads, dim)`; differentiable."""
+        flat = padded.reshape(-1, *padded.shape[2:])
+        indices = self.indices(padded.device)
+        return flat if indices is None else flat.index_select(0, indices)
+
+    def scatter(self, ragged: torch.Tensor) -> torch.Tensor:
+        """Undoes `gather`, with zeros in padded slots; differentiable."""
+        shape = (*self.padded_shape, *ragged.shape[1:])
+        indices = self.indices(ragged.device)
+        if indices is None:
+            return ragged.reshape(shape)
+        padded = ragged.new_zeros(self.padded_shape[0] * self.padded_shape[1], *ragged.shape[1:])
+        return padded.index_copy_(0, indices, ragged).reshape(shape)
+
+
+class RaggedLayout:
+    """The ragged layout of one forward: its queries, its keys, and the plans that backends made for it.
+
+    A layout is made once per forward and travels with the attention mask. In self-attention both sides are one object.
+
+    Args:
+        query: The queries' side.
+        key: The keys' side; the queries' own when not given.
+
+    Examples:
+        >>> import torch
+        >>> from hf_flashinfer_attn.layout import RaggedLayout
+        >>> layout = RaggedLayout.from_padding_mask(torch.tensor([[1, 1, 0], [1, 1, 1]]))
+        >>> layout.query.lengths, layout.query.total_tokens
+        ((2, 3), 5)
+        >>> padded = torch.arange(6.0).reshape(2, 3, 1, 1)
+        >>> layout.query.gather(padded).flatten().tolist()
+        [0.0, 1.0, 3.0, 4.0, 5.0]
+    """
+
+    def __init__(self, query: RaggedSide, key: RaggedSide | None = None) -> None:
+        self.query = query
+        self.key = query if key is None else key
+        self.plans: dict[Hashable, Any] = {}
+        self.lock = threading.Lock()
+        record_layout()
+
+    @property
+    def is_self_attention(self) -> bool:
+        return self.key is self.query
+
+    @classmethod
+    def from_padding_mask(cls, padding_mask: torch.Tensor) -> RaggedLayout:
+        """Makes a self-attention layout from a 2D mask of ones and zeros, waiting for one device-to-host copy."""
+        valid = padding_mask.to(torch.bool)
+        lengths = LengthsRead(valid.sum(-1, dtype=torch.int32)).wait()
+        return cls(RaggedSide(lengths, (valid.shape[0], valid.shape[1]), valid))
+
+    @classmethod
+    def from_lengths(cls, query_lengths: Sequence[int], key_lengths: Sequence[int] | None = None) -> RaggedLayout:
+        """Makes a layout of packed input, shape `(1, total_tokens, ...)`, where there is no padding to drop."""
+        query = RaggedSide(query_lengths, (1, sum(query_lengths)), None)
+        return cls(query, None if key_lengths is None else RaggedSide(key_lengths, (1, sum(key_lengths)), None))
+
+
+@functools.lru_cache(maxsize=8)
+def uniform_layout(batch_size: int, query_length: int, key_length: int) -> RaggedLayout:
+    """Returns the layout of a batch without padding. It depends on nothing but these numbers, so it is shared."""
+    query = RaggedSide((query_length,) * batch_size, (batch_size, query_length), None)
+    if query_length == key_length:
+        return RaggedLayout(query)
+    return RaggedLayout(query, RaggedSide((key_length,) * batch_size, (batch_size, key_length), None))

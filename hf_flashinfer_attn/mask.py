@@ -1,0 +1,264 @@
+"""The lazy mask: what the mask function returns and every layer receives.
+
+It has the shape, dtype and device of the additive mask that eager attention would get, but no memory. Our attention
+function takes the ragged layout from it. A model that does its own attention, or any other tensor arithmetic, gets the
+real values: the mask is made dense on first use, by transformers' own function for eager attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
+
+from .layout import LengthsRead, RaggedLayout, RaggedSide, uniform_layout
+from .pattern import Pattern, PatternKind
+
+__all__ = ["MaskSpec", "RaggedMask"]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSpec:
+    """What transformers asked a mask function for.
+
+    Args:
+        batch_size: Rows.
+        q_length: Query slots per row.
+        kv_length: Key slots per row.
+        q_offset: Position of the first query.
+        kv_offset: Position of the first key.
+        padding_mask: Valid positions, bool, shape `(batch, >= kv_offset + kv_length)`; None when all are.
+        pattern: What the mask function was recognised as.
+        densify: Makes the additive mask of eager attention, shape `(batch, 1, q_length, kv_length)`.
+    """
+
+    batch_size: int
+    q_length: int
+    kv_length: int
+    q_offset: int
+    kv_offset: int
+    padding_mask: torch.Tensor | None
+    pattern: Pattern
+    densify: Callable[[torch.dtype, torch.device], torch.Tensor]
+
+
+class _LazyLayout:
+    """The layouts of a spec, each made at most once, shared by every copy of the mask on any device."""
+
+    def __init__(self, spec: MaskSpec) -> None:
+        self._spec = spec
+        self._layouts: dict[bool, RaggedLayout] = {}
+        self._read: LengthsRead | None = None
+        self._sides: tuple[RaggedSide, RaggedSide] | None = None
+        if spec.pattern.kind is PatternKind.DENSE:
+            return
+        # Keys after the last query are out of every causal query's sight: unwritten slots of a static cache.
+        end = spec.kv_offset + spec.kv_length
+        if spec.pattern.is_causal:
+            end = min(end, spec.q_offset + spec.q_length)
+        self._seen_keys = end - spec.kv_offset
+        if spec.padding_mask is None:
+            return
+        self._key_valid = spec.padding_mask[:, spec.kv_offset : end]
+        self._query_valid = self._key_valid
+        if self._seen_keys != spec.q_length:
+            if not spec.pattern.is_causal:
+                # Keys of another sequence: nothing is known of the queries, all stay.
+                self._query_valid = self._key_valid.new_ones(spec.batch_size, spec.q_length)
+            else:
+                self._query_valid = spec.padding_mask[:, spec.q_offset : spec.q_offset + spec.q_length]
+        counts = [side.sum(-1, dtype=torch.int32) for side in (self._query_valid, self._key_valid)]
+        self._read = LengthsRead(torch.stack(counts))
+
+    def get(self, keep_padded_queries: bool) -> RaggedLayout:
+        # A causal query is always of the sequence that the mask speaks of.
+        keep = keep_padded_queries and not self._spec.pattern.is_causal
+        if (layout := self._layouts.get(keep)) is None:
+            layout = self._layouts[keep] = self._make(keep)
+        return layout
+
+    def _make(self, keep_padded_queries: bool) -> RaggedLayout:
+        spec = self._spec
+        queries, keys = (spec.batch_size, spec.q_length), (spec.batch_size, spec.kv_length)
+        if self._sides is None:
+            query_counts, key_counts = self._counts()
+            query = RaggedSide(query_counts, queries, self._query_valid)
+            if self._seen_keys == spec.q_length == spec.kv_length:
+                self._sides = query, query
+            else:
+                unseen = spec.kv_length - self._seen_keys
+                self._sides = query, RaggedSide(key_counts, keys, F.pad(self._key_valid, (0, unseen)))
+        query, key = self._sides
+        if keep_padded_queries and not query.is_full:
+            query = RaggedSide((spec.q_length,) * spec.batch_size, queries, None)
+        if query.is_full and key.is_full:
+            return uniform_layout(spec.batch_size, spec.q_length, spec.kv_length)
+        return RaggedLayout(query, key)
+
+    def _counts(self) -> tuple[list[int], list[int]]:
+        spec = self._spec
+        if self._read is None:
+            self._query_valid = torch.ones(spec.batch_size, spec.q_length, dtype=torch.bool)
+            self._key_valid = torch.ones(spec.batch_size, self._seen_keys, dtype=torch.bool)
+            return [spec.q_length] * spec.batch_size, [self._seen_keys] * spec.batch_size
+        query_counts, key_counts = self._read.wait()
+        return query_counts, key_counts
+
+
+# Tensor methods that only read metadata, so that the mask may stay lazy.
+_METADATA_METHODS = frozenset(
+    {
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
+        "is_floating_point", "is_complex", "is_signed", "get_device", "requires_grad_", "__len__", "__hash__",
+        "__repr__", "__format__", "is_inference", "has_names",
+    }
+)  # fmt: skip
+_DATA_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
+_NO_OP_METHODS = frozenset({"detach", "contiguous"})
+_MOVE_METHODS = frozenset({"to", "cuda", "cpu", "half", "bfloat16", "float", "double", "type_as"})
+
+
+def _is_metadata(function: Callable[..., Any]) -> bool:
+    name = getattr(function, "__name__", "")
+    if name in ("__get__", "__set__"):
+        owner = getattr(function, "__self__", None)
+        return getattr(owner, "__name__", "") not in _DATA_PROPERTIES
+    return name in _METADATA_METHODS
+
+
+class RaggedMask(torch.Tensor):
+    """An additive attention mask `(batch, 1, q_length, kv_length)` that knows its ragged layout.
+
+    Values are 0 where a query sees a key and the dtype's minimum elsewhere, as in eager attention, and exist only once
+    somebody computes with them. In-place changes are kept: they turn the mask into a dense one for good.
+    """
+
+    spec: MaskSpec
+    _lazy_layout: _LazyLayout
+    _dense: torch.Tensor | None
+    _dense_version: int
+
+    @staticmethod
+    def __new__(
+        cls, spec: MaskSpec, dtype: torch.dtype, device: torch.device, layout: _LazyLayout | None = None
+    ) -> RaggedMask:
+        mask: RaggedMask = torch.Tensor._make_wrapper_subclass(
+            cls, (spec.batch_size, 1, spec.q_length, spec.kv_length), dtype=dtype, device=device
+        )
+        mask.spec = spec
+        mask._lazy_layout = _LazyLayout(spec) if layout is None else layout
+        mask._dense = None
+        mask._dense_version = 0
+        return mask
+
+    def __init__(
+        self, spec: MaskSpec, dtype: torch.dtype, device: torch.device, layout: _LazyLayout | None = None
+    ) -> None:
+        super().__init__()
+
+    @property
+    def was_modified(self) -> bool:
+        """Whether somebody wrote to the dense values, so that the layout no longer tells the truth."""
+        return self._dense is not None and self._dense._version != self._dense_version
+
+    def layout_of_forward(self, *, keep_padded_queries: bool) -> RaggedLayout:
+        """Returns the ragged layout, made on the first call and shared by all layers.
+
+        Args:
+            keep_padded_queries: Whether queries stay that the mask calls padding, because the mask may speak of the
+                keys alone.
+        """
+        return self._lazy_layout.get(keep_padded_queries)
+
+    def dense(self) -> torch.Tensor:
+        """Returns the additive mask as a plain tensor, shape `(batch, 1, q_length, kv_length)`."""
+        if self._dense is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                dtype, device = self.dtype, self.device
+            # Contiguous memory of its own: transformers may return an expanded view, where an in-place write fails.
+            self._dense = self.spec.densify(dtype, device).contiguous()
+            self._dense_version = self._dense._version
+        return self._dense
+
+    def _moved(self, dtype: torch.dtype, device: torch.device) -> RaggedMask:
+        return RaggedMask(self.spec, dtype, device, self._lazy_layout)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        with torch._C.DisableTorchFunctionSubclass():
+            return (
+                f"RaggedMask(shape={tuple(self.shape)}, pattern={self.spec.pattern.name!r}, dtype={self.dtype}, "
+                f"device={str(self.device)!r})"
+            )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _is_metadata(func):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        mask = args[0] if args and isinstance(args[0], RaggedMask) else None
+        name = getattr(func, "__name__", "")
+        if mask is not None and not mask.was_modified:
+            if name in _NO_OP_METHODS:
+                return mask
+            if name in _MOVE_METHODS and (moved := _move(mask, func, args, kwargs)) is not None:
+                return moved
+            if name in ("__getitem__", "expand") and _keeps_everything(mask, name, args, kwargs):
+                return mask
+        return func(*tree_map(_to_dense, args), **tree_map(_to_dense, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Reached by calls that bypass __torch_function__, such as those made from C++.
+        return func(*tree_map(_to_dense, args), **tree_map(_to_dense, kwargs or {}))
+
+
+def _to_dense(value: Any) -> Any:
+    return value.dense() if isinstance(value, RaggedMask) else value
+
+
+def _move(
+    mask: RaggedMask, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> RaggedMask | None:
+    """Returns the mask on the dtype and device that a call such as `mask.to(...)` asks for; None if not a float one."""
+    with torch._C.DisableTorchFunctionSubclass():
+        dtype, device = mask.dtype, mask.device
+        # An empty tensor answers what the many spellings of these calls mean.
+        probe: torch.Tensor = func(torch.empty(0, dtype=dtype, device=device), *args[1:], **kwargs)
+    if not probe.dtype.is_floating_point:
+        return None
+    return mask if (probe.dtype, probe.device) == (dtype, device) else mask._moved(probe.dtype, probe.device)
+
+
+def _keeps_everything(mask: RaggedMask, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a slice such as `mask[:, :, :, :kv_length]`, or an expand, is the whole mask again."""
+    spec = mask.spec
+    shape = (spec.batch_size, 1, spec.q_length, spec.kv_length)
+    if name == "expand":
+        sizes = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list, torch.Size)) else args[1:]
+        return not kwargs and len(sizes) == 4 and all(size in (-1, full) for size, full in zip(sizes, shape))
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if any(part is Ellipsis for part in index):
+        ellipses = [at for at, part in enumerate(index) if part is Ellipsis]
+        if len(ellipses) > 1:
+            return False
+        at = ellipses[0]
+        index = (*index[:at], *(slice(None),) * (4 - len(index) + 1), *index[at + 1 :])
+    return len(index) <= 4 and all(
+        isinstance(part, slice)
+        and all(bound is None or isinstance(bound, int) for bound in (part.start, part.stop, part.step))
+        and part.indices(full) == (0, full, 1)
+        for part, full in zip(index, shape)
+    )

@@ -1,0 +1,115 @@
+"""What a forward really did: counters of layouts, host copies and plans, and one record per attention call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+__all__ = ["AttentionCall", "Trace", "trace"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One call of the attention function."""
+
+    layer: str
+    pattern: str
+    kernel: str
+    head_dim: int
+    padded_head_dim: int
+    reason: str | None
+
+
+@dataclass(slots=True)
+class Trace:
+    """What happened inside a `with hf_flashinfer_attn.trace()` block, in this thread.
+
+    `print(trace)` shows a table. Counters are plain integers: `layouts` (ragged layouts made), `host_copies`
+    (device-to-host copies that this package waited for), `plans` (FlashInfer plans made).
+    """
+
+    calls: list[AttentionCall] = field(default_factory=list)
+    layouts: int = 0
+    host_copies: int = 0
+    plans: int = 0
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The distinct kernels that ran, in order of first use."""
+        return tuple(dict.fromkeys(call.kernel for call in self.calls))
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """The distinct reasons of the calls that fell back, in order of first use."""
+        return tuple(dict.fromkeys(call.reason for call in self.calls if call.reason is not None))
+
+    def __str__(self) -> str:
+        header = ("layer", "pattern", "kernel", "head_dim", "fallback reason")
+        rows = [
+            (
+                call.layer,
+                call.pattern,
+                call.kernel,
+                str(call.head_dim)
+                if call.padded_head_dim == call.head_dim
+                else f"{call.head_dim} -> {call.padded_head_dim}",
+                call.reason or "",
+            )
+            for call in self.calls
+        ]
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]]
+        lines.append(f"layouts {self.layouts}, host copies {self.host_copies}, plans {self.plans}")
+        return "\n".join(lines)
+
+
+_active: ContextVar[Trace | None] = ContextVar("hf_flashinfer_attn_trace", default=None)
+
+
+@contextmanager
+def trace() -> Iterator[Trace]:
+    """Records every attention call of this thread that happens inside the block.
+
+    Examples:
+        >>> import torch, hf_flashinfer_attn
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        >>> config._attn_implementation = "flashinfer"
+        >>> model = BertModel(config).eval()
+        >>> with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+        ...     _ = model(torch.ones(1, 8, dtype=torch.long))
+        >>> len(trace.calls), trace.layouts
+        (2, 1)
+    """
+    recording = Trace()
+    token = _active.set(recording)
+    try:
+        yield recording
+    finally:
+        _active.reset(token)
+
+
+def record_layout() -> None:
+    if (active := _active.get()) is not None:
+        active.layouts += 1
+
+
+def record_host_copy() -> None:
+    if (active := _active.get()) is not None:
+        active.host_copies += 1
+
+
+def record_plan() -> None:
+    if (active := _active.get()) is not None:
+        active.plans += 1
+
+
+def record_call(call: AttentionCall) -> None:
+    if (active := _active.get()) is not None:
+        active.calls.append(call)
+
+
+def is_tracing() -> bool:
+    return _active.get() is not None

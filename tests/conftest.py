@@ -1,0 +1,28 @@
+"""One place for the `gpu` marker and for state that no test may leak into another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_flashinfer_attn import settings
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(settings.BACKEND_VARIABLE, raising=False)
+    monkeypatch.delenv(settings.STRICT_VARIABLE, raising=False)
+    monkeypatch.setattr(settings, "_settings", None)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(torch.seed() % 2**31)

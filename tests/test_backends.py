@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_flashinfer_attn.accuracy import measure_kernel_error
+from hf_flashinfer_attn.backends import dense, flashinfer, reference
+from hf_flashinfer_attn.integration import attention_forward
+from hf_flashinfer_attn.layout import RaggedLayout
+from hf_flashinfer_attn.varlen import flash_attn_func, flash_attn_varlen_func
+
+HEAD_DIMS = (8, 16, 24, 26, 32, 48, 64, 72, 80, 96, 112, 120, 128, 192, 256)
+LENGTHS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=1, max_size=6)
+
+
+def naive(query, key, value, *, causal: bool, sm_scale: float) -> torch.Tensor:
+    """Attention of one row, written out: `(tokens, heads, dim)`."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    logits = torch.einsum("qhd,khd->hqk", query, key) * sm_scale
+    if causal:
+        q, k = logits.shape[1:]
+        logits = logits.masked_fill(~torch.ones(q, k, dtype=torch.bool).tril(k - q), float("-inf"))
+    return torch.einsum("hqk,khd->qhd", logits.softmax(-1).nan_to_num(0.0), value)
+
+
+@given(LENGTHS, st.booleans(), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.sampled_from([(4, 4), (6, 3)]))
+def test_the_reference_is_attention(lengths, causal: bool, heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    query_lengths, key_lengths = zip(*lengths)
+    layout = RaggedLayout.from_lengths(query_lengths, key_lengths)
+    query = torch.randn(sum(query_lengths), heads[0], dims[0], dtype=torch.float64)
+    key = torch.randn(sum(key_lengths), heads[1], dims[0], dtype=torch.float64)
+    value = torch.randn(sum(key_lengths), heads[1], dims[1], dtype=torch.float64)
+    output = reference.attend(query, key, value, layout, causal=causal, sm_scale=0.7)
+    rows = zip(query.split(query_lengths), key.split(key_lengths), value.split(key_lengths))
+    expected = torch.cat([naive(*row, causal=causal, sm_scale=0.7) for row in rows])
+    torch.testing.assert_close(output, expected)
+
+
+def test_the_reference_is_differentiable() -> None:
+    layout = RaggedLayout.from_lengths([3, 0, 2], [4, 2, 2])
+    inputs = [torch.randn(n, 2, 3, dtype=torch.float64, requires_grad=True) for n in (5, 8, 8)]
+    assert torch.autograd.gradcheck(
+        lambda *tensors: reference.attend(*tensors, layout, causal=True, sm_scale=0.5), inputs
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_torch_backend_is_as_exact_as_sdpa(head_dim: int, causal: bool) -> None:
+    error = measure_kernel_error(
+        None, head_dim, dtype=torch.bfloat16, causal=causal, device=torch.device("cpu"), num_kv_heads=2, max_length=40
+    )
+    assert error.ratio <= 1.25
+
+
+@pytest.mark.parametrize("options", [{"softcap": 0.8}, {"sinks": True}, {"return_weights": True}, {}])
+def test_the_dense_path_adds_every_extra(options: dict[str, object]) -> None:
+    query, key, value = (torch.randn(2, heads, 5, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    mask = torch.rand(2, 1, 5, 5) < 0.7
+    mask[..., 0] = True
+    sinks = torch.randn(4, dtype=torch.float64) if options.pop("sinks", False) else None
+    output, weights = dense.attend(query, key, value, mask, sm_scale=0.9, sinks=sinks, **options)
+    logits = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(2, 1)) * 0.9
+    if (cap := options.get("softcap")) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    logits = logits.masked_fill(~mask, float("-inf"))
+    top = logits.exp()
+    total = top.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp().view(1, 4, 1, 1))
+    expected_weights = top / total
+    expected = torch.einsum("bhqk,bhkd->bqhd", expected_weights, value.repeat_interleave(2, 1))
+    tolerance = {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(output, expected, **tolerance)
+    assert (weights is not None) == options.get("return_weights", False)
+    if weights is not None:
+        torch.testing.assert_close(weights, expected_weights, **tolerance)
+    additive = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    torch.testing.assert_close(
+        dense.attend(query, key, value, additive, sm_scale=0.9, sinks=sinks, **options)[0], output
+    )
+
+
+@given(st.integers(1, 256), st.sampled_from(["fa2", "fa3", "auto"]))
+def test_padded_sizes_are_the_smallest_that_the_kernel_has(head_dim: int, kernel) -> None:
+    size = flashinfer.padded_head_dim(head_dim, kernel)
+    assert size in flashinfer.KERNEL_HEAD_DIMS[kernel]
+    assert size >= head_dim
+    assert not any(head_dim <= smaller < size for smaller in flashinfer.KERNEL_HEAD_DIMS[kernel])
+
+
+def test_head_dims_above_256_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"head_dim=257.*at most 256.*backend='torch'"):
+        flashinfer.padded_head_dim(257, "fa2")
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "kernel"),
+    [((9, 0), 32, "fa3"), ((9, 0), 160, "fa2"), ((9, 0), 256, "fa3"), ((8, 0), 64, "fa2"), ((7, 5), 64, "fa2"),
+     ((10, 0), 128, "auto"), ((10, 0), 64, "fa2"), ((12, 0), 128, "fa2")],
+)  # fmt: skip
+def test_the_kernel_by_gpu(monkeypatch: pytest.MonkeyPatch, capability, head_dim: int, kernel: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert flashinfer.choose_kernel.__wrapped__(torch.device("cuda"), head_dim) == kernel
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_functions(causal: bool) -> None:
+    query, key, value = (torch.randn(2, 3, heads, 8) for heads in (4, 2, 2))
+    heads_first = (query.transpose(1, 2), *(side.repeat_interleave(2, 2).transpose(1, 2) for side in (key, value)))
+    expected = F.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
+    torch.testing.assert_close(flash_attn_func(query, key, value, causal=causal), expected)
+    offsets = torch.tensor([0, 3, 6], dtype=torch.int32)
+    packed = flash_attn_varlen_func(
+        query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), offsets, offsets, 3, 3, causal=causal
+    )
+    torch.testing.assert_close(packed, expected.flatten(0, 1))
+
+
+class _Layer(torch.nn.Module):
+    is_causal = False
+
+    def forward(self, hidden_states, attention_mask): ...
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "2d"])
+def test_masks_of_the_user(kind: str) -> None:
+    query, key, value = (torch.randn(2, 2, 5, 8) for _ in range(3))
+    valid = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]).bool()
+    allowed = valid[:, None, None, :].expand(2, 1, 5, 5)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed).transpose(1, 2)
+    mask = {
+        "bool": allowed,
+        "additive": torch.zeros(2, 1, 5, 5).masked_fill(~allowed, torch.finfo(torch.float32).min),
+        "2d": valid.long(),
+    }[kind]
+    output, weights = attention_forward(_Layer(), query, key, value, mask)
+    assert weights is None
+    torch.testing.assert_close(output[valid], expected[valid])
+    if kind == "2d":
+        assert output[~valid].abs().sum() == 0

@@ -1,0 +1,210 @@
+"""What only a CUDA GPU can show: FlashInfer's numbers, plans, host copies, streams, threads."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, PreTrainedModel, Qwen3Config, Qwen3Model
+
+import hf_flashinfer_attn
+from hf_flashinfer_attn.accuracy import measure_kernel_error
+from hf_flashinfer_attn.backends import flashinfer, reference
+from hf_flashinfer_attn.layout import RaggedLayout, uniform_layout
+
+pytestmark = pytest.mark.gpu
+
+HEAD_DIMS = (8, 16, 24, 26, 32, 48, 64, 72, 80, 96, 112, 120, 128, 192, 256)
+HALF = (torch.float16, torch.bfloat16)
+BERT = BertConfig(
+    hidden_size=96, num_hidden_layers=12, num_attention_heads=3, intermediate_size=128, vocab_size=100
+)  # head_dim 32
+QWEN = Qwen3Config(
+    hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=72,
+    intermediate_size=64, vocab_size=100,
+)  # fmt: skip
+
+
+def kernels() -> list[flashinfer.Kernel]:
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return ["fa2", "fa3"] if hopper else ["fa2"]
+
+
+@pytest.fixture
+def _poisoned_memory() -> Iterator[None]:
+    """Fills every fresh buffer with NaN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        yield
+        torch.use_deterministic_algorithms(False)
+
+
+def build(model: type[PreTrainedModel], config, implementation: str, dtype=torch.float16) -> PreTrainedModel:
+    torch.manual_seed(0)
+    built = model._from_config(copy.deepcopy(config), attn_implementation=implementation)
+    for parameter in built.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(4)
+    return built.to("cuda", dtype).eval()
+
+
+def batch(rows: int = 4, width: int = 50) -> dict[str, torch.Tensor]:
+    mask = torch.ones(rows, width, dtype=torch.long)
+    for row in range(1, rows):
+        mask[row, torch.randint(1, width, ()) :] = 0
+    mask[rows // 2] = mask[rows // 2].flip(0)
+    return {"input_ids": torch.randint(0, 100, (rows, width)).cuda(), "attention_mask": mask.cuda()}
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("kernel", kernels())
+def test_kernels_against_float64(kernel, head_dim: int, dtype: torch.dtype, causal: bool) -> None:
+    error = measure_kernel_error(
+        kernel, head_dim, dtype=dtype, causal=causal, device=torch.device("cuda"), num_kv_heads=2
+    )
+    assert error.ratio <= 1.25, error
+
+
+@pytest.mark.parametrize("kernel", kernels())
+def test_value_may_be_narrower_and_keys_of_another_length(kernel) -> None:
+    layout = RaggedLayout.from_lengths([3, 5, 2], [7, 0, 2])
+    query, key, value = (torch.randn(n, 2, d).cuda().half() for n, d in ((10, 40), (9, 40), (9, 24)))
+    options = {"causal": False, "sm_scale": 0.3}
+    output = flashinfer.attend(query, key, value, layout, kernel=kernel, **options)
+    expected = reference.attend(query.double(), key.double(), value.double(), layout, **options)
+    assert output.shape == (10, 2, 24)
+    assert output[3:8].abs().sum() == 0
+    torch.testing.assert_close(output.double(), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("model", "config"), [(BertModel, BERT), (Qwen3Model, QWEN)])
+def test_models_are_as_exact_as_sdpa(model, config, dtype: torch.dtype) -> None:
+    inputs = batch()
+    valid = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        exact = build(model, config, "eager", torch.float64)(**inputs).last_hidden_state[valid]
+        sdpa = build(model, config, "sdpa", dtype)(**inputs).last_hidden_state[valid].double()
+        with hf_flashinfer_attn.trace() as trace:
+            ours = build(model, config, "flashinfer", dtype)(**inputs).last_hidden_state[valid].double()
+    assert all(kernel.startswith("flashinfer-") for kernel in trace.kernels)
+    assert not trace.fallbacks
+    assert (ours - exact).norm() <= 1.25 * (sdpa - exact).norm()
+
+
+def test_one_layout_one_host_copy_one_plan_per_forward() -> None:
+    model = build(BertModel, BERT, "flashinfer")
+    with torch.no_grad():
+        model(**batch())
+        inputs = batch()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with hf_flashinfer_attn.trace() as trace:
+                model(**inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(trace.calls) == 12
+    assert (trace.layouts, trace.host_copies, trace.plans) == (1, 1, 1)
+
+
+def test_without_padding_nothing_is_planned_twice() -> None:
+    model = build(BertModel, BERT, "flashinfer")
+    ids = torch.randint(0, 100, (3, 20)).cuda()
+    with torch.no_grad():
+        model(ids)
+        with hf_flashinfer_attn.trace() as trace:
+            model(ids)
+    assert (trace.layouts, trace.host_copies, trace.plans) == (0, 0, 0)
+
+
+def test_plans_in_flight_are_not_overwritten() -> None:
+    # The host runs far ahead of a busy GPU: a pinned buffer that is filled too early would corrupt earlier plans.
+    model, expected_model = build(BertModel, BERT, "flashinfer"), build(BertModel, BERT, "sdpa")
+    batches = [batch(8, 120) for _ in range(24)]
+    blocker = torch.randn(8192, 8192, device="cuda")
+    with torch.no_grad():
+        for _ in range(20):
+            blocker @ blocker
+        outputs = [model(**inputs).last_hidden_state for inputs in batches]
+        for inputs, output in zip(batches, outputs):
+            valid = inputs["attention_mask"].bool()
+            expected = expected_model(**inputs).last_hidden_state
+            torch.testing.assert_close(output[valid], expected[valid], rtol=1e-2, atol=1e-2)
+
+
+def test_two_threads_and_two_streams() -> None:
+    configs = [(BertModel, BERT), (Qwen3Model, QWEN)]
+    models = [build(model, config, "flashinfer") for model, config in configs]
+    expected_models = [build(model, config, "sdpa") for model, config in configs]
+    batches = [batch(6, 90) for _ in range(10)]
+    with torch.no_grad():
+        expected = [[model(**inputs).last_hidden_state for inputs in batches] for model in expected_models]
+    torch.cuda.synchronize()
+    results: dict[int, list[torch.Tensor]] = {}
+
+    def run(index: int) -> None:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            results[index] = [models[index](**inputs).last_hidden_state for inputs in batches]
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        for inputs, output, reference_output in zip(batches, results[index], expected[index]):
+            valid = inputs["attention_mask"].bool()
+            torch.testing.assert_close(output[valid], reference_output[valid], rtol=1e-2, atol=1e-2)
+
+
+def test_a_captured_graph_keeps_its_plan() -> None:
+    model = build(BertModel, BERT, "flashinfer")
+    ids = torch.randint(0, 100, (3, 20)).cuda()
+    stream = torch.cuda.Stream()
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            model(ids)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            output = model(ids).last_hidden_state
+        for length in range(1, 20):  # pushes the shape out of the cache of uniform layouts
+            model(ids[:, :length])
+        uniform_layout.cache_clear()
+        ids.copy_(torch.randint(0, 100, (3, 20)))
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(output, model(ids).last_hidden_state, rtol=1e-2, atol=1e-2)
+
+
+def test_gradients_take_the_torch_backend() -> None:
+    inputs = batch()
+    gradients = []
+    for implementation in ("sdpa", "flashinfer"):
+        model = build(BertModel, BERT, implementation, torch.float32)
+        with hf_flashinfer_attn.trace() as trace:
+            output = model(**inputs).last_hidden_state
+        output[inputs["attention_mask"].bool()].square().mean().backward()
+        gradients.append(model.embeddings.word_embeddings.weight.grad)
+    assert trace.kernels == ("torch",)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+def test_head_dims_above_256_are_an_error_by_name() -> None:
+    hf_flashinfer_attn.configure(backend="flashinfer")
+    config = BertConfig(hidden_size=320, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = build(BertModel, config, "flashinfer")
+    with torch.no_grad(), pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"head_dim 320.*256"):
+        model(torch.ones(1, 3, dtype=torch.long, device="cuda"))

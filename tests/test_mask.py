@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate.utils import send_to_device
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    sliding_window_causal_mask_function,
+)
+
+from hf_flashinfer_attn.integration import attention_mask
+from hf_flashinfer_attn.mask import RaggedMask
+from hf_flashinfer_attn.pattern import PatternKind
+
+VALID = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 1, 1]]).bool()
+
+
+def make(mask_function=bidirectional_mask_function, valid=VALID, q_length=4, **kwargs) -> RaggedMask:
+    return attention_mask(
+        batch_size=3, q_length=q_length, kv_length=4, mask_function=mask_function, attention_mask=valid, **kwargs
+    )
+
+
+def reference(mask_function=bidirectional_mask_function, valid=VALID, q_length=4, **kwargs) -> torch.Tensor:
+    return eager_mask(
+        batch_size=3, q_length=q_length, kv_length=4, mask_function=mask_function, attention_mask=valid, **kwargs
+    )
+
+
+@pytest.mark.parametrize("mask_function", [bidirectional_mask_function, causal_mask_function])
+def test_it_looks_like_the_eager_mask_without_being_made(mask_function) -> None:
+    mask, expected = make(mask_function), reference(mask_function)
+    assert isinstance(mask, torch.Tensor)
+    assert (mask.shape, mask.dtype, mask.device) == (expected.shape, expected.dtype, expected.device)
+    assert (mask.size(-1), mask.dim(), mask.ndim, mask.numel(), mask.is_floating_point()) == (4, 4, 4, 48, True)
+    assert "RaggedMask(shape=(3, 1, 4, 4)" in repr(mask)
+    assert mask._dense is None
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda mask: mask + 1,
+        lambda mask: torch.ones(3, 2, 4, 4) + mask,
+        lambda mask: mask[:, :, :, :2],
+        lambda mask: mask[0],
+        lambda mask: mask == 0,
+        lambda mask: torch.cat([mask, mask], dim=-1),
+        lambda mask: mask.to(torch.bool),
+        lambda mask: mask.masked_fill(mask < 0, -1.0),
+        lambda mask: torch.where(mask < 0, 0.0, 1.0),
+        lambda mask: mask.expand(3, 5, 4, 4),
+        lambda mask: mask.clone(),
+        lambda mask: mask.data,
+        lambda mask: mask.transpose(2, 3),
+        lambda mask: torch.nn.functional.pad(mask, (1, 0)),
+        lambda mask: torch.nn.functional.scaled_dot_product_attention(*[torch.ones(3, 2, 4, 8)] * 3, attn_mask=mask),
+        lambda mask: copy.deepcopy(mask),
+    ],
+)
+@pytest.mark.parametrize("mask_function", [bidirectional_mask_function, sliding_window_causal_mask_function(2)])
+def test_arithmetic_gives_the_eager_values(operation, mask_function) -> None:
+    result, expected = operation(make(mask_function)), operation(reference(mask_function))
+    assert torch.equal(result.dense() if isinstance(result, RaggedMask) else result, expected)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda mask: mask[:, :, :, :4],
+        lambda mask: mask[..., :10],
+        lambda mask: mask[:],
+        lambda mask: mask.to("cpu"),
+        lambda mask: mask.to(torch.float16),
+        lambda mask: mask.to(dtype=torch.float64, device="cpu"),
+        lambda mask: mask.half(),
+        lambda mask: mask.contiguous(),
+        lambda mask: mask.detach(),
+        lambda mask: mask.expand(3, -1, 4, 4),
+        lambda mask: mask.type_as(torch.ones(1, dtype=torch.bfloat16)),
+        lambda mask: send_to_device({"attention_mask": mask}, "cpu")["attention_mask"],
+    ],
+)
+def test_what_changes_nothing_stays_lazy(operation) -> None:
+    mask = make()
+    result, expected = operation(mask), operation(reference())
+    assert isinstance(result, RaggedMask)
+    assert (result.dtype, result.device, result.shape) == (expected.dtype, expected.device, expected.shape)
+    keep = {"keep_padded_queries": False}
+    assert result.layout_of_forward(**keep) is mask.layout_of_forward(**keep)
+    assert mask._dense is None
+
+
+def test_moving_to_another_device_keeps_the_layout() -> None:
+    mask = make()
+    moved = mask.to("meta")
+    assert isinstance(moved, RaggedMask)
+    assert moved.device.type == "meta"
+    assert moved.spec is mask.spec
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mask: mask.add_(1.0),
+        lambda mask: mask.masked_fill_(torch.ones(3, 1, 4, 4, dtype=torch.bool), -1.0),
+        lambda mask: mask.__setitem__((slice(None), slice(None), 0), 7.0),
+        lambda mask: mask[:, :, 1].fill_(3.0),
+        lambda mask: torch.clamp_(mask, min=-5.0),
+    ],
+)
+def test_an_in_place_change_is_kept(change) -> None:
+    mask, expected = make(), reference().contiguous()
+    change(mask)
+    change(expected)
+    assert mask.was_modified
+    assert torch.equal(mask + 0, expected)
+    assert torch.equal(mask.to("cpu") + 0, expected)
+    assert torch.equal(mask[:] + 0, expected)
+
+
+def test_reading_is_no_change() -> None:
+    mask = make()
+    _ = mask + 1
+    assert not mask.was_modified
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_bidirectional_layout(keep: bool) -> None:
+    layout = make().layout_of_forward(keep_padded_queries=keep)
+    assert layout.key.lengths == (3, 3, 3)
+    assert layout.query.lengths == ((4, 4, 4) if keep else (3, 3, 3))
+    assert layout.is_self_attention == (not keep)
+
+
+def test_without_padding_the_layout_is_uniform() -> None:
+    for valid in (None, torch.ones_like(VALID)):
+        layout = make(valid=valid).layout_of_forward(keep_padded_queries=False)
+        assert layout.query.lengths == (4, 4, 4)
+        assert layout.query.is_full
+
+
+def test_cross_attention_keeps_every_query() -> None:
+    layout = make(q_length=2).layout_of_forward(keep_padded_queries=False)
+    assert (layout.query.lengths, layout.key.lengths) == ((2, 2, 2), (3, 3, 3))
+
+
+def test_cached_causal_layout_drops_padded_queries() -> None:
+    # Two new tokens after two cached ones.
+    layout = make(causal_mask_function, q_length=2, q_offset=2).layout_of_forward(keep_padded_queries=True)
+    assert (layout.query.lengths, layout.key.lengths) == ((1, 2, 2), (3, 3, 3))
+
+
+def test_static_cache_hides_what_is_not_written_yet() -> None:
+    for valid in (VALID[:, :2], None):
+        mask = make(causal_mask_function, valid=valid, q_length=2)
+        layout = mask.layout_of_forward(keep_padded_queries=False)
+        lengths = (2, 1, 1) if valid is not None else (2, 2, 2)
+        assert (layout.query.lengths, layout.key.lengths) == (lengths, lengths)
+        keys = torch.arange(12.0).reshape(3, 4, 1, 1)
+        assert layout.key.gather(keys).flatten().tolist() == ([0, 1, 5, 8] if valid is not None else [0, 1, 4, 5, 8, 9])
+
+
+def test_unknown_patterns_are_dense() -> None:
+    window = make(sliding_window_causal_mask_function(2))
+    assert window.spec.pattern.kind is PatternKind.DENSE
+    assert "sliding_window_overlay" in window.spec.pattern.name
+    assert make(lambda b, h, q, k: k <= q).spec.pattern.kind is PatternKind.DENSE

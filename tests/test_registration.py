@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import copy
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoModel, BertConfig, BertModel, CLIPConfig, CLIPModel, MPNetConfig
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.masking_utils import AttentionMaskInterface
+
+import hf_flashinfer_attn
+from hf_flashinfer_attn.integration import _answer_flash_imports, attention_forward, attention_mask
+
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+CONFIG = BertConfig(**TINY, vocab_size=50)
+IDS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+
+
+def test_both_functions_are_registered_under_the_name() -> None:
+    assert AttentionInterface()["flashinfer"] is attention_forward
+    assert AttentionMaskInterface()["flashinfer"] is attention_mask
+
+
+def test_register_is_idempotent() -> None:
+    loader = flash_utils._lazy_imports
+    hf_flashinfer_attn.register()
+    assert flash_utils._lazy_imports is loader
+
+
+def test_the_loader_still_answers_for_other_names() -> None:
+    with pytest.raises((ImportError, ValueError, OSError), match=r"."):
+        flash_utils._lazy_imports("flash_attention_3")
+
+
+def test_the_loader_has_the_shape_that_the_hook_relies_on() -> None:
+    original = inspect.unwrap(flash_utils._lazy_imports)
+    assert next(iter(inspect.signature(original).parameters)) == "implementation"
+    functions = flash_utils._lazy_imports("flashinfer")
+    assert len(functions) == 5
+    # transformers reads which features a kernel has from these names.
+    assert {"dropout_p", "window_size", "max_seqlen_q"} <= set(inspect.signature(functions[1]).parameters)
+
+
+def test_an_unknown_loader_is_refused_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"transformers 5\..*expected 'implementation' first"):
+        _answer_flash_imports()
+
+
+def test_set_attn_implementation() -> None:
+    model = BertModel(copy.deepcopy(CONFIG)).eval()
+    with torch.no_grad():
+        expected = model(IDS).last_hidden_state
+        model.set_attn_implementation("flashinfer")
+        with hf_flashinfer_attn.trace() as trace:
+            result = model(IDS).last_hidden_state
+        model.set_attn_implementation("eager")
+        with hf_flashinfer_attn.trace() as untouched:
+            model(IDS)
+    assert len(trace.calls) == 2
+    assert len(untouched.calls) == 0
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+def test_one_sub_config_alone() -> None:
+    text = {**TINY, "vocab_size": 50, "max_position_embeddings": 16}
+    vision = {**TINY, "image_size": 8, "patch_size": 4}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    model = CLIPModel._from_config(config, attn_implementation={"vision_config": "flashinfer"}).eval()
+    assert model.config.vision_config._attn_implementation == "flashinfer"
+    assert model.config.text_config._attn_implementation != "flashinfer"
+    with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+        model.get_image_features(pixel_values=torch.randn(1, 3, 8, 8))
+        model.get_text_features(input_ids=IDS)
+    assert len(trace.calls) == 2
+
+
+def test_saved_and_loaded_again(tmp_path: Path) -> None:
+    model = BertModel._from_config(copy.deepcopy(CONFIG), attn_implementation="flashinfer").eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, attn_implementation="flashinfer").eval()
+    plain = AutoModel.from_pretrained(tmp_path).eval()
+    assert loaded.config._attn_implementation == "flashinfer"
+    assert plain.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).last_hidden_state, model(IDS).last_hidden_state)
+
+
+def test_a_model_off_the_interface_is_built_and_unchanged() -> None:
+    config = MPNetConfig(**TINY, vocab_size=50)
+    mask = torch.ones_like(IDS)
+    mask[0, 4:] = 0
+    outputs = []
+    for implementation in ("eager", "flashinfer"):
+        torch.manual_seed(0)
+        model = AutoModel.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+        with torch.no_grad():
+            outputs.append(model(IDS, attention_mask=mask).last_hidden_state)
+    assert torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("name", ["flashinfer", "paged|flashinfer"])
+def test_paged_attention_is_refused_by_name(name: str) -> None:
+    # Continuous batching hands over its paged cache, under a name of its own before 5.23.
+    query = torch.ones(1, 2, 3, 8)
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"continuous batching.*paged\|sdpa"):
+        AttentionInterface()[name](torch.nn.Module(), query, query, query, None, cache=object())
+
+
+def test_import_needs_neither_flashinfer_nor_triton() -> None:
+    program = (
+        "import sys\n"
+        "sys.modules['flashinfer'] = None\n"
+        "import torch, hf_flashinfer_attn\n"
+        "from transformers import BertConfig, BertModel\n"
+        "assert 'triton' not in sys.modules or torch.version.cuda\n"
+        "loaded = set(sys.modules)\n"
+        "sys.modules['triton'] = None\n"
+        "config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)\n"
+        "model = BertModel._from_config(config, attn_implementation='flashinfer').eval()\n"
+        "mask = torch.tensor([[1, 1, 0]])\n"
+        "with torch.no_grad(): print(model(torch.ones(1, 3, dtype=torch.long), mask).last_hidden_state.shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.Size([1, 3, 64])"
+
+
+def test_import_loads_neither_flashinfer_nor_triton() -> None:
+    program = (
+        "import sys, transformers.modeling_flash_attention_utils, transformers.masking_utils, torch\n"
+        "before = set(sys.modules)\n"
+        "import hf_flashinfer_attn\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new & {'flashinfer', 'triton'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+import hf_flashinfer_attn
+from hf_flashinfer_attn.settings import BACKEND_VARIABLE, STRICT_VARIABLE
+
+
+def test_default() -> None:
+    assert hf_flashinfer_attn.current_settings() == hf_flashinfer_attn.Settings(backend="auto", strict=False)
+
+
+def test_configure_changes_only_what_is_given() -> None:
+    hf_flashinfer_attn.configure(backend="torch")
+    assert hf_flashinfer_attn.configure(strict=True) == hf_flashinfer_attn.Settings(backend="torch", strict=True)
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BACKEND_VARIABLE, "Torch")
+    monkeypatch.setenv(STRICT_VARIABLE, "1")
+    assert hf_flashinfer_attn.current_settings() == hf_flashinfer_attn.Settings(backend="torch", strict=True)
+
+
+@pytest.mark.parametrize(("variable", "value"), [(BACKEND_VARIABLE, "triton"), (STRICT_VARIABLE, "maybe")])
+def test_bad_environment_is_an_error(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"{value}.*expected one of"):
+        hf_flashinfer_attn.current_settings()
+
+
+def test_bad_values_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"backend='cuda'.*'auto', 'flashinfer', 'torch'"):
+        hf_flashinfer_attn.configure(backend="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="strict='yes'"):
+        hf_flashinfer_attn.configure(strict="yes")  # type: ignore[arg-type]
