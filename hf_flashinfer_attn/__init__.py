@@ -6,7 +6,7 @@ Importing this package registers the attention implementation "flashinfer":
 """
 
 from .errors import BackendUnavailableError, FlashInferAttentionError, UnsupportedAttentionError
-from .integration import register
+from .registration import register
 from .settings import Settings, configure, current_settings
 from .trace import AttentionCall, Trace, trace
 from .version import __version__

@@ -17,7 +17,9 @@ __all__ = ["KernelError", "measure_kernel_error"]
 class KernelError:
     """Relative errors against float64, `norm(output - exact) / norm(exact)` over all valid positions.
 
-    `error` is that of the kernel, `sdpa_error` that of padded sdpa with a mask.
+    `error` is that of the kernel, `sdpa_error` that of padded sdpa with a mask. At head_dims that are no multiple of 8
+    sdpa has no fused kernel and takes an unfused one, which never rounds the softmax to half precision and is more
+    exact than any fused kernel: `fused_sdpa_error` is sdpa's with heads padded to the next multiple of 8.
     """
 
     kernel: str
@@ -27,14 +29,18 @@ class KernelError:
     num_heads: int
     num_kv_heads: int
     dtype: str
-    causal: bool
+    left: int | None
+    right: int | None
+    softcap: float | None
     total_tokens: int
     error: float
     sdpa_error: float
+    fused_sdpa_error: float
 
     @property
     def ratio(self) -> float:
-        return self.error / self.sdpa_error
+        """The error over that of sdpa's fused kernel."""
+        return self.error / self.fused_sdpa_error
 
 
 def measure_kernel_error(
@@ -42,8 +48,10 @@ def measure_kernel_error(
     head_dim: int,
     *,
     dtype: torch.dtype,
-    causal: bool,
     device: torch.device,
+    left: int | None = None,
+    right: int | None = None,
+    softcap: float | None = None,
     value_head_dim: int | None = None,
     num_heads: int = 4,
     num_kv_heads: int = 4,
@@ -57,8 +65,10 @@ def measure_kernel_error(
         kernel: Of FlashInfer's; None for the torch backend.
         head_dim: Of query and key.
         dtype: Of the input.
-        causal: Whether attention is causal.
         device: Where to run.
+        left: How many keys before its own position a query sees; None for all.
+        right: How many keys after its own position a query sees; None for all, 0 for causal attention.
+        softcap: Caps logits to `softcap * tanh(logits / softcap)`; sdpa's error is then that of attention without it.
         value_head_dim: Of value; `head_dim` by default.
         num_heads: Query heads.
         num_kv_heads: Key heads.
@@ -85,25 +95,43 @@ def measure_kernel_error(
     q, k, v = (layout.query.gather(tensor) for tensor in (query, key, value))
     sm_scale: float = head_dim**-0.5
     if kernel is None:
-        output, padded_head_dim = reference.attend(q, k, v, layout, causal=causal, sm_scale=sm_scale), head_dim
+        output, padded_head_dim = (
+            reference.attend(q, k, v, layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap),
+            head_dim,
+        )
     else:
-        output = flashinfer.attend(q, k, v, layout, causal=causal, sm_scale=sm_scale, kernel=kernel)
+        output = flashinfer.attend(
+            q, k, v, layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap, kernel=kernel
+        )
         padded_head_dim = flashinfer.padded_head_dim(max(head_dim, value_head_dim), kernel)
-    exact = reference.attend(q.double(), k.double(), v.double(), layout, causal=causal, sm_scale=sm_scale)
+    exact = reference.attend(
+        q.double(), k.double(), v.double(), layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap
+    )
 
-    mask = valid[:, None, None, :].expand(-1, 1, max_length, -1)
-    if causal:
-        mask = mask & torch.ones(max_length, max_length, dtype=torch.bool, device=device).tril()
+    positions = torch.arange(max_length, device=device)
+    distance = positions - positions[:, None]
+    band = (distance >= -(max_length if left is None else left)) & (
+        distance <= (max_length if right is None else right)
+    )
+    mask = valid[:, None, None, :] & band
     groups = num_heads // num_kv_heads
     # sdpa cannot be asked to ignore NaN: it gets zeros in the padding.
     sdpa_q, sdpa_k, sdpa_v = (
         tensor.masked_fill(~valid[:, :, None, None], 0).repeat_interleave(repeats, 2).transpose(1, 2)
         for tensor, repeats in ((query, 1), (key, groups), (value, groups))
     )
-    sdpa = F.scaled_dot_product_attention(sdpa_q, sdpa_k, sdpa_v, attn_mask=mask, scale=sm_scale).transpose(1, 2)
 
-    def relative(result: torch.Tensor) -> float:
-        return float((result.double() - exact).norm() / exact.norm())
+    def sdpa(multiple: int) -> torch.Tensor:
+        q, k, v = (F.pad(side, (0, -side.shape[-1] % multiple)) for side in (sdpa_q, sdpa_k, sdpa_v))
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=sm_scale)
+        return output.transpose(1, 2)[valid][..., :value_head_dim]
+
+    plain = exact
+    if softcap is not None:
+        plain = reference.attend(q.double(), k.double(), v.double(), layout, left=left, right=right, sm_scale=sm_scale)
+
+    def relative(result: torch.Tensor, truth: torch.Tensor) -> float:
+        return float((result.double() - truth).norm() / truth.norm())
 
     padded_output = layout.query.scatter(output)
     if padded_output[~valid].abs().sum() != 0:
@@ -116,8 +144,11 @@ def measure_kernel_error(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         dtype=str(dtype).removeprefix("torch."),
-        causal=causal,
+        left=left,
+        right=right,
+        softcap=softcap,
         total_tokens=layout.query.total_tokens,
-        error=relative(layout.query.gather(padded_output)),
-        sdpa_error=relative(sdpa[valid]),
+        error=relative(layout.query.gather(padded_output), exact),
+        sdpa_error=relative(sdpa(1), plain),
+        fused_sdpa_error=relative(sdpa(8), plain),
     )

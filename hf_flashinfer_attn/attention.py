@@ -1,4 +1,4 @@
-"""One attention call on ragged tokens, from the decision to the numbers, with its record for `trace`."""
+"""One attention call on ragged tokens: the numbers, and the record of it for `trace`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from .backends import flashinfer, reference
 from .dispatch import AttentionRequest, Decision, Path, decide
 from .layout import RaggedLayout
-from .pattern import CAUSAL, FULL
+from .pattern import Pattern
 from .settings import current_settings
 from .trace import AttentionCall, is_tracing, record_call
 
-__all__ = ["RaggedCall", "attend_ragged", "needs_grad"]
+__all__ = ["RaggedCall", "attend_ragged", "decide_ragged", "needs_grad"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,9 @@ class RaggedCall:
         key: Shape `(total_key_tokens, kv_heads, head_dim)`.
         value: Shape `(total_key_tokens, kv_heads, value_head_dim)`.
         layout: Which tokens belong to which row.
-        causal: Whether a query sees no later key; aligned to the last key of a row.
+        pattern: Which keys of its row a query sees; a band.
         sm_scale: What logits are multiplied with.
+        softcap: Caps logits to `softcap * tanh(logits / softcap)`.
         dropout: Probability of dropping an attention weight.
         layer: What to call the layer in a trace.
     """
@@ -35,8 +36,9 @@ class RaggedCall:
     key: torch.Tensor
     value: torch.Tensor
     layout: RaggedLayout
-    causal: bool
+    pattern: Pattern
     sm_scale: float
+    softcap: float | None
     dropout: float
     layer: str
 
@@ -46,40 +48,59 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def attend_ragged(call: RaggedCall, decision: Decision | None = None) -> torch.Tensor:
-    """Runs a call on the path that `decision`, or else the dispatcher, chooses.
-
-    Returns:
-        Shape `(total_query_tokens, heads, value_head_dim)`.
+def decide_ragged(call: RaggedCall) -> Decision:
+    """Chooses the path of a call that comes without a mask.
 
     Raises:
         BackendUnavailableError: If the backend asked for by name cannot run.
         UnsupportedAttentionError: If a fallback is needed and forbidden.
     """
-    query, key, value = call.query, call.key, call.value
+    request = AttentionRequest(
+        pattern=call.pattern,
+        device=call.query.device,
+        dtype=call.query.dtype,
+        head_dim=max(call.query.shape[-1], call.value.shape[-1]),
+        needs_grad=needs_grad(call.query, call.key, call.value),
+        dropout=call.dropout,
+    )
+    return decide(request, current_settings())
+
+
+def attend_ragged(call: RaggedCall, decision: Decision) -> torch.Tensor:
+    """Runs a call on the ragged path that was decided on.
+
+    Returns:
+        Shape `(total_query_tokens, heads, value_head_dim)`.
+    """
+    query, value, pattern = call.query, call.value, call.pattern
     head_dim = max(query.shape[-1], value.shape[-1])
-    pattern = CAUSAL if call.causal else FULL
-    if decision is None:
-        request = AttentionRequest(
-            pattern=pattern,
-            device=query.device,
-            dtype=query.dtype,
-            head_dim=head_dim,
-            needs_grad=needs_grad(query, key, value),
-            dropout=call.dropout,
-        )
-        decision = decide(request, current_settings())
-    kernel, padded_head_dim = "torch", head_dim
+    name, padded_head_dim = "torch", head_dim
     if decision.path is Path.FLASHINFER:
-        choice = flashinfer.choose_kernel(query.device, head_dim)
-        kernel, padded_head_dim = f"flashinfer-{choice}", flashinfer.padded_head_dim(head_dim, choice)
+        kernel = flashinfer.choose_kernel(query.device, head_dim)
+        name, padded_head_dim = f"flashinfer-{kernel}", flashinfer.padded_head_dim(head_dim, kernel)
         output = flashinfer.attend(
-            query, key, value, call.layout, causal=call.causal, sm_scale=call.sm_scale, kernel=choice
+            query,
+            call.key,
+            value,
+            call.layout,
+            left=pattern.left,
+            right=pattern.right,
+            sm_scale=call.sm_scale,
+            softcap=call.softcap,
+            kernel=kernel,
         )
     else:
         output = reference.attend(
-            query, key, value, call.layout, causal=call.causal, sm_scale=call.sm_scale, dropout=call.dropout
+            query,
+            call.key,
+            value,
+            call.layout,
+            left=pattern.left,
+            right=pattern.right,
+            sm_scale=call.sm_scale,
+            softcap=call.softcap,
+            dropout=call.dropout,
         )
     if is_tracing():
-        record_call(AttentionCall(call.layer, pattern.name, kernel, head_dim, padded_head_dim, decision.reason))
+        record_call(AttentionCall(call.layer, pattern.name, name, head_dim, padded_head_dim, decision.reason))
     return output

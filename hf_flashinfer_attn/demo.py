@@ -2,8 +2,8 @@
 
 The model is all-MiniLM-L6-v2, six layers of twelve heads of 32: a head size that FlashInfer's kernels do not have. The
 passages are paragraphs of very different lengths. On a GPU they come in the order a program would meet them, so that
-batches hold much padding; on a CPU, where dropping padding from attention alone saves little, they are sorted by length,
-as programs that embed in bulk do. Nothing is downloaded: model and text come from installed packages.
+batches hold much padding; on a CPU, where dropping padding from attention alone saves little, they are sorted by
+length, as programs that embed in bulk do. Nothing is downloaded: model and text come from installed packages.
 """
 
 from __future__ import annotations
@@ -391,8 +391,6 @@ def embed(
     """
     if not texts:
         raise ValueError("there is nothing to embed; expected at least one text.")
-    if target.type == "cpu":
-        texts = _longest_first(tokenizer, texts)
     batches = _tokenise(tokenizer, texts, batch_size, model.device)
     return _embed_batches(model, _progress(batches, "embedding", progress))
 
@@ -611,7 +609,7 @@ def format_report(report: DemoReport, width: int = 100) -> str:
 
 
 def _speed(implementation: str, seconds: float, report: DemoReport) -> str:
-    return f"{implementation} {seconds:#.3g} s ({report.passages / seconds:,.0f} passages/s)"
+    return f"{implementation} {seconds:.2f} s ({report.passages / seconds:,.0f} passages/s)"
 
 
 def _wrap(text: str, label: str, width: int, max_lines: int | None = None) -> list[str]:

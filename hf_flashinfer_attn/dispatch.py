@@ -40,9 +40,10 @@ class AttentionRequest:
         needs_grad: Whether gradients must flow.
         dropout: Probability of dropping an attention weight in this call.
         output_attentions: Whether the weights themselves are asked for.
-        softcap: Whether logits are capped.
         sinks: Whether there are attention sinks.
         position_bias: Whether a bias is added to the logits.
+        mask_holes: Whether padding splits a row in which distances matter.
+        window_keeps_padded_queries: Whether distances matter, and padded queries, which have none, are kept.
         mask_shape_differs: Whether the mask was made for other lengths than those of this call.
         mask_modified: Whether the model wrote to the mask's values.
     """
@@ -54,9 +55,10 @@ class AttentionRequest:
     needs_grad: bool = False
     dropout: float = 0.0
     output_attentions: bool = False
-    softcap: bool = False
     sinks: bool = False
     position_bias: bool = False
+    mask_holes: bool = False
+    window_keeps_padded_queries: bool = False
     mask_shape_differs: bool = False
     mask_modified: bool = False
 
@@ -71,29 +73,47 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A feature that FlashInfer's kernels do not compute, and the path that does."""
+    """A feature that FlashInfer's kernels do not compute here, and the path that does.
 
+    Args:
+        feature: What the support table calls it.
+        path: Who computes it.
+        reason: Names the feature of a request that has it, None for one that has not.
+    """
+
+    feature: str
     path: Path
     reason: Callable[[AttentionRequest], str | None]
 
 
-def _dense_pattern(request: AttentionRequest) -> str | None:
-    return f"the mask {request.pattern.name}" if request.pattern.kind is PatternKind.DENSE else None
+def _flag(feature: str, path: Path, attribute: str) -> Rule:
+    return Rule(feature, path, lambda request: feature if getattr(request, attribute) else None)
 
 
 # In this order: what needs a whole mask first, then what only needs another kernel.
 RULES: tuple[Rule, ...] = (
-    Rule(Path.DENSE, lambda request: "output_attentions=True" if request.output_attentions else None),
-    Rule(Path.DENSE, lambda request: "attention sinks (s_aux)" if request.sinks else None),
-    Rule(Path.DENSE, lambda request: "softcap" if request.softcap else None),
-    Rule(Path.DENSE, lambda request: "position_bias" if request.position_bias else None),
-    Rule(Path.DENSE, _dense_pattern),
-    Rule(Path.DENSE, lambda request: "a mask of another shape than the call" if request.mask_shape_differs else None),
-    Rule(Path.DENSE, lambda request: "a mask that the model wrote to" if request.mask_modified else None),
-    Rule(Path.TORCH, lambda request: "gradients (the kernels are forward only)" if request.needs_grad else None),
-    Rule(Path.TORCH, lambda request: f"dropout {request.dropout}" if request.dropout > 0 else None),
-    Rule(Path.TORCH, lambda request: flashinfer.dtype_reason(request.dtype, request.device)),
-    Rule(Path.TORCH, lambda request: flashinfer.head_dim_reason(request.head_dim)),
+    _flag("output_attentions=True", Path.DENSE, "output_attentions"),
+    _flag("attention sinks (s_aux)", Path.DENSE, "sinks"),
+    _flag("position_bias", Path.DENSE, "position_bias"),
+    Rule(
+        "user 4D masks, additive masks, chunks, image blocks, any mask that is not recognised",
+        Path.DENSE,
+        lambda request: f"the mask {request.pattern.name}" if request.pattern.kind is PatternKind.DENSE else None,
+    ),
+    _flag("a window over padding with holes", Path.DENSE, "mask_holes"),
+    _flag("a window over padding in a layer that keeps padded queries", Path.DENSE, "window_keeps_padded_queries"),
+    _flag("a mask of another shape than the call", Path.DENSE, "mask_shape_differs"),
+    _flag("a mask that the model wrote to", Path.DENSE, "mask_modified"),
+    _flag("gradients (the kernels are forward only)", Path.TORCH, "needs_grad"),
+    Rule(
+        "dropout in training", Path.TORCH, lambda request: f"dropout {request.dropout}" if request.dropout > 0 else None
+    ),
+    Rule(
+        "float32 and other dtypes than float16 and bfloat16",
+        Path.TORCH,
+        lambda request: flashinfer.dtype_reason(request.dtype, request.device),
+    ),
+    Rule("head_dim above 256", Path.TORCH, lambda request: flashinfer.head_dim_reason(request.head_dim)),
 )
 
 
@@ -107,17 +127,17 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
     unavailable = flashinfer.unavailable_reason(request.device) if settings.backend != "torch" else None
     if settings.backend == "flashinfer" and unavailable is not None:
         raise BackendUnavailableError("flashinfer", *unavailable)
+    path, feature = Path.FLASHINFER, None
     for rule in RULES:
         if (feature := rule.reason(request)) is not None:
+            path = rule.path
             break
-    else:
-        rule, feature = Rule(Path.FLASHINFER, lambda request: None), None
     on_torch = settings.backend == "torch" or unavailable is not None
     if on_torch:
         # Not a fallback but the backend in force, unless a whole mask is needed.
         if unavailable is not None:
             _log_once(f"attention runs on the torch backend: {unavailable[0]}")
-        return Decision(Path.DENSE, feature) if rule.path is Path.DENSE else Decision(Path.TORCH, None)
+        return Decision(Path.DENSE, feature) if path is Path.DENSE else Decision(Path.TORCH, None)
     if feature is None:
         return Decision(Path.FLASHINFER, None)
     if settings.backend == "flashinfer" or settings.strict:
@@ -125,10 +145,10 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
         raise UnsupportedAttentionError(
             f"FlashInfer's kernels do not compute {feature}, and {named} forbids a fallback",
             "Use hf_flashinfer_attn.configure(backend='auto', strict=False) to let "
-            f"{'dense' if rule.path is Path.DENSE else 'torch'} attention serve such calls.",
+            f"{'dense' if path is Path.DENSE else 'torch'} attention serve such calls.",
         )
-    _log_once(f"falling back to {rule.path.value} attention: {feature}")
-    return Decision(rule.path, feature)
+    _log_once(f"falling back to {path.value} attention: {feature}")
+    return Decision(path, feature)
 
 
 _logged: set[str] = set()

@@ -1,85 +1,31 @@
-"""All that touches transformers: registration, the mask function, the attention function.
-
-Private names of transformers are used here and nowhere else; `tests/test_registration.py` guards them per version.
-"""
+"""The two functions that transformers calls: the mask function, once per forward, and the attention function."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig
-from transformers import modeling_flash_attention_utils as flash_utils
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, eager_mask
+from transformers import PreTrainedConfig
+from transformers.masking_utils import causal_mask_function, eager_mask
 
 from .attention import RaggedCall, attend_ragged, needs_grad
 from .backends import dense
-from .dispatch import AttentionRequest, Decision, Path, decide
+from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
-from .layout import RaggedLayout, uniform_layout
+from .layout import LengthsRead, RaggedLayout, uniform_layout
 from .mask import MaskSpec, RaggedMask
-from .pattern import CAUSAL, FULL, Pattern, PatternKind, recognise
+from .pattern import CAUSAL, FULL, Pattern, dense_pattern, recognise
 from .settings import current_settings
-from .trace import AttentionCall, is_tracing, record_call
-from .varlen import flash_attn_func, flash_attn_varlen_func
+from .trace import AttentionCall, is_tracing, record_call, record_host_copy
 
-__all__ = ["NAME", "attention_forward", "attention_mask", "register"]
+__all__ = ["NAME", "PAGED_NAME", "attention_forward", "attention_mask", "refuse_paged"]
 
 NAME = "flashinfer"
 PAGED_NAME = f"paged|{NAME}"
-
-
-def register() -> None:
-    """Registers "flashinfer" with transformers; done on import, and harmless to repeat.
-
-    Raises:
-        RuntimeError: If this version of transformers has no hook of the known shape.
-
-    Examples:
-        >>> import hf_flashinfer_attn
-        >>> hf_flashinfer_attn.register()
-        >>> from transformers import AttentionInterface
-        >>> "flashinfer" in AttentionInterface().valid_keys()
-        True
-    """
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, attention_mask)
-    AttentionInterface.register(PAGED_NAME, _paged_forward)
-    AttentionMaskInterface.register(PAGED_NAME, attention_mask)
-    _answer_flash_imports()
-
-
-def _answer_flash_imports() -> None:
-    """Makes transformers' loader of flash kernels answer for our name.
-
-    transformers 5.x takes every name with "flash" in it for a flash-attention kernel, and asks this loader for the
-    kernel's functions before it builds a model; for an unknown name the loader looks for a hub repository and raises.
-    """
-    original = getattr(flash_utils, "_lazy_imports", None)
-    if getattr(original, "_answers_flashinfer", False):
-        return
-    parameters = list(inspect.signature(original).parameters) if callable(original) else []
-    if parameters[:1] != ["implementation"] or not callable(original):
-        import transformers
-
-        raise RuntimeError(
-            f"transformers {transformers.__version__} is not supported: modeling_flash_attention_utils._lazy_imports "
-            f"takes {parameters}, expected 'implementation' first. Install transformers>=5.5,<6."
-        )
-    loader: Callable[..., Any] = original
-
-    @functools.wraps(loader)
-    def lazy_imports(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-        if implementation in (NAME, PAGED_NAME):
-            pad, unpad = flash_utils._pad_input, flash_utils._unpad_input
-            return flash_attn_func, flash_attn_varlen_func, None, pad, unpad
-        return loader(implementation, *args, **kwargs)
-
-    lazy_imports._answers_flashinfer = True  # type: ignore[attr-defined]
-    flash_utils._lazy_imports = lazy_imports
 
 
 def attention_mask(
@@ -131,14 +77,21 @@ def attention_mask(
         )
         return mask
 
+    pattern, packed = recognise(mask_function)
+    if packed is not None and (padding_mask is not None or q_length != kv_length):
+        pattern, packed = dense_pattern("packed sequences with padding"), None
+    if isinstance(q_offset, torch.Tensor) and q_offset.is_cuda:
+        record_host_copy()
     spec = MaskSpec(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
+        # A static cache counts its tokens on the device.
         q_offset=int(q_offset),
         kv_offset=kv_offset,
         padding_mask=padding_mask,
-        pattern=recognise(mask_function),
+        pattern=pattern,
+        packed=packed,
         densify=densify,
     )
     return RaggedMask(spec, dtype, torch.device(device))
@@ -160,6 +113,7 @@ def attention_forward(
     output_attentions: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     cache: object | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -182,6 +136,7 @@ def attention_forward(
         output_attentions: Whether to return the weights.
         cu_seq_lens_q: Offsets of packed sequences.
         cu_seq_lens_k: The same of the keys.
+        position_ids: Tells images apart in Pixtral's vision tower, which gives a flash kernel nothing else to.
         cache: The paged cache of continuous batching.
 
     Returns:
@@ -192,31 +147,22 @@ def attention_forward(
         UnsupportedAttentionError: If the request is not supported, or needs a fallback that was forbidden.
     """
     if cache is not None:
-        _paged_forward()
-    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        raise UnsupportedAttentionError(
-            "packed sequences (cu_seq_lens_q, cu_seq_lens_k)",
-            "Pass padded input with an attention_mask, or use attn_implementation='sdpa' or 'eager' with a 4D mask.",
-        )
+        refuse_paged()
     sm_scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    causal = _is_causal(module, is_causal)
+    if query.is_cuda and query.dtype == torch.float32:
+        query, key, value = _cast_as_flash(module, query, key, value)
     mask = attention_mask
+    lazy = mask if isinstance(mask, RaggedMask) else None
+    if mask is None and cu_seq_lens_q is None and position_ids is not None and type(module).__name__ in _PACKED_IMAGES:
+        cu_seq_lens_q = cu_seq_lens_k = _image_offsets(position_ids)
+    offsets = None if cu_seq_lens_q is None and cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
+    pattern = _pattern_of(module, mask, is_causal)
     if mask is None and sliding_window is not None and key.shape[2] > sliding_window:
         raise UnsupportedAttentionError(
             f"sliding_window={sliding_window} without a mask over {key.shape[2]} keys",
             "Use attn_implementation='eager' for this model.",
         )
-    if isinstance(mask, RaggedMask):
-        pattern = mask.spec.pattern
-    elif mask is None or mask.ndim == 2:
-        pattern = CAUSAL if causal else FULL
-    elif mask.ndim == 4:
-        pattern = Pattern(PatternKind.DENSE, "given as a 4D tensor")
-    else:
-        raise UnsupportedAttentionError(
-            f"an attention mask of shape {tuple(mask.shape)}, expected 2 or 4 dimensions",
-            "Use attn_implementation='eager' for this model.",
-        )
+    keep_padded_queries = not _padded_queries_are_idle(module)
     request = AttentionRequest(
         pattern=pattern,
         device=query.device,
@@ -225,21 +171,23 @@ def attention_forward(
         needs_grad=needs_grad(query, key, value, position_bias, s_aux),
         dropout=dropout,
         output_attentions=bool(output_attentions),
-        softcap=softcap is not None,
         sinks=s_aux is not None,
         position_bias=position_bias is not None,
-        mask_shape_differs=isinstance(mask, RaggedMask) and not _fits(mask.spec, query, key),
-        mask_modified=isinstance(mask, RaggedMask) and mask.was_modified,
+        mask_holes=lazy is not None and lazy.has_holes,
+        window_keeps_padded_queries=(
+            lazy is not None and pattern.is_window and keep_padded_queries and lazy.has_padding
+        ),
+        mask_shape_differs=lazy is not None and not _fits(lazy.spec, query, key),
+        mask_modified=lazy is not None and lazy.was_modified,
     )
     decision = decide(request, current_settings())
     layer = _layer_name(module)
     if decision.path is Path.DENSE:
-        bias = _dense_mask(mask, position_bias, query, key, causal)
         output, weights = dense.attend(
             query,
             key,
             value,
-            bias,
+            _dense_mask(mask, offsets, position_bias, query, key, pattern),
             sm_scale=sm_scale,
             softcap=softcap,
             sinks=s_aux,
@@ -250,24 +198,10 @@ def attention_forward(
             head_dim = request.head_dim
             record_call(AttentionCall(layer, pattern.name, "dense", head_dim, head_dim, decision.reason))
         return output, weights
-    return _attend_padded(module, query, key, value, mask, pattern, sm_scale, dropout, layer, decision), None
-
-
-def _attend_padded(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    pattern: Pattern,
-    sm_scale: float,
-    dropout: float,
-    layer: str,
-    decision: Decision,
-) -> torch.Tensor:
-    """Gathers padded tensors, attends on ragged ones, and scatters the result."""
-    if isinstance(mask, RaggedMask):
-        layout = mask.layout_of_forward(keep_padded_queries=not _attends_to_itself(module))
+    if offsets is not None:
+        layout = _packed_layout(lazy, *offsets, query, key)
+    elif lazy is not None:
+        layout = lazy.layout_of_forward(keep_padded_queries=keep_padded_queries)
     elif mask is None:
         layout = uniform_layout(query.shape[0], query.shape[2], key.shape[2])
     else:
@@ -277,12 +211,115 @@ def _attend_padded(
         key=layout.key.gather(key.transpose(1, 2)),
         value=layout.key.gather(value.transpose(1, 2)),
         layout=layout,
-        causal=pattern.is_causal,
+        pattern=pattern,
         sm_scale=sm_scale,
+        softcap=softcap,
         dropout=dropout,
         layer=layer,
     )
-    return layout.query.scatter(attend_ragged(call, decision))
+    return layout.query.scatter(attend_ragged(call, decision)), None
+
+
+def _pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bool | None) -> Pattern:
+    if isinstance(mask, RaggedMask):
+        return mask.spec.pattern
+    if mask is None or mask.ndim == 2:
+        # Only where no mask helper was called: a mask knows better than a module (UMT5's decoder says False).
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        return CAUSAL if causal else FULL
+    if mask.ndim == 4:
+        return dense_pattern("given as a 4D tensor")
+    raise UnsupportedAttentionError(
+        f"an attention mask of shape {tuple(mask.shape)}, expected 2 or 4 dimensions",
+        "Use attn_implementation='eager' for this model.",
+    )
+
+
+def _cast_as_flash(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Casts float32 input as transformers does for flash kernels: to autocast's dtype, or to that of the layer.
+
+    Layer norms kept in float32, as PEFT keeps them, hand float32 to attention in a half-precision model.
+    """
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    else:
+        weights = (parameter.dtype for parameter in module.parameters() if parameter.ndim == 2)
+        dtype = next(weights, torch.float32)
+    return (query.to(dtype), key.to(dtype), value.to(dtype)) if dtype.itemsize == 2 else (query, key, value)
+
+
+def _packed_layout(
+    lazy: RaggedMask | None,
+    query_offsets: torch.Tensor | None,
+    key_offsets: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+) -> RaggedLayout:
+    """Returns the layout of packed sequences, read once per forward: it rides on the mask, or else on the offsets."""
+    if query_offsets is None or key_offsets is None:
+        raise UnsupportedAttentionError(
+            "one of cu_seq_lens_q and cu_seq_lens_k without the other", "Pass both, or neither with a padding mask."
+        )
+    if lazy is not None and lazy.has_padding:
+        raise UnsupportedAttentionError(
+            "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
+            "Packed input has no padding: leave the attention_mask out.",
+        )
+    shapes = ((query.shape[0], query.shape[2]), (key.shape[0], key.shape[2]))
+    carrier: Any = query_offsets if lazy is None else lazy
+    versions = None if query_offsets.is_inference() else (query_offsets._version, key_offsets._version)
+    known: _PackedLayout | None = getattr(carrier, "_packed_layout", None)
+    if known is not None and known.is_of(query_offsets, key_offsets, versions, shapes):
+        return known.layout
+    layout = RaggedLayout.from_offsets(query_offsets, key_offsets, *shapes)
+    # Without a version counter nothing tells whether offsets that outlive the forward were written to.
+    if lazy is not None or versions is not None:
+        carrier._packed_layout = _PackedLayout(id(query_offsets), key_offsets, versions, shapes, layout)
+    return layout
+
+
+def _image_offsets(position_ids: torch.Tensor) -> torch.Tensor:
+    """Returns the offsets of packed images, int32 on the host, from patch positions that restart at zero.
+
+    Positions are `(tokens, 2)` pairs, or numbers `(1, tokens)` in older versions of transformers. The offsets ride on
+    them, since every layer is handed the same tensor.
+    """
+    version = None if position_ids.is_inference() else position_ids._version
+    known: tuple[int | None, torch.Tensor] | None = getattr(position_ids, "_image_offsets", None)
+    if known is not None and version is not None and known[0] == version:
+        return known[1]
+    starts = (position_ids == 0).all(-1) if position_ids.shape[-1] == 2 else position_ids.flatten() == 0
+    flags: list[bool] = LengthsRead(starts).values
+    offsets = torch.tensor([at for at, start in enumerate(flags) if start] + [len(flags)], dtype=torch.int32)
+    position_ids._image_offsets = (version, offsets)  # type: ignore[attr-defined]
+    return offsets
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedLayout:
+    """A layout and the offsets that it was read from, as they were then."""
+
+    query_offsets_id: int
+    key_offsets: torch.Tensor
+    versions: tuple[int, int] | None
+    shapes: tuple[tuple[int, int], tuple[int, int]]
+    layout: RaggedLayout
+
+    def is_of(
+        self,
+        query_offsets: torch.Tensor,
+        key_offsets: torch.Tensor,
+        versions: tuple[int, int] | None,
+        shapes: tuple[tuple[int, int], tuple[int, int]],
+    ) -> bool:
+        return (
+            self.query_offsets_id == id(query_offsets)
+            and self.key_offsets is key_offsets
+            and (self.versions, self.shapes) == (versions, shapes)
+        )
 
 
 def _layout_of_2d_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> RaggedLayout:
@@ -298,35 +335,46 @@ def _layout_of_2d_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tenso
 
 def _dense_mask(
     mask: torch.Tensor | None,
+    offsets: tuple[torch.Tensor | None, torch.Tensor | None] | None,
     position_bias: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
-    causal: bool,
+    pattern: Pattern,
 ) -> torch.Tensor | None:
     """Returns the whole mask of a call, bool or additive, with the bias in it."""
+    q_length, kv_length = query.shape[2], key.shape[2]
     if isinstance(mask, RaggedMask):
         mask = mask.dense()
-    elif mask is None and causal and query.shape[2] > 1:
-        q_length, kv_length = query.shape[2], key.shape[2]
+    elif mask is None and pattern.is_causal and q_length > 1:
         mask = torch.ones(q_length, kv_length, dtype=torch.bool, device=query.device).tril(kv_length - q_length)
     elif mask is not None and mask.ndim == 2:
         mask = mask.to(torch.bool)[:, None, None, :]
+        if pattern.is_causal:
+            mask = mask & mask.new_ones(q_length, kv_length).tril(kv_length - q_length)
     if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool:
         mask = mask.to(torch.bool)
+    if offsets is not None and offsets[0] is not None and offsets[1] is not None:
+        query_owners, key_owners = _owners(query, offsets[0]), _owners(key, offsets[1])
+        mask = _intersect(mask, (query_owners[:, :, None] == key_owners[:, None, :])[:, None])
     if position_bias is None or mask is None:
         return mask if position_bias is None else position_bias
-    if mask.dtype == torch.bool:
-        return position_bias.masked_fill(~mask, torch.finfo(position_bias.dtype).min)
-    return position_bias + mask
+    return _intersect(position_bias, mask) if mask.dtype == torch.bool else position_bias + mask
+
+
+def _owners(side: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Returns the packed sequence of each token, counted over all rows, shape `(batch, tokens)`."""
+    tokens = torch.arange(side.shape[0] * side.shape[2], device=offsets.device)
+    return torch.bucketize(tokens, offsets[1:], right=True).view(side.shape[0], side.shape[2]).to(side.device)
+
+
+def _intersect(mask: torch.Tensor | None, allowed: torch.Tensor) -> torch.Tensor:
+    if mask is None:
+        return allowed
+    return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
 
 
 def _fits(spec: MaskSpec, query: torch.Tensor, key: torch.Tensor) -> bool:
     return (spec.batch_size, spec.q_length, spec.kv_length) == (query.shape[0], query.shape[2], key.shape[2])
-
-
-def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
-    # Only asked where no mask helper was called: a mask knows better than a module (UMT5's decoder says False).
-    return bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
 
 
 def _layer_name(module: torch.nn.Module) -> str:
@@ -343,6 +391,12 @@ _OWN_SEQUENCE = frozenset(
         "codebook_idx", "cycle_offset", "sliding_window", "rotary_pos_emb", "deterministic",
     }
 )  # fmt: skip
+# SigLIP's text tower pools the last position, padding or not; Conformers, and adapters on speech models, convolve over
+# the hidden states of padding; recurrent layers carry them on.
+_PADDING_IS_READ = frozenset(
+    {"SiglipAttention", "Siglip2Attention", "RecurrentGemmaAttention", "RecurrentGemmaSdpaAttention"}
+)
+_PACKED_IMAGES = frozenset({"PixtralAttention"})
 # Takes for a second sequence that these encoder-only models never give.
 _SECOND_SEQUENCE = frozenset({"key_value_states", "encoder_hidden_states", "encoder_attention_mask"})
 _ENCODER_ONLY_LAYERS = frozenset(
@@ -358,22 +412,31 @@ def _inputs_of(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
-def _attends_to_itself(module: torch.nn.Module) -> bool:
-    """Whether the queries of a layer are the tokens that its padding mask speaks of, for certain.
+def _padded_queries_are_idle(module: torch.nn.Module) -> bool:
+    """Whether nothing valid depends on the queries that a layer's padding mask calls padding, for certain.
 
     A mask function cannot tell cross-attention to a sequence of equal length from self-attention; a layer that takes
-    nothing but its own hidden states can only be the latter. Where in doubt, padded queries are kept: slower, right.
+    nothing but its own hidden states can only be the latter. And some models read the hidden states of padding later.
+    Where in doubt, padded queries are kept: slower, right.
     """
     layer = type(module)
+    name = layer.__name__
+    if (
+        name in _PADDING_IS_READ
+        or "Conformer" in name
+        or getattr(getattr(module, "config", None), "add_adapter", False)
+    ):
+        return False
     inputs = _inputs_of(layer.forward)
-    if layer.__name__ in _ENCODER_ONLY_LAYERS:
+    if name in _ENCODER_ONLY_LAYERS:
         config: PreTrainedConfig | None = getattr(module, "config", None)
         if not getattr(config, "add_cross_attention", False) and not getattr(config, "is_decoder", False):
             inputs = inputs - _SECOND_SEQUENCE
     return inputs <= _OWN_SEQUENCE
 
 
-def _paged_forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+def refuse_paged(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Stands where continuous batching looks for an attention function, and says that there is none."""
     raise UnsupportedAttentionError(
         f"continuous batching (attn_implementation={PAGED_NAME!r})",
         "Use attn_implementation='paged|sdpa' for continuous batching.",

@@ -7,6 +7,7 @@ is `[cu_seqlens[i], cu_seqlens[i + 1])`. Kernels plan from lengths on the host a
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Hashable, Sequence
 from itertools import accumulate
@@ -21,7 +22,7 @@ __all__ = ["LengthsRead", "RaggedLayout", "RaggedSide", "uniform_layout"]
 
 
 class LengthsRead:
-    """A device-to-host copy of row lengths, started at construction and waited for in `wait`.
+    """A device-to-host copy of row lengths, started at construction and waited for when `values` is first used.
 
     This is the one place where the package makes the host wait for the GPU. The copy goes to pinned memory while the
     model's first projections are still being launched, so that the wait is short.
@@ -49,8 +50,9 @@ class LengthsRead:
         else:
             self._host = counts.to("cpu")
 
-    def wait(self) -> Any:
-        """Returns the counts as (nested) lists of int, waiting for the copy if it is under way."""
+    @functools.cached_property
+    def values(self) -> Any:
+        """The counts as (nested) lists of int; the first use waits for the copy if it is under way."""
         if self._event is not None:
             self._event.synchronize()
         if not self._on_cpu:
@@ -144,7 +146,9 @@ class RaggedLayout:
     def __init__(self, query: RaggedSide, key: RaggedSide | None = None) -> None:
         self.query = query
         self.key = query if key is None else key
+        # What backends derive from the layout, so that it lives and dies with the forward.
         self.plans: dict[Hashable, Any] = {}
+        self.derived: dict[Hashable, Any] = {}
         self.lock = threading.Lock()
         record_layout()
 
@@ -156,7 +160,7 @@ class RaggedLayout:
     def from_padding_mask(cls, padding_mask: torch.Tensor) -> RaggedLayout:
         """Makes a self-attention layout from a 2D mask of ones and zeros, waiting for one device-to-host copy."""
         valid = padding_mask.to(torch.bool)
-        lengths = LengthsRead(valid.sum(-1, dtype=torch.int32)).wait()
+        lengths = LengthsRead(valid.sum(-1, dtype=torch.int32)).values
         return cls(RaggedSide(lengths, (valid.shape[0], valid.shape[1]), valid))
 
     @classmethod
@@ -164,6 +168,43 @@ class RaggedLayout:
         """Makes a layout of packed input, shape `(1, total_tokens, ...)`, where there is no padding to drop."""
         query = RaggedSide(query_lengths, (1, sum(query_lengths)), None)
         return cls(query, None if key_lengths is None else RaggedSide(key_lengths, (1, sum(key_lengths)), None))
+
+    @classmethod
+    def from_offsets(
+        cls,
+        query_offsets: torch.Tensor,
+        key_offsets: torch.Tensor,
+        query_shape: tuple[int, int],
+        key_shape: tuple[int, int],
+    ) -> RaggedLayout:
+        """Makes a layout of packed input from cu_seqlens, waiting for one device-to-host copy if they are on a GPU.
+
+        Args:
+            query_offsets: Integers, shape `(sequences + 1,)`.
+            key_offsets: The same of the keys; may be the very same tensor.
+            query_shape: Rows and slots of the packed queries, usually `(1, total_tokens)`.
+            key_shape: The same of the keys.
+
+        Raises:
+            ValueError: If offsets do not start at 0, decrease, or do not end at the number of slots.
+        """
+        same = query_offsets is key_offsets
+        read = LengthsRead(query_offsets if same else torch.stack([query_offsets, key_offsets])).values
+        sides = [
+            RaggedSide(_lengths_of(offsets, shape), shape, None)
+            for offsets, shape in zip([read] if same else read, (query_shape, key_shape))
+        ]
+        return cls(*sides)
+
+
+def _lengths_of(offsets: Sequence[int], shape: tuple[int, int]) -> list[int]:
+    lengths = [end - start for start, end in itertools.pairwise(offsets)]
+    if offsets[0] != 0 or offsets[-1] != shape[0] * shape[1] or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens from {offsets[0]} to {offsets[-1]} do not describe {shape[0] * shape[1]} packed tokens: "
+            "expected offsets that start at 0, never decrease, and end at the number of tokens."
+        )
+    return lengths
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,6 +7,7 @@ real values: the mask is made dense on first use, by transformers' own function 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class MaskSpec:
         kv_offset: Position of the first key.
         padding_mask: Valid positions, bool, shape `(batch, >= kv_offset + kv_length)`; None when all are.
         pattern: What the mask function was recognised as.
+        packed: The sequence that each position belongs to, shape `(batch, q_length)`; None unless packed.
         densify: Makes the additive mask of eager attention, shape `(batch, 1, q_length, kv_length)`.
     """
 
@@ -43,6 +45,7 @@ class MaskSpec:
     kv_offset: int
     padding_mask: torch.Tensor | None
     pattern: Pattern
+    packed: torch.Tensor | None
     densify: Callable[[torch.dtype, torch.device], torch.Tensor]
 
 
@@ -61,6 +64,9 @@ class _LazyLayout:
         if spec.pattern.is_causal:
             end = min(end, spec.q_offset + spec.q_length)
         self._seen_keys = end - spec.kv_offset
+        if spec.packed is not None:
+            self._read = LengthsRead(spec.packed)
+            return
         if spec.padding_mask is None:
             return
         self._key_valid = spec.padding_mask[:, spec.kv_offset : end]
@@ -72,7 +78,22 @@ class _LazyLayout:
             else:
                 self._query_valid = spec.padding_mask[:, spec.q_offset : spec.q_offset + spec.q_length]
         counts = [side.sum(-1, dtype=torch.int32) for side in (self._query_valid, self._key_valid)]
+        if spec.pattern.is_window:
+            starts = F.pad(self._key_valid, (1, 0)).to(torch.int8).diff(dim=1) == 1
+            counts.append(starts.sum(-1, dtype=torch.int32))
         self._read = LengthsRead(torch.stack(counts))
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether padding splits a row whose distances matter; waits for the copy of the lengths."""
+        if self._read is None or self._spec.packed is not None or not self._spec.pattern.is_window:
+            return False
+        return max(self._read.values[2], default=0) > 1
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any slot is padding; waits for the copy of the lengths."""
+        return self._spec.padding_mask is not None and not self.get(False).key.is_full
 
     def get(self, keep_padded_queries: bool) -> RaggedLayout:
         # A causal query is always of the sequence that the mask speaks of.
@@ -84,6 +105,9 @@ class _LazyLayout:
     def _make(self, keep_padded_queries: bool) -> RaggedLayout:
         spec = self._spec
         queries, keys = (spec.batch_size, spec.q_length), (spec.batch_size, spec.kv_length)
+        if spec.packed is not None and self._read is not None:
+            rows = (itertools.groupby(row) for row in self._read.values)
+            return RaggedLayout(RaggedSide([len(list(run)) for row in rows for _, run in row], queries, None))
         if self._sides is None:
             query_counts, key_counts = self._counts()
             query = RaggedSide(query_counts, queries, self._query_valid)
@@ -105,7 +129,7 @@ class _LazyLayout:
             self._query_valid = torch.ones(spec.batch_size, spec.q_length, dtype=torch.bool)
             self._key_valid = torch.ones(spec.batch_size, self._seen_keys, dtype=torch.bool)
             return [spec.q_length] * spec.batch_size, [self._seen_keys] * spec.batch_size
-        query_counts, key_counts = self._read.wait()
+        query_counts, key_counts, *_ = self._read.values
         return query_counts, key_counts
 
 
@@ -173,6 +197,16 @@ class RaggedMask(torch.Tensor):
                 keys alone.
         """
         return self._lazy_layout.get(keep_padded_queries)
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether padding splits a row in which distances matter, so that ragged neighbours are not true ones."""
+        return self._lazy_layout.has_holes
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any slot is padding."""
+        return self._lazy_layout.has_padding
 
     def dense(self) -> torch.Tensor:
         """Returns the additive mask as a plain tensor, shape `(batch, 1, q_length, kv_length)`."""

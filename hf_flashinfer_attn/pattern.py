@@ -1,20 +1,29 @@
-"""Which attention a transformers mask function asks for: full, causal, or something only a dense mask can express."""
+"""Which attention a transformers mask function asks for: a band around the diagonal, packed sequences, or neither.
+
+Full, causal and sliding-window attention are all bands: a query sees the keys from `left` before to `right` after its
+own position. transformers composes mask functions from closures; those that hold nothing but numbers are evaluated on
+probe positions and recognised by what they answer, whichever of the many spellings they have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from types import FunctionType
 
 import torch
+from transformers import masking_utils
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-__all__ = ["CAUSAL", "FULL", "Pattern", "PatternKind", "recognise"]
+__all__ = ["CAUSAL", "FULL", "Pattern", "PatternKind", "dense_pattern", "recognise"]
+
+MaskFunction = Callable[..., torch.Tensor]
 
 
 class PatternKind(Enum):
-    FULL = "full"
-    CAUSAL = "causal"
+    BAND = "band"
     DENSE = "dense"
 
 
@@ -23,35 +32,174 @@ class Pattern:
     """Which keys a query may see, padding aside.
 
     Args:
-        kind: FULL and CAUSAL run on ragged tokens; DENSE needs the whole mask.
-        name: What to call it in a message, such as "sliding_window_overlay".
+        kind: A BAND runs on ragged tokens; DENSE needs the whole mask.
+        name: What to call it in a message, such as "causal" or "sliding_window_overlay".
+        left: How many keys before its own position a query sees; None for all.
+        right: How many keys after its own position a query sees; None for all, 0 for causal attention.
     """
 
     kind: PatternKind
     name: str
+    left: int | None = None
+    right: int | None = None
+
+    @property
+    def is_window(self) -> bool:
+        """Whether distances matter, beyond before and after."""
+        return self.kind is PatternKind.BAND and (self.left is not None or self.right not in (None, 0))
 
     @property
     def is_causal(self) -> bool:
-        return self.kind is PatternKind.CAUSAL
+        """Whether no query sees a later key."""
+        return self.kind is PatternKind.BAND and self.right == 0
 
 
-FULL = Pattern(PatternKind.FULL, "full")
-CAUSAL = Pattern(PatternKind.CAUSAL, "causal")
+FULL = Pattern(PatternKind.BAND, "full")
+CAUSAL = Pattern(PatternKind.BAND, "causal", right=0)
 
 
-def recognise(mask_function: Callable[..., torch.Tensor]) -> Pattern:
-    """Labels a mask function. What is not known for certain is DENSE: a guess would be a silently wrong number."""
-    if mask_function is bidirectional_mask_function:
+def dense_pattern(name: str) -> Pattern:
+    return Pattern(PatternKind.DENSE, name)
+
+
+def _band(left: int | None, right: int | None) -> Pattern:
+    if left is None and right is None:
         return FULL
-    if mask_function is causal_mask_function:
+    if left is None and right == 0:
         return CAUSAL
-    return Pattern(PatternKind.DENSE, _describe(mask_function))
+    bounds = "{} before".format("all" if left is None else left), "{} after".format("all" if right is None else right)
+    return Pattern(PatternKind.BAND, f"window ({', '.join(bounds)})", left, right)
 
 
-def _describe(mask_function: Callable[..., torch.Tensor]) -> str:
+def recognise(mask_function: MaskFunction) -> tuple[Pattern, torch.Tensor | None]:
+    """Labels a mask function. What is not known for certain is DENSE: a guess would be a silently wrong number.
+
+    Args:
+        mask_function: As transformers' mask helpers hand it to a mask interface.
+
+    Returns:
+        The pattern; and, for packed sequences, the sequence that each position belongs to, shape `(batch, tokens)`.
+    """
+    if mask_function is bidirectional_mask_function:
+        return FULL, None
+    if mask_function is causal_mask_function:
+        return CAUSAL, None
+    packed: list[torch.Tensor] = []
+    bands: list[Pattern | None] = []
+    for term in _terms(mask_function):
+        if (sequences := _packed_sequences(term)) is not None:
+            packed.append(sequences)
+        else:
+            structure = _structure(term)
+            bands.append(None if structure is None else _probe(structure, _Unhashed(term)))
+    known = [band for band in bands if band is not None]
+    if len(packed) > 1 or len(known) < len(bands):
+        return dense_pattern(_describe(mask_function)), None
+    left = min((band.left for band in known if band.left is not None), default=None)
+    right = min((band.right for band in known if band.right is not None), default=None)
+    return _band(left, right), packed[0] if packed else None
+
+
+def _terms(mask_function: MaskFunction) -> Iterator[MaskFunction]:
+    """Takes an intersection of mask functions apart."""
+    if _is_made_by(mask_function, "and_masks"):
+        for part in _closure(mask_function)["mask_functions"]:  # type: ignore[attr-defined]
+            yield from _terms(part)
+    elif _is_made_by(mask_function, "remap_positions_for_packed_sequence"):
+        # Positions restart at every packed sequence; in a band only differences within one count.
+        yield from _terms(_closure(mask_function)["mask_function"])  # type: ignore[arg-type]
+    else:
+        yield mask_function
+
+
+def _packed_sequences(mask_function: MaskFunction) -> torch.Tensor | None:
+    if not _is_made_by(mask_function, "packed_sequence_mask_function"):
+        return None
+    sequences = _closure(mask_function)["packed_sequence_mask"]
+    return sequences if isinstance(sequences, torch.Tensor) else None
+
+
+def _is_made_by(mask_function: MaskFunction, maker: str) -> bool:
+    """Whether a closure was made by a function of transformers' masking module."""
+    return (
+        getattr(mask_function, "__module__", None) == masking_utils.__name__
+        and getattr(mask_function, "__qualname__", "").split(".<locals>")[0] == maker
+    )
+
+
+def _closure(mask_function: MaskFunction) -> dict[str, object]:
+    if not isinstance(mask_function, FunctionType):
+        return {}
+    cells = mask_function.__closure__ or ()
+    return dict(zip(mask_function.__code__.co_freevars, (cell.cell_contents for cell in cells)))
+
+
+def _structure(mask_function: object) -> Hashable | None:
+    """What a function computes, as a value: its code and the numbers and functions it closes over, all transformers'.
+
+    None if it closes over anything else, or is somebody else's: then nothing is known of it.
+    """
+    if isinstance(mask_function, (bool, int)):
+        return mask_function
+    if isinstance(mask_function, tuple):
+        parts = tuple(_structure(part) for part in mask_function)
+        return None if None in parts else parts
+    if not isinstance(mask_function, FunctionType):
+        return None
+    if not mask_function.__module__.startswith("transformers.") or mask_function.__defaults__:
+        return None
+    closed = tuple(_structure(value) for value in _closure(mask_function).values())
+    return None if None in closed else (mask_function.__code__, *closed)
+
+
+class _Unhashed:
+    """Rides along in a cached call without being part of its key."""
+
+    def __init__(self, function: MaskFunction) -> None:
+        self.function = function
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unhashed)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _numbers(structure: Hashable) -> Iterator[int]:
+    if isinstance(structure, int):
+        yield int(structure)
+    elif isinstance(structure, tuple):
+        for part in structure:
+            yield from _numbers(part)
+
+
+@functools.lru_cache(maxsize=256)
+def _probe(structure: Hashable, term: _Unhashed) -> Pattern | None:
+    """Evaluates a function around every position where it could change its mind; None if it is no band."""
+    numbers = {abs(number) for number in _numbers(structure)}
+    reach = 2 * max(numbers, default=0) + 8
+    # Positions next to multiples of its numbers tell a band from blocks, which start at such multiples.
+    anchors = {0, 1, 2, 3, reach, reach + 1}
+    for number in numbers:
+        anchors |= {multiple * number + step for multiple in range(1, 5) for step in (-1, 0, 1)}
+    queries = torch.tensor(sorted(anchor for anchor in anchors if anchor >= 0), device="cpu")[:, None]
+    distances = torch.arange(-reach, reach + 1, device="cpu")
+    keys = queries + distances
+    zero = torch.zeros((), dtype=torch.long, device="cpu")
+    answers = term.function(zero, zero, queries, keys).broadcast_to(keys.shape)
+    real = keys >= 0
+    visible = (answers & real).any(0)
+    if not torch.equal(answers & real, visible & real) or not visible[reach]:
+        return None
+    seen = distances[visible]
+    first, last = int(seen[0]), int(seen[-1])
+    if last - first + 1 != len(seen):
+        return None
+    return _band(None if first == -reach else -first, None if last == reach else last)
+
+
+def _describe(mask_function: object) -> str:
     name = getattr(mask_function, "__qualname__", type(mask_function).__name__).split(".<locals>")[0]
-    parts: list[str] = []
-    for cell in getattr(mask_function, "__closure__", None) or ():
-        if isinstance(cell.cell_contents, tuple):
-            parts.extend(_describe(part) for part in cell.cell_contents if callable(part))
+    closed = _closure(mask_function).values() if isinstance(mask_function, FunctionType) else ()
+    parts = [_describe(part) for value in closed if isinstance(value, tuple) for part in value if callable(part)]
     return f"{name}({', '.join(parts)})" if parts else name

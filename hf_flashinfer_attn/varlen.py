@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .attention import RaggedCall, attend_ragged
+from .attention import RaggedCall, attend_ragged, decide_ragged
 from .errors import UnsupportedAttentionError
-from .layout import LengthsRead, RaggedLayout, uniform_layout
+from .layout import RaggedLayout, uniform_layout
+from .pattern import CAUSAL, FULL
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func"]
 
@@ -63,9 +64,7 @@ def flash_attn_varlen_func(
         UnsupportedAttentionError: For a window, softcap or ALiBi.
     """
     _refuse(window_size, softcap, alibi_slopes)
-    offsets = LengthsRead(torch.stack([cu_seqlens_q, cu_seqlens_k]).to(torch.int32)).wait()
-    query_lengths, key_lengths = ([end - start for start, end in zip(side, side[1:])] for side in offsets)
-    layout = RaggedLayout.from_lengths(query_lengths, None if query_lengths == key_lengths else key_lengths)
+    layout = RaggedLayout.from_offsets(cu_seqlens_q, cu_seqlens_k, (1, q.shape[0]), (1, k.shape[0]))
     return _attend(q, k, v, layout, causal, softmax_scale, dropout_p)
 
 
@@ -101,4 +100,6 @@ def _attend(
     dropout: float,
 ) -> torch.Tensor:
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return attend_ragged(RaggedCall(q, k, v, layout, causal, scale, dropout, "varlen"))
+    pattern = CAUSAL if causal else FULL
+    call = RaggedCall(q, k, v, layout, pattern, scale, softcap=None, dropout=dropout, layer="varlen")
+    return attend_ragged(call, decide_ragged(call))

@@ -13,47 +13,60 @@ from hf_flashinfer_attn.layout import RaggedLayout
 from hf_flashinfer_attn.varlen import flash_attn_func, flash_attn_varlen_func
 
 HEAD_DIMS = (8, 16, 24, 26, 32, 48, 64, 72, 80, 96, 112, 120, 128, 192, 256)
+BOUND = st.one_of(st.none(), st.integers(0, 4))
 LENGTHS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=1, max_size=6)
 
 
-def naive(query, key, value, *, causal: bool, sm_scale: float) -> torch.Tensor:
+def naive(query, key, value, *, left: int | None, right: int | None, softcap: float | None) -> torch.Tensor:
     """Attention of one row, written out: `(tokens, heads, dim)`."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    logits = torch.einsum("qhd,khd->hqk", query, key) * sm_scale
-    if causal:
-        q, k = logits.shape[1:]
-        logits = logits.masked_fill(~torch.ones(q, k, dtype=torch.bool).tril(k - q), float("-inf"))
+    logits = torch.einsum("qhd,khd->hqk", query, key) * 0.7
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    for q in range(len(query)):
+        for k in range(len(key)):
+            distance = k - (q + len(key) - len(query))
+            if (left is not None and distance < -left) or (right is not None and distance > right):
+                logits[:, q, k] = float("-inf")
     return torch.einsum("hqk,khd->qhd", logits.softmax(-1).nan_to_num(0.0), value)
 
 
-@given(LENGTHS, st.booleans(), st.sampled_from([(2, 2), (4, 2), (3, 1)]), st.sampled_from([(4, 4), (6, 3)]))
-def test_the_reference_is_attention(lengths, causal: bool, heads: tuple[int, int], dims: tuple[int, int]) -> None:
+@given(
+    LENGTHS,
+    st.tuples(BOUND, BOUND),
+    st.sampled_from([None, 0.5]),
+    st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    st.sampled_from([(4, 4), (6, 3)]),
+)
+def test_the_reference_is_attention(lengths, band, softcap, heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    options = {"left": band[0], "right": band[1], "softcap": softcap}
     query_lengths, key_lengths = zip(*lengths)
     layout = RaggedLayout.from_lengths(query_lengths, key_lengths)
     query = torch.randn(sum(query_lengths), heads[0], dims[0], dtype=torch.float64)
     key = torch.randn(sum(key_lengths), heads[1], dims[0], dtype=torch.float64)
     value = torch.randn(sum(key_lengths), heads[1], dims[1], dtype=torch.float64)
-    output = reference.attend(query, key, value, layout, causal=causal, sm_scale=0.7)
+    output = reference.attend(query, key, value, layout, sm_scale=0.7, **options)
     rows = zip(query.split(query_lengths), key.split(key_lengths), value.split(key_lengths))
-    expected = torch.cat([naive(*row, causal=causal, sm_scale=0.7) for row in rows])
-    torch.testing.assert_close(output, expected)
+    expected = torch.cat([naive(*row, **options) for row in rows])
+    torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_reference_is_differentiable() -> None:
     layout = RaggedLayout.from_lengths([3, 0, 2], [4, 2, 2])
     inputs = [torch.randn(n, 2, 3, dtype=torch.float64, requires_grad=True) for n in (5, 8, 8)]
     assert torch.autograd.gradcheck(
-        lambda *tensors: reference.attend(*tensors, layout, causal=True, sm_scale=0.5), inputs
+        lambda *tensors: reference.attend(*tensors, layout, left=1, right=0, sm_scale=0.5), inputs
     )
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (5, 0), (3, 3)])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_the_torch_backend_is_as_exact_as_sdpa(head_dim: int, causal: bool) -> None:
+def test_the_torch_backend_is_as_exact_as_sdpa(head_dim: int, band: tuple[int | None, int | None]) -> None:
     error = measure_kernel_error(
-        None, head_dim, dtype=torch.bfloat16, causal=causal, device=torch.device("cpu"), num_kv_heads=2, max_length=40
-    )
+        None, head_dim, dtype=torch.bfloat16, device=torch.device("cpu"), left=band[0], right=band[1],
+        num_kv_heads=2, max_length=40,
+    )  # fmt: skip
     assert error.ratio <= 1.25
 
 

@@ -6,22 +6,24 @@ import logging
 import pytest
 import torch
 from transformers import BertConfig, BertModel, Gemma2Config, Gemma2Model
+from transformers.masking_utils import sliding_window_bidirectional_mask_function
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import dispatch
 from hf_flashinfer_attn.backends import flashinfer
 from hf_flashinfer_attn.dispatch import AttentionRequest, Path, decide
-from hf_flashinfer_attn.pattern import CAUSAL, FULL, Pattern, PatternKind
+from hf_flashinfer_attn.pattern import CAUSAL, FULL, Pattern, dense_pattern, recognise
 from hf_flashinfer_attn.settings import Settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-WINDOW = Pattern(PatternKind.DENSE, "some_overlay")
+WINDOW = dense_pattern("some_overlay")
 FALLBACKS = [
     ({"output_attentions": True}, Path.DENSE, "output_attentions=True"),
     ({"sinks": True}, Path.DENSE, "attention sinks"),
-    ({"softcap": True}, Path.DENSE, "softcap"),
     ({"position_bias": True}, Path.DENSE, "position_bias"),
     ({"pattern": WINDOW}, Path.DENSE, "the mask some_overlay"),
+    ({"mask_holes": True}, Path.DENSE, "padding with holes"),
+    ({"window_keeps_padded_queries": True}, Path.DENSE, "keeps padded queries"),
     ({"mask_shape_differs": True}, Path.DENSE, "another shape"),
     ({"mask_modified": True}, Path.DENSE, "wrote to"),
     ({"needs_grad": True}, Path.TORCH, "gradients"),
@@ -44,7 +46,7 @@ def request(**changes: object) -> AttentionRequest:
 
 
 @pytest.mark.usefixtures("a_gpu")
-@pytest.mark.parametrize("pattern", [FULL, CAUSAL])
+@pytest.mark.parametrize("pattern", [FULL, CAUSAL, recognise(sliding_window_bidirectional_mask_function(3))[0]])
 @pytest.mark.parametrize("head_dim", [8, 32, 72, 256])
 @pytest.mark.parametrize("backend", ["auto", "flashinfer"])
 def test_flashinfer_serves_what_it_can(pattern: Pattern, head_dim: int, backend: str) -> None:
@@ -98,7 +100,7 @@ def test_flashinfer_by_name_never_falls_back() -> None:
     assert error.value.backend == "flashinfer"
 
 
-def test_softcap_and_windows_take_the_dense_path_and_are_right() -> None:
+def test_softcap_and_windows_are_right() -> None:
     config = Gemma2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
         head_dim=8, vocab_size=50, sliding_window=3, attn_logit_softcapping=0.5, query_pre_attn_scalar=1,
@@ -111,13 +113,6 @@ def test_softcap_and_windows_take_the_dense_path_and_are_right() -> None:
         model = Gemma2Model._from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
         with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
             outputs.append(model(ids, attention_mask=mask).last_hidden_state)
-    assert trace.kernels == ("dense",)
+    assert {call.pattern for call in trace.calls} == {"causal", "window (2 before, 0 after)"}
+    assert trace.kernels == ("torch",)
     torch.testing.assert_close(outputs[0][mask.bool()], outputs[1][mask.bool()], rtol=0, atol=1e-5)
-
-
-def test_packed_sequences_are_refused_by_name() -> None:
-    config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    model = BertModel._from_config(config, attn_implementation="flashinfer").eval()
-    offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
-    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match="packed sequences"):
-        model(torch.ones(1, 3, dtype=torch.long), cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)

@@ -165,8 +165,13 @@ def test_static_cache_hides_what_is_not_written_yet() -> None:
         assert layout.key.gather(keys).flatten().tolist() == ([0, 1, 5, 8] if valid is not None else [0, 1, 4, 5, 8, 9])
 
 
+def test_windows_know_of_holes() -> None:
+    window = sliding_window_causal_mask_function(2)
+    assert make(window).has_holes
+    assert not make(window, valid=VALID[:2].repeat(2, 1)[:3]).has_holes
+    assert not make(window, valid=None).has_holes
+    assert not make(causal_mask_function).has_holes
+
+
 def test_unknown_patterns_are_dense() -> None:
-    window = make(sliding_window_causal_mask_function(2))
-    assert window.spec.pattern.kind is PatternKind.DENSE
-    assert "sliding_window_overlay" in window.spec.pattern.name
     assert make(lambda b, h, q, k: k <= q).spec.pattern.kind is PatternKind.DENSE

@@ -13,7 +13,8 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.integration import _answer_flash_imports, attention_forward, attention_mask
+from hf_flashinfer_attn.integration import attention_forward, attention_mask
+from hf_flashinfer_attn.registration import _answer_flash_imports
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIG = BertConfig(**TINY, vocab_size=50)
@@ -47,7 +48,7 @@ def test_the_loader_has_the_shape_that_the_hook_relies_on() -> None:
 
 def test_an_unknown_loader_is_refused_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_utils, "_lazy_imports", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"transformers 5\..*expected 'implementation' first"):
+    with pytest.raises(RuntimeError, match=r"transformers 5\..*takes \['name'\], expected"):
         _answer_flash_imports()
 
 

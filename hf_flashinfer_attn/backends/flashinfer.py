@@ -12,7 +12,8 @@ import shutil
 import threading
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -125,7 +126,9 @@ class _PlanKey:
     head_dim: int
     dtype: torch.dtype
     causal: bool
+    window_left: int
     sm_scale: float
+    softcap: float
     device: torch.device
     stream: int
 
@@ -153,7 +156,9 @@ class _Wrapper:
             key.num_kv_heads,
             key.head_dim,
             causal=key.causal,
+            window_left=key.window_left,
             sm_scale=key.sm_scale,
+            logits_soft_cap=key.softcap,
             q_data_type=key.dtype,
             # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream #4972).
             disable_split_kv=True,
@@ -219,19 +224,25 @@ def attend(
     value: torch.Tensor,
     layout: RaggedLayout,
     *,
-    causal: bool,
+    left: int | None = None,
+    right: int | None = None,
     sm_scale: float,
+    softcap: float | None = None,
     kernel: Kernel | None = None,
 ) -> torch.Tensor:
     """Computes ragged attention with FlashInfer, forward only.
+
+    Query i of a row stands at the row's key position `i + key_length - query_length`: the last query at the last key.
 
     Args:
         query: Shape `(total_query_tokens, heads, head_dim)`, float16 or bfloat16, on a CUDA device.
         key: Shape `(total_key_tokens, kv_heads, head_dim)`; `heads` must be a multiple of `kv_heads`.
         value: Shape `(total_key_tokens, kv_heads, value_head_dim)`.
         layout: Which tokens belong to which row.
-        causal: Whether query i of a row sees only its first `i + 1 + key_length - query_length` keys.
+        left: How many keys before its own position a query sees; None for all.
+        right: How many keys after its own position a query sees; None for all, 0 for causal attention.
         sm_scale: What logits are multiplied with: that of the head_dim before padding.
+        softcap: Caps logits to `softcap * tanh(logits / softcap)`.
         kernel: "fa2", "fa3" or "auto"; by default what `choose_kernel` says.
 
     Returns:
@@ -240,12 +251,16 @@ def attend(
     Raises:
         ValueError: If a head_dim is above 256.
     """
-    device, head_dim, value_head_dim = query.device, query.shape[-1], value.shape[-1]
+    device, value_head_dim = query.device, value.shape[-1]
     if layout.query.total_tokens == 0 or layout.key.total_tokens == 0:
         return query.new_zeros(*query.shape[:-1], value_head_dim)
-    widest = max(head_dim, value_head_dim)
+    widest = max(query.shape[-1], value_head_dim)
     kernel = choose_kernel(device, widest) if kernel is None else kernel
     size = padded_head_dim(widest, kernel)
+    query, key, value = _pad(query, size), _pad(key, size), _pad(value, size)
+    # A bound that no row reaches is none: windows need kernels of their own.
+    left = None if left is not None and left >= layout.key.max_length - 1 else left
+    right = None if right is not None and right >= layout.query.max_length - 1 else right
     with torch.cuda.device(device):
         plan_key = _PlanKey(
             kernel=kernel,
@@ -253,14 +268,102 @@ def attend(
             num_kv_heads=key.shape[1],
             head_dim=size,
             dtype=query.dtype,
-            causal=causal,
+            causal=right == 0,
+            window_left=-1 if left is None else left,
             sm_scale=float(sm_scale),
+            softcap=0.0 if softcap is None else float(softcap),
             device=device,
             stream=torch.cuda.current_stream(device).cuda_stream,
         )
-        prefill = _planned(layout, plan_key)
-        output: torch.Tensor = prefill.run(_pad(query, size), _pad(key, size), _pad(value, size))
+        output: torch.Tensor
+        if right is None or right == 0:
+            output = _planned(layout, plan_key).run(query, key, value)
+        else:
+            output = _attend_ahead(query, key, value, layout, plan_key, left, right)
     return output if value_head_dim == size else output[..., :value_head_dim]
+
+
+def _attend_ahead(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: RaggedLayout,
+    plan_key: _PlanKey,
+    left: int | None,
+    right: int,
+) -> torch.Tensor:
+    """Attention with a bound on later keys, which the kernels do not have, from two calls that do.
+
+    Causal attention aligns the last query with the last key. Without its last `right` queries a row is therefore causal
+    attention shifted by `right`: query i sees keys up to `i + right`, and `left + right` before that. The last `right`
+    queries have no bound ahead of them; they see the last `right + left` keys.
+    """
+    split = layout.derived.get(("ahead", left, right))
+    if split is None:
+        with layout.lock:
+            split = layout.derived.setdefault(("ahead", left, right), _SplitLayout.make(layout, left, right))
+    output = query.new_empty(*query.shape[:-1], value.shape[-1])
+    causal_key = replace(plan_key, causal=True, window_left=-1 if left is None else left + right)
+    for part, part_key in ((split.head, causal_key), (split.tail, plan_key)):
+        if part.layout.query.total_tokens:
+            rows, keys = part.rows_on(query.device), part.keys_on(query.device)
+            run = _planned(part.layout, part_key).run
+            some = (key, value) if keys is None else (key.index_select(0, keys), value.index_select(0, keys))
+            output[rows] = run(query.index_select(0, rows), *some)
+    return output
+
+
+@dataclass(frozen=True, slots=True)
+class _LayoutPart:
+    """Some queries of a layout and the keys they see, as positions in its ragged tensors; `keys` None for all."""
+
+    layout: RaggedLayout
+    rows: torch.Tensor
+    keys: torch.Tensor | None
+    moved: dict[torch.device, tuple[torch.Tensor, torch.Tensor | None]]
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if device not in self.moved:
+            keys = None if self.keys is None else self.keys.to(device, non_blocking=True)
+            self.moved[device] = self.rows.to(device, non_blocking=True), keys
+        return self.moved[device]
+
+    def rows_on(self, device: torch.device) -> torch.Tensor:
+        return self._on(device)[0]
+
+    def keys_on(self, device: torch.device) -> torch.Tensor | None:
+        return self._on(device)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _SplitLayout:
+    """The queries of each row that are bounded by keys ahead, and the last ones that are not."""
+
+    head: _LayoutPart
+    tail: _LayoutPart
+
+    @classmethod
+    def make(cls, layout: RaggedLayout, left: int | None, right: int) -> _SplitLayout:
+        heads = [max(0, length - right) for length in layout.query.lengths]
+        tails = [length - head for length, head in zip(layout.query.lengths, heads)]
+        seen = [keys if left is None else min(keys, tail + left) for keys, tail in zip(layout.key.lengths, tails)]
+        starts, ends = layout.query.offsets[:-1], layout.query.offsets[1:]
+        return cls(
+            _LayoutPart(RaggedLayout.from_lengths(heads, layout.key.lengths), _ranges(starts, heads), None, {}),
+            _LayoutPart(
+                RaggedLayout.from_lengths(tails, seen),
+                _ranges([end - tail for end, tail in zip(ends, tails)], tails),
+                _ranges([end - length for end, length in zip(layout.key.offsets[1:], seen)], seen),
+                {},
+            ),
+        )
+
+
+def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    """Returns the positions of consecutive ranges, one after another, int64 on the host."""
+    counts = torch.tensor(lengths)
+    first = torch.tensor(starts) - (counts.cumsum(0) - counts)
+    return torch.arange(int(counts.sum())) + first.repeat_interleave(counts)
 
 
 def _pad(tensor: torch.Tensor, size: int) -> torch.Tensor:

@@ -18,23 +18,29 @@ def attend(
     value: torch.Tensor,
     layout: RaggedLayout,
     *,
-    causal: bool,
+    left: int | None = None,
+    right: int | None = None,
     sm_scale: float,
+    softcap: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Computes attention row by row, without any padding.
+
+    Query i of a row stands at the row's key position `i + key_length - query_length`: the last query at the last key.
 
     Args:
         query: Shape `(total_query_tokens, heads, head_dim)`, any dtype and device.
         key: Shape `(total_key_tokens, kv_heads, head_dim)`; `heads` must be a multiple of `kv_heads`.
         value: Shape `(total_key_tokens, kv_heads, value_head_dim)`.
         layout: Which tokens belong to which row.
-        causal: Whether query i of a row sees only its first `i + 1 + key_length - query_length` keys.
+        left: How many keys before its own position a query sees; None for all.
+        right: How many keys after its own position a query sees; None for all, 0 for causal attention.
         sm_scale: What logits are multiplied with.
+        softcap: Caps logits to `softcap * tanh(logits / softcap)`.
         dropout: Probability of dropping an attention weight.
 
     Returns:
-        Shape `(total_query_tokens, heads, value_head_dim)`, the dtype of `query`. Rows without keys are zero.
+        Shape `(total_query_tokens, heads, value_head_dim)`, the dtype of `query`. Queries that see no key are zero.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -49,11 +55,13 @@ def attend(
         if query_length:
             outputs.append(
                 _attend_equal(
-                    query[query_start:query_end].unflatten(0, (count, query_length)),
-                    key[key_start:key_end].unflatten(0, (count, key_length)),
-                    value[key_start:key_end].unflatten(0, (count, key_length)),
-                    causal,
+                    query[query_start:query_end].unflatten(0, (count, query_length)).transpose(1, 2),
+                    key[key_start:key_end].unflatten(0, (count, key_length)).transpose(1, 2),
+                    value[key_start:key_end].unflatten(0, (count, key_length)).transpose(1, 2),
+                    left,
+                    right,
                     sm_scale,
+                    softcap,
                     dropout,
                 )
             )
@@ -64,28 +72,51 @@ def attend(
 
 
 def _attend_equal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, sm_scale: float, dropout: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    left: int | None,
+    right: int | None,
+    sm_scale: float,
+    softcap: float | None,
+    dropout: float,
 ) -> torch.Tensor:
-    """Attention of rows of equal lengths, `(rows, tokens, heads, dim)` in, `(rows * tokens, heads, dim)` out."""
-    query_length, key_length = query.shape[1], key.shape[1]
+    """Attention of rows of equal lengths, `(rows, heads, tokens, dim)` in, `(rows * tokens, heads, dim)` out."""
+    query_length, key_length = query.shape[2], key.shape[2]
     if key_length == 0:
-        return query.new_zeros(query.shape[0] * query_length, query.shape[2], value.shape[3])
-    mask = None
-    blind = 0
-    if causal and query_length != key_length:
-        mask = torch.ones(query_length, key_length, dtype=torch.bool, device=query.device)
-        mask = mask.tril(key_length - query_length)
-        blind = max(0, query_length - key_length)
-        mask[:blind] = True
-    output = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal and mask is None,
-        scale=sm_scale,
-    ).transpose(1, 2)
-    if blind:
-        output = torch.cat([torch.zeros_like(output[:, :blind]), output[:, blind:]], dim=1)
-    return output.flatten(0, 1)
+        return query.new_zeros(query.shape[0] * query_length, query.shape[1], value.shape[3])
+    left = None if left is not None and left >= key_length - 1 else left
+    right = None if right is not None and right >= query_length - 1 else right
+    plain_causal = left is None and right == 0 and query_length == key_length and softcap is None
+    mask = blind = None
+    if (left is not None or right is not None) and not plain_causal:
+        mask = _band(query_length, key_length, left, right, query.device)
+        blind = ~mask.any(1, keepdim=True)
+        # A row without keys would be NaN; it is made zero below.
+        mask = mask | blind
+    if softcap is None:
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=sm_scale
+        )
+    else:
+        logits = softcap * torch.tanh(torch.matmul(query, key.transpose(2, 3)) * sm_scale / softcap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf"))
+        weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        output = torch.matmul(F.dropout(weights.to(value.dtype), dropout), value)
+    if blind is not None:
+        output = output.masked_fill(blind, 0)
+    return output.transpose(1, 2).flatten(0, 1)
+
+
+def _band(
+    query_length: int, key_length: int, left: int | None, right: int | None, device: torch.device
+) -> torch.Tensor:
+    distance = torch.arange(key_length, device=device) - torch.arange(query_length, device=device)[:, None]
+    distance = distance - (key_length - query_length)
+    mask = torch.ones(query_length, key_length, dtype=torch.bool, device=device)
+    if left is not None:
+        mask &= distance >= -left
+    if right is not None:
+        mask &= distance <= right
+    return mask

@@ -1,0 +1,172 @@
+"""attn_implementation="flashinfer" gives what eager attention gives, in every family and with every kind of padding.
+
+On a machine without a GPU the torch backend runs: masks, layouts and the choice of a path are the same code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from model_families import FAMILIES, Example, Family, Padding, build_model, find_class, implementations_in_use
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+import hf_flashinfer_attn
+
+TOLERANCE = 1e-5
+# What a mask, or attention as such, changes at least.
+NOTICEABLE_PADDING, NOTICEABLE_ATTENTION = 1e-4, 1e-3
+BY_NAME = {family.name: family for family in FAMILIES}
+
+CASES = [
+    pytest.param(family, padding, id=f"{family.name}-{padding.value}")
+    for family in FAMILIES
+    for padding in family.paddings
+]
+PADDED_CASES = [case for case in CASES if case.values[1] is not Padding.NO_MASK]
+EACH_FAMILY = [pytest.param(family, id=family.name) for family in FAMILIES]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # Models this small lose more to threads than they gain.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.lru_cache(maxsize=4)
+def reference_model(name: str) -> PreTrainedModel:
+    return build_model(BY_NAME[name], BY_NAME[name].reference)
+
+
+@functools.lru_cache(maxsize=4)
+def flashinfer_model(name: str) -> PreTrainedModel:
+    return build_model(BY_NAME[name], "flashinfer")
+
+
+def require(family: Family) -> None:
+    if not family.is_in_this_transformers:
+        pytest.skip(f"{family.name} is not in transformers {transformers.__version__}")
+
+
+def example_of(family: Family, padding: Padding) -> Example:
+    generator = torch.Generator().manual_seed(family.seed + list(Padding).index(padding))
+    return family.make_inputs(reference_model(family.name).config, generator, padding)
+
+
+@torch.no_grad()
+def outputs_of(model: PreTrainedModel, family: Family, example: Example) -> dict[str, Tensor]:
+    # Copies, so that a model that writes to its inputs does not change those of the next.
+    result: Any = model(**{name: tensor.clone() for name, tensor in (example.inputs | example.masks).items()})
+    return {name: result[name] for name in family.outputs}
+
+
+def valid_part(outputs: dict[str, Tensor], example: Example) -> dict[str, Tensor]:
+    parts = {name: output[example.valid[name]] if name in example.valid else output for name, output in outputs.items()}
+    assert any(part.numel() > 0 for part in parts.values()), "nothing to compare"
+    return {name: part for name, part in parts.items() if part.numel() > 0}
+
+
+def largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    return max((before[name] - after[name]).abs().max().item() for name in before)
+
+
+@pytest.mark.parametrize(("family", "padding"), CASES)
+def test_equals_eager(family: Family, padding: Padding) -> None:
+    require(family)
+    if not family.takes_any_name:
+        with pytest.raises(KeyError, match="flashinfer"):
+            build_model(family, "flashinfer")
+        return
+    reference, model = reference_model(family.name), flashinfer_model(family.name)
+    assert implementations_in_use(reference) == {family.reference}
+    assert implementations_in_use(model) == {"flashinfer"}
+    example = example_of(family, padding)
+
+    expected = outputs_of(reference, family, example)
+    with hf_flashinfer_attn.trace() as trace:
+        actual = outputs_of(model, family, example)
+
+    if family.is_on_the_interface:
+        assert len(trace.calls) > 0
+    else:
+        assert trace.calls == []
+    expected, actual = valid_part(expected, example), valid_part(actual, example)
+    for name, right in expected.items():
+        assert actual[name].shape == right.shape
+        bound = TOLERANCE * max(1.0, right.abs().max().item())
+        difference = (actual[name] - right).abs().max().item()
+        assert difference <= bound, f"{name} is {difference:.1e} off, at most {bound:.1e}: {trace.kernels}"
+
+
+@pytest.mark.parametrize(("family", "padding"), PADDED_CASES)
+def test_padding_matters(family: Family, padding: Padding) -> None:
+    """Without this, a parity test passes with a mask that nobody looks at."""
+    require(family)
+    example = example_of(family, padding)
+    assert all((mask == 0).any() for mask in example.masks.values())
+
+    with_padding = outputs_of(reference_model(family.name), family, example)
+    without = outputs_of(reference_model(family.name), family, example.without_padding())
+
+    change = largest_change(valid_part(with_padding, example), valid_part(without, example))
+    if padding in family.harmless:
+        assert change <= TOLERANCE * 10
+    else:
+        assert change > NOTICEABLE_PADDING
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_attention_matters(family: Family) -> None:
+    """Attention is far from uniform: an average over all values in its place changes the outputs."""
+    require(family)
+    if not family.is_on_the_interface or not family.takes_any_name:
+        return
+    AttentionInterface.register("average_of_values", average_of_values)
+    example = example_of(family, Padding.NO_MASK)
+    expected = outputs_of(reference_model(family.name), family, example)
+
+    model = build_model(family, family.reference)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "average_of_values"
+
+    assert largest_change(expected, outputs_of(model, family, example)) > NOTICEABLE_ATTENTION
+
+
+def average_of_values(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    mean = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).mean(2, keepdim=True)
+    return mean.expand(-1, -1, query.shape[2], -1).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_both_models_have_the_same_weights(family: Family) -> None:
+    require(family)
+    if not family.takes_any_name:
+        return
+    weights, others = reference_model(family.name).state_dict(), flashinfer_model(family.name).state_dict()
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_the_registry_is_broad() -> None:
+    assert len(BY_NAME) == len(FAMILIES), "two families share a name"
+    architectures = {family.model_class.split("For")[0].removesuffix("Model") for family in FAMILIES}
+    assert len(architectures) >= 70
+    assert sum(not family.uses_interface for family in FAMILIES) >= 20
+
+
+def test_a_skipped_family_is_really_missing() -> None:
+    for family in FAMILIES:
+        if not family.is_in_this_transformers:
+            with pytest.raises((AttributeError, ModuleNotFoundError)):
+                find_class(family.model_class, "modeling")
