@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,19 +26,43 @@ DTYPES = (torch.float16, torch.bfloat16)
 BUDGET = 1.25
 
 
-def compile_kernel(kernel: Kernel, head_dim: int, dtype: torch.dtype) -> float:
+@dataclass(frozen=True)
+class Variant:
+    """A compiled kernel: windows and softcap are variants of their own, checked at one head_dim and dtype."""
+
+    kernel: Kernel
+    head_dim: int
+    dtype: torch.dtype
+    left: int | None = None
+    softcap: float | None = None
+
+
+WINDOWS = ((7, 0), (64, 64), (5, 3), (None, 9), (12, None))
+VARIANTS = ((7, None), (None, 2.0), (7, 2.0))
+
+
+def compile_kernel(variant: Variant) -> float:
     """Compiles one kernel by using it once; returns the seconds it took."""
     start = time.perf_counter()
-    measure_kernel_error(kernel, head_dim, dtype=dtype, device=torch.device("cuda"), max_length=4)
+    measure_kernel_error(
+        variant.kernel,
+        variant.head_dim,
+        dtype=variant.dtype,
+        device=torch.device("cuda"),
+        left=variant.left,
+        softcap=variant.softcap,
+        max_length=16,
+    )
     return time.perf_counter() - start
 
 
 def compile_all(kernels: list[Kernel], workers: int) -> None:
     # fa3 first: its kernels take longest.
-    jobs = [(kernel, dim, dtype) for kernel in kernels for dim in KERNEL_HEAD_DIMS[kernel] for dtype in DTYPES]
+    jobs = [Variant(kernel, 64, torch.float16, *extra) for kernel in kernels for extra in VARIANTS]
+    jobs += [Variant(kernel, dim, dtype) for kernel in kernels for dim in KERNEL_HEAD_DIMS[kernel] for dtype in DTYPES]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for job, seconds in zip(jobs, pool.map(compile_kernel, *zip(*jobs))):
-            print(f"compiled {job[0]} head_dim {job[1]} {job[2]} in {seconds:.0f} s", flush=True)
+        for job, seconds in zip(jobs, pool.map(compile_kernel, jobs)):
+            print(f"{seconds:4.0f} s {job}", flush=True)
 
 
 def check(kernels: list[Kernel], repeats: int) -> list[KernelError]:
@@ -52,6 +76,14 @@ def check(kernels: list[Kernel], repeats: int) -> list[KernelError]:
                     kernel, head_dim, dtype=dtype, right=right, device=device, num_heads=heads, num_kv_heads=kv_heads
                 )
             )
+    for kernel, (left, right), softcap in itertools.product(kernels, WINDOWS, (None, 2.0)):
+        errors.append(
+            measure_kernel_error(
+                kernel, 32, dtype=torch.float16, device=device, left=left, right=right, softcap=softcap, num_kv_heads=2
+            )
+        )
+    for kernel, right in itertools.product(kernels, (None, 0)):
+        errors.append(measure_kernel_error(kernel, 32, dtype=torch.float16, device=device, right=right, softcap=2.0))
     for kernel, dtype in itertools.product(kernels, DTYPES):
         errors.append(measure_kernel_error(kernel, 192, value_head_dim=128, dtype=dtype, right=0, device=device))
     return errors

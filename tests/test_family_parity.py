@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_families import FAMILIES, Example, Family, Padding, build_model, find_class, implementations_in_use
+from packaging.version import Version
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 import hf_flashinfer_attn
+from model_families import FAMILIES, Example, Family, Padding, build_model, find_class, implementations_in_use
 
 TOLERANCE = 1e-5
 # What a mask, or attention as such, changes at least.
@@ -89,6 +90,11 @@ def test_equals_eager(family: Family, padding: Padding) -> None:
     assert implementations_in_use(reference) == {family.reference}
     assert implementations_in_use(model) == {"flashinfer"}
     example = example_of(family, padding)
+    if family.name == "sew" and Version(transformers.__version__) < Version("5.16") and example.masks:
+        # Its branch for flash kernels does not squeeze the padding mask as it squeezes the hidden states.
+        with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match="2D attention mask of shape"):
+            outputs_of(model, family, example)
+        return
 
     expected = outputs_of(reference, family, example)
     with hf_flashinfer_attn.trace() as trace:

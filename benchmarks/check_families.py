@@ -1,0 +1,160 @@
+"""Checks whole models of every family on a CUDA GPU: "flashinfer" must be as exact as sdpa in the same dtype.
+
+    python benchmarks/check_families.py --json benchmarks/results/family_errors.json
+
+A family's error is the norm of the difference to float64, over all its padding cases and several random inputs, over
+valid positions only. Where sdpa does not compute what the model asks for (softcap in some versions), eager attention in
+the same dtype takes its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import hf_flashinfer_attn
+from hf_flashinfer_attn.environment import describe_environment
+from model_families import FAMILIES, Family, Padding, build_model
+
+BUDGET = 1.25
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class FamilyError:
+    family: str
+    dtype: str
+    rival: str
+    error: float
+    rival_error: float
+    ratio: float
+    kernels: tuple[str, ...]
+    patterns: tuple[str, ...]
+    fallbacks: tuple[str, ...]
+
+
+@torch.no_grad()
+def outputs_of(model: torch.nn.Module, family: Family, seed: int) -> list[torch.Tensor]:
+    """Every valid output of every padding case, flattened, in float64."""
+    parts = []
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    for padding in family.paddings:
+        generator = torch.Generator().manual_seed(seed + list(Padding).index(padding))
+        example = family.make_inputs(model.config, generator, padding)
+        inputs = {
+            name: tensor.to(weight.device, weight.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in (example.inputs | example.masks).items()
+        }
+        result = model(**inputs)
+        for name in family.outputs:
+            valid = example.valid.get(name)
+            output = result[name] if valid is None else result[name][valid.to(weight.device)]
+            parts.append(output.double().flatten())
+    return parts
+
+
+def distance(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    # Padding that may hold anything is not compared, so that whatever is not finite is a fault.
+    return math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(ours, exact)))
+
+
+def outputs_in(family: Family, implementation: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    model = build_model(family, implementation).to("cuda", dtype)
+    return [part for seed in range(SEEDS) for part in outputs_of(model, family, family.seed + 1000 * seed)]
+
+
+def check(family: Family, dtype: torch.dtype) -> FamilyError | None:
+    exact = outputs_in(family, "eager", torch.float64)
+    if not all(part.isfinite().all() for part in exact):
+        # Additive masks overflow in float64 where a row sees no key; float32 is exact enough to judge half precision.
+        exact = outputs_in(family, "eager", torch.float32)
+    size = math.sqrt(sum(float(part.square().sum()) for part in exact))
+    rival = "sdpa"
+    if distance(outputs_in(family, "sdpa", torch.float32), exact) > 1e-3 * size:
+        rival = "eager"
+    rival_error = distance(outputs_in(family, rival, dtype), exact) / size
+    with hf_flashinfer_attn.trace() as trace:
+        error = distance(outputs_in(family, "flashinfer", dtype), exact) / size
+    if not trace.calls:
+        return None
+    return FamilyError(
+        family.name,
+        str(dtype).removeprefix("torch."),
+        rival,
+        error,
+        rival_error,
+        error / rival_error,
+        trace.kernels,
+        tuple(dict.fromkeys(call.pattern for call in trace.calls)),
+        trace.fallbacks,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--dtypes", default="float16,bfloat16")
+    parser.add_argument(
+        "--only-plain-in", default="", help="dtypes in which families with windows or softcap are left out"
+    )
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    errors: list[FamilyError] = []
+    not_run: dict[str, str] = {}
+    windows: set[str] = set()
+    for name in options.dtypes.split(","):
+        for family in FAMILIES:
+            key = f"{family.name} {name}"
+            if not (family.is_in_this_transformers and family.takes_any_name and family.is_on_the_interface):
+                continue
+            if name in options.only_plain_in.split(",") and family.name in windows:
+                not_run[key] = "a window or softcap, whose kernels were not compiled for this dtype"
+                continue
+            try:
+                error = check(family, getattr(torch, name))
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as reason:
+                # Many architectures have an operation that half precision or float64 lacks.
+                not_run[key] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:160]}"
+                continue
+            if error is not None and not math.isfinite(error.rival_error):
+                not_run[key] = f"{error.rival} itself is not finite in {name}"
+                continue
+            if error is None:
+                not_run[key] = "no attention call"
+                continue
+            if any(pattern.startswith("window") for pattern in error.patterns) or "gemma" in family.name:
+                windows.add(family.name)
+            errors.append(error)
+    above = [error for error in errors if not error.ratio <= BUDGET]
+    report = {
+        "passed": not above,
+        "budget": BUDGET,
+        "families": len({error.family for error in errors}),
+        "above_budget": [error.family + " " + error.dtype for error in above],
+        "not_run": not_run,
+        "environment": describe_environment(),
+        "errors": [asdict(error) for error in errors],
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    for error in above:
+        print(error)
+    for key, reason in not_run.items():
+        print("not run:", key, reason)
+    ratios = sorted(error.ratio for error in errors)
+    print(
+        f"{len(errors)} checks, {report['families']} families, ratio: median {ratios[len(ratios) // 2]:.3f}, ", end=""
+    )
+    print(f"worst {ratios[-1]:.3f}, above {BUDGET}: {len(above)}; not run: {len(not_run)}")
+    return 0 if not above else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
