@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -104,13 +105,18 @@ def main() -> int:
     parser.add_argument(
         "--only-plain-in", default="", help="dtypes in which families with windows or softcap are left out"
     )
+    parser.add_argument("--seconds", type=float, default=600, help="start no further family after this time")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     errors: list[FamilyError] = []
+    start = time.monotonic()
     not_run: dict[str, str] = {}
     windows: set[str] = set()
     for name in options.dtypes.split(","):
         for family in FAMILIES:
+            if time.monotonic() - start > options.seconds:
+                not_run[f"{family.name} {name}"] = "no time left"
+                continue
             key = f"{family.name} {name}"
             if not (family.is_in_this_transformers and family.takes_any_name and family.is_on_the_interface):
                 continue

@@ -111,7 +111,7 @@ def test_head_dims_above_256_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "head_dim", "kernel"),
-    [((9, 0), 32, "fa3"), ((9, 0), 160, "fa2"), ((9, 0), 256, "fa3"), ((8, 0), 64, "fa2"), ((7, 5), 64, "fa2"),
+    [((9, 0), 32, "fa3"), ((9, 0), 160, "fa3"), ((9, 0), 256, "fa3"), ((8, 0), 64, "fa2"), ((7, 5), 64, "fa2"),
      ((10, 0), 128, "auto"), ((10, 0), 64, "fa2"), ((12, 0), 128, "fa2")],
 )  # fmt: skip
 def test_the_kernel_by_gpu(monkeypatch: pytest.MonkeyPatch, capability, head_dim: int, kernel: str) -> None:

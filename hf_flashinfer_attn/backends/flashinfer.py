@@ -27,9 +27,10 @@ __all__ = ["Kernel", "attend", "choose_kernel", "head_dim_reason", "padded_head_
 
 Kernel = Literal["fa2", "fa3", "auto"]
 
-# Sizes that the kernels really have. Others fail to build, raise, or compute garbage without an error (upstream #4299).
+# Sizes that the kernels really have. Others fail to build, raise, or compute garbage without an error (upstream #4299);
+# fa2 at 192 raises as soon as its plan takes the larger query tile.
 KERNEL_HEAD_DIMS: dict[Kernel, tuple[int, ...]] = {
-    "fa2": (64, 128, 192, 256),
+    "fa2": (64, 128, 256),
     "fa3": (64, 128, 256),
     "auto": (64, 128, 256),
 }
@@ -98,7 +99,7 @@ def padded_head_dim(head_dim: int, kernel: Kernel) -> int:
     Examples:
         >>> from hf_flashinfer_attn.backends.flashinfer import padded_head_dim
         >>> padded_head_dim(32, "fa3"), padded_head_dim(72, "fa2"), padded_head_dim(160, "fa2")
-        (64, 128, 192)
+        (64, 128, 256)
     """
     for size in KERNEL_HEAD_DIMS[kernel]:
         if head_dim <= size:
@@ -111,8 +112,7 @@ def choose_kernel(device: torch.device, head_dim: int) -> Kernel:
     """Returns the kernel to use on `device`: fa3 on Hopper, fa2 elsewhere, FlashInfer's own choice on Blackwell."""
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) == (9, 0):
-        # Padding 129 to 192 up to 256 for fa3 costs a third more work than fa2 at 192.
-        return "fa2" if 128 < head_dim <= 192 else "fa3"
+        return "fa3"
     if major in (10, 11) and padded_head_dim(head_dim, "auto") == 128:
         return "auto"
     return "fa2"
