@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.masking_utils import causal_mask_function, eager_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
 
 from .attention import RaggedCall, attend_ragged, needs_grad
 from .backends import dense
+from .compiled import ragged_attention
 from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
-from .layout import LengthsRead, RaggedLayout, uniform_layout
+from .layout import LengthsRead, RaggedLayout, packed_layout, uniform_layout
 from .mask import MaskSpec, RaggedMask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern, recognise
 from .settings import current_settings
@@ -40,7 +40,7 @@ def attention_mask(
     device: torch.device | str = "cpu",
     use_vmap: bool = False,
     **kwargs: Any,
-) -> RaggedMask:
+) -> RaggedMask | None:
     """Makes the lazy mask of one forward; called by transformers' mask helpers.
 
     Args:
@@ -56,8 +56,39 @@ def attention_mask(
         use_vmap: Whether the mask function needs vmap to be evaluated.
 
     Returns:
-        A mask of shape `(batch, 1, q_length, kv_length)` without memory.
+        A mask of shape `(batch, 1, q_length, kv_length)` without memory. While torch.compile traces, None for full and
+        causal attention without padding, so that the graph stays whole, and a graph break for any other mask.
     """
+    if torch.compiler.is_compiling():
+        config = kwargs.get("config")
+        plain = mask_function is bidirectional_mask_function or (
+            # An encoder-decoder model's layers do not always say whether they are causal.
+            mask_function is causal_mask_function
+            and q_length == kv_length
+            and not getattr(config, "is_encoder_decoder", True)
+        )
+        if plain and attention_mask is None:
+            return None
+        return _untraced_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype, device, use_vmap
+        )
+    return _make_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype, device, use_vmap
+    )
+
+
+def _make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    use_vmap: bool,
+) -> RaggedMask:
     padding_mask = attention_mask
     if padding_mask is not None and (missing := kv_length + kv_offset - padding_mask.shape[-1]) > 0:
         padding_mask = torch.nn.functional.pad(padding_mask, (0, missing))
@@ -95,6 +126,9 @@ def attention_mask(
         densify=densify,
     )
     return RaggedMask(spec, dtype, torch.device(device))
+
+
+_untraced_mask: Callable[..., RaggedMask] = torch.compiler.disable(_make_mask)
 
 
 def attention_forward(
@@ -146,6 +180,63 @@ def attention_forward(
         BackendUnavailableError: If the backend asked for by name cannot run.
         UnsupportedAttentionError: If the request is not supported, or needs a fallback that was forbidden.
     """
+    if torch.compiler.is_compiling():
+        whole_mask = dropout > 0 or bool(output_attentions) or position_bias is not None or s_aux is not None
+        if attention_mask is None and cache is None and not whole_mask and sliding_window is None:
+            offsets = cu_seq_lens_q, cu_seq_lens_k
+            if not needs_grad(query, key, value):
+                return _attend_traced(module, query, key, value, offsets, scaling, is_causal, softcap), None
+    attend = _untraced_attend if torch.compiler.is_compiling() else _attend
+    return attend(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window, softcap, s_aux,
+        position_bias, output_attentions, cu_seq_lens_q, cu_seq_lens_k, position_ids, cache,
+    )  # fmt: skip
+
+
+def _attend_traced(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: tuple[torch.Tensor | None, torch.Tensor | None],
+    scaling: float | None,
+    is_causal: bool | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention without a mask, for torch.compile: nothing but an op and the moves of data around it."""
+    rows, q_length = query.shape[0], query.shape[2]
+    output: torch.Tensor = ragged_attention(
+        query.transpose(1, 2).flatten(0, 1),
+        key.transpose(1, 2).flatten(0, 1),
+        value.transpose(1, 2).flatten(0, 1),
+        *offsets,
+        rows,
+        _pattern_of(module, None, is_causal).is_causal,
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap,
+    )
+    return output.view(rows, q_length, *output.shape[1:])
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    output_attentions: bool | None,
+    cu_seq_lens_q: torch.Tensor | None,
+    cu_seq_lens_k: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: object | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     if cache is not None:
         refuse_paged()
     sm_scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
@@ -220,6 +311,9 @@ def attention_forward(
     return layout.query.scatter(attend_ragged(call, decision)), None
 
 
+_untraced_attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = torch.compiler.disable(_attend)
+
+
 def _pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bool | None) -> Pattern:
     if isinstance(mask, RaggedMask):
         return mask.spec.pattern
@@ -258,7 +352,7 @@ def _packed_layout(
     query: torch.Tensor,
     key: torch.Tensor,
 ) -> RaggedLayout:
-    """Returns the layout of packed sequences, read once per forward: it rides on the mask, or else on the offsets."""
+    """Returns the layout of packed sequences, which rides on the mask, or else on the offsets."""
     if query_offsets is None or key_offsets is None:
         raise UnsupportedAttentionError(
             "one of cu_seq_lens_q and cu_seq_lens_k without the other", "Pass both, or neither with a padding mask."
@@ -269,16 +363,7 @@ def _packed_layout(
             "Packed input has no padding: leave the attention_mask out.",
         )
     shapes = ((query.shape[0], query.shape[2]), (key.shape[0], key.shape[2]))
-    carrier: Any = query_offsets if lazy is None else lazy
-    versions = None if query_offsets.is_inference() else (query_offsets._version, key_offsets._version)
-    known: _PackedLayout | None = getattr(carrier, "_packed_layout", None)
-    if known is not None and known.is_of(query_offsets, key_offsets, versions, shapes):
-        return known.layout
-    layout = RaggedLayout.from_offsets(query_offsets, key_offsets, *shapes)
-    # Without a version counter nothing tells whether offsets that outlive the forward were written to.
-    if lazy is not None or versions is not None:
-        carrier._packed_layout = _PackedLayout(id(query_offsets), key_offsets, versions, shapes, layout)
-    return layout
+    return packed_layout(query_offsets if lazy is None else lazy, query_offsets, key_offsets, shapes)
 
 
 def _image_offsets(position_ids: torch.Tensor) -> torch.Tensor:
@@ -296,30 +381,6 @@ def _image_offsets(position_ids: torch.Tensor) -> torch.Tensor:
     offsets = torch.tensor([at for at, start in enumerate(flags) if start] + [len(flags)], dtype=torch.int32)
     position_ids._image_offsets = (version, offsets)  # type: ignore[attr-defined]
     return offsets
-
-
-@dataclass(frozen=True, slots=True)
-class _PackedLayout:
-    """A layout and the offsets that it was read from, as they were then."""
-
-    query_offsets_id: int
-    key_offsets: torch.Tensor
-    versions: tuple[int, int] | None
-    shapes: tuple[tuple[int, int], tuple[int, int]]
-    layout: RaggedLayout
-
-    def is_of(
-        self,
-        query_offsets: torch.Tensor,
-        key_offsets: torch.Tensor,
-        versions: tuple[int, int] | None,
-        shapes: tuple[tuple[int, int], tuple[int, int]],
-    ) -> bool:
-        return (
-            self.query_offsets_id == id(query_offsets)
-            and self.key_offsets is key_offsets
-            and (self.versions, self.shapes) == (versions, shapes)
-        )
 
 
 def _layout_of_2d_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> RaggedLayout:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from .errors import UnsupportedAttentionError
 from .trace import record_host_copy, record_layout
 
-__all__ = ["LengthsRead", "RaggedLayout", "RaggedSide", "uniform_layout"]
+__all__ = ["LengthsRead", "RaggedLayout", "RaggedSide", "packed_layout", "uniform_layout"]
 
 
 class LengthsRead:
@@ -214,3 +215,55 @@ def uniform_layout(batch_size: int, query_length: int, key_length: int) -> Ragge
     if query_length == key_length:
         return RaggedLayout(query)
     return RaggedLayout(query, RaggedSide((key_length,) * batch_size, (batch_size, key_length), None))
+
+
+def packed_layout(
+    carrier: Any,
+    query_offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    shapes: tuple[tuple[int, int], tuple[int, int]],
+) -> RaggedLayout:
+    """Returns the layout of packed sequences, read from their offsets once and then carried along.
+
+    Args:
+        carrier: What travels with the forward, a lazy mask or the offsets themselves; the layout rides on it.
+        query_offsets: Integers, shape `(sequences + 1,)`.
+        key_offsets: The same of the keys; may be the very same tensor.
+        shapes: Rows and slots of the packed queries, and of the packed keys.
+
+    Raises:
+        ValueError: If the offsets do not describe tensors of these shapes.
+    """
+    versions = None if query_offsets.is_inference() else (query_offsets._version, key_offsets._version)
+    known: _PackedLayout | None = getattr(carrier, "_packed_layout", None)
+    if known is not None and known.is_of(query_offsets, key_offsets, versions, shapes):
+        return known.layout
+    layout = RaggedLayout.from_offsets(query_offsets, key_offsets, *shapes)
+    # Offsets may outlive the forward, and without a version counter nothing tells whether they were written to.
+    if carrier is not query_offsets or versions is not None:
+        carrier._packed_layout = _PackedLayout(id(query_offsets), key_offsets, versions, shapes, layout)
+    return layout
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedLayout:
+    """A layout and the offsets that it was read from, as they were then."""
+
+    query_offsets_id: int
+    key_offsets: torch.Tensor
+    versions: tuple[int, int] | None
+    shapes: tuple[tuple[int, int], tuple[int, int]]
+    layout: RaggedLayout
+
+    def is_of(
+        self,
+        query_offsets: torch.Tensor,
+        key_offsets: torch.Tensor,
+        versions: tuple[int, int] | None,
+        shapes: tuple[tuple[int, int], tuple[int, int]],
+    ) -> bool:
+        return (
+            self.query_offsets_id == id(query_offsets)
+            and self.key_offsets is key_offsets
+            and (self.versions, self.shapes) == (versions, shapes)
+        )

@@ -17,7 +17,7 @@ import torch
 from transformers import masking_utils
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-__all__ = ["CAUSAL", "FULL", "Pattern", "PatternKind", "dense_pattern", "recognise"]
+__all__ = ["CAUSAL", "FULL", "Pattern", "PatternKind", "band", "dense_pattern", "recognise"]
 
 MaskFunction = Callable[..., torch.Tensor]
 
@@ -62,7 +62,8 @@ def dense_pattern(name: str) -> Pattern:
     return Pattern(PatternKind.DENSE, name)
 
 
-def _band(left: int | None, right: int | None) -> Pattern:
+def band(left: int | None, right: int | None) -> Pattern:
+    """Names a band: `left` keys before a query's own position and `right` after; None for all."""
     if left is None and right is None:
         return FULL
     if left is None and right == 0:
@@ -97,7 +98,7 @@ def recognise(mask_function: MaskFunction) -> tuple[Pattern, torch.Tensor | None
         return dense_pattern(_describe(mask_function)), None
     left = min((band.left for band in known if band.left is not None), default=None)
     right = min((band.right for band in known if band.right is not None), default=None)
-    return _band(left, right), packed[0] if packed else None
+    return band(left, right), packed[0] if packed else None
 
 
 def _terms(mask_function: MaskFunction) -> Iterator[MaskFunction]:
@@ -195,7 +196,7 @@ def _probe(structure: Hashable, term: _Unhashed) -> Pattern | None:
     first, last = int(seen[0]), int(seen[-1])
     if last - first + 1 != len(seen):
         return None
-    return _band(None if first == -reach else -first, None if last == reach else last)
+    return band(None if first == -reach else -first, None if last == reach else last)
 
 
 def _describe(mask_function: object) -> str:
