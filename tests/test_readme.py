@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_flashinfer_attn.demo import model_path
+from hf_flashinfer_attn.support import support_table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -26,4 +27,8 @@ def test_readme_has_its_two_commands_and_fits_two_screens() -> None:
         command = re.search(rf"<!-- {name} -->\n```bash\n(.*?)\n```", text)
         assert command is not None
         assert command.group(1).endswith(ending)
-    assert len(text.splitlines()) <= 100
+    assert len(text.splitlines()) <= 120
+
+
+def test_support_table_is_that_of_the_dispatcher() -> None:
+    assert support_table() in README.read_text()

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 
+# Wrappers per kernel and stream that may be made only to let the host run ahead of the GPU, 8 MiB of device memory each.
+_RING = 4
 # Only split-KV (switched off) and some Blackwell kernels take memory from it.
 _FLOAT_WORKSPACE_BYTES = {"fa2": 1 << 20, "fa3": 1 << 20, "auto": 128 << 20}
 
@@ -174,13 +177,20 @@ class _WrapperPool:
         self._kernel: Kernel = kernel
         self._float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES[kernel], dtype=torch.uint8, device=device)
         self._free: deque[_Wrapper] = deque()
+        self._made = 0
 
     def take(self) -> _Wrapper:
-        try:
+        wrapper: _Wrapper | None = None
+        with suppress(IndexError):
             # The one that came back first: the copy of its last plan is the likeliest to be over.
-            return self._free.popleft()
-        except IndexError:
-            return _Wrapper(self._kernel, self._float_workspace)
+            wrapper = self._free.popleft()
+        if wrapper is not None:
+            if self._made >= _RING or wrapper.event.query():
+                return wrapper
+            # Rather another wrapper than a wait for the GPU, up to a point.
+            self._free.append(wrapper)
+        self._made += 1
+        return _Wrapper(self._kernel, self._float_workspace)
 
     def give_back(self, wrapper: _Wrapper) -> None:
         self._free.append(wrapper)

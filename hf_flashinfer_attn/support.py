@@ -1,0 +1,45 @@
+"""The support table, made from the rules that the dispatcher goes by.
+
+python -m hf_flashinfer_attn.support
+"""
+
+from __future__ import annotations
+
+from .dispatch import RULES, Path
+
+__all__ = ["support_table"]
+
+# What no rule takes away from FlashInfer.
+_NATIVE = (
+    "full and causal attention, with a cache or without",
+    "sliding windows, causal and two-sided, of any width",
+    "padding: right, left, holes, rows of padding only, none",
+    "packed sequences (`cu_seq_lens_q`, `cu_seq_lens_k`, or restarting `position_ids`)",
+    "cross-attention with its own padding",
+    "grouped-query and multi-query heads, values of another head_dim",
+    "head_dim up to 256, softcap, any softmax scale",
+)
+_REFUSED = (
+    "continuous batching (`paged|flashinfer`)",
+    "planning while a CUDA graph is captured",
+    "`cu_seq_lens` together with a padding mask",
+)
+_RUNS_ON = {Path.DENSE: "dense attention", Path.TORCH: "ragged torch backend"}
+
+
+def support_table() -> str:
+    """Returns what runs where on a GPU that FlashInfer supports, as a Markdown table.
+
+    Examples:
+        >>> from hf_flashinfer_attn.support import support_table
+        >>> print(support_table().splitlines()[0])
+        | request | on a GPU |
+    """
+    rows = [(feature, "FlashInfer") for feature in _NATIVE]
+    rows += [(rule.feature, f"{_RUNS_ON[rule.path]}, logged once") for rule in RULES]
+    rows += [(feature, "`UnsupportedAttentionError`") for feature in _REFUSED]
+    return "\n".join(["| request | on a GPU |", "|---|---|", *(f"| {feature} | {path} |" for feature, path in rows)])
+
+
+if __name__ == "__main__":
+    print(support_table())
