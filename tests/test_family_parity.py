@@ -29,6 +29,10 @@ CASES = [
     for family in FAMILIES
     for padding in family.paddings
 ]
+EQUAL_TO_SDPA = (
+    "bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "nomic-bert", "eurobert", "esm-absolute", "esm-rotary",
+    "vit", "dinov2", "siglip-text", "siglip-vision", "clip-text", "clip-vision", "whisper-encoder", "llama", "qwen3",
+)  # fmt: skip
 PADDED_CASES = [case for case in CASES if case.values[1] is not Padding.NO_MASK]
 EACH_FAMILY = [pytest.param(family, id=family.name) for family in FAMILIES]
 
@@ -110,6 +114,19 @@ def test_equals_eager(family: Family, padding: Padding) -> None:
         bound = TOLERANCE * max(1.0, right.abs().max().item())
         difference = (actual[name] - right).abs().max().item()
         assert difference <= bound, f"{name} is {difference:.1e} off, at most {bound:.1e}: {trace.kernels}"
+
+
+@pytest.mark.parametrize("name", EQUAL_TO_SDPA)
+@pytest.mark.parametrize("padding", [Padding.NO_MASK, Padding.RIGHT])
+def test_equals_sdpa(name: str, padding: Padding) -> None:
+    family = BY_NAME[name]
+    if padding in family.paddings:
+        example = example_of(family, padding)
+        expected = valid_part(outputs_of(build_model(family, "sdpa"), family, example), example)
+        actual = valid_part(outputs_of(flashinfer_model(name), family, example), example)
+        assert largest_change(expected, actual) <= TOLERANCE * max(
+            1.0, *(part.abs().max() for part in expected.values())
+        )
 
 
 @pytest.mark.parametrize(("family", "padding"), PADDED_CASES)

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModel, BertConfig, BertModel, CLIPConfig, CLIPModel, MPNetConfig
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    GptOssConfig,
+    GptOssModel,
+    MPNetConfig,
+)
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -141,3 +151,25 @@ def test_import_loads_neither_flashinfer_nor_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_models_that_list_the_kernels_they_work_with_take_ours() -> None:
+    # Otherwise transformers would replace the name by a kernel from a hub, which needs a network.
+    config = GptOssConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=16, num_local_experts=4, vocab_size=50, sliding_window=3,
+    )  # fmt: skip
+    assert "flashinfer" not in (GptOssModel._compatible_flash_implementations or [])
+    mask = torch.ones_like(IDS)
+    mask[0, 4:] = 0
+    outputs = []
+    for implementation in ("eager", "flashinfer"):
+        torch.manual_seed(0)
+        model = GptOssModel._from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+        assert model.config._attn_implementation == implementation
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, std=1.0 if "sinks" in name else 0.2)
+        with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+            outputs.append(model(IDS, attention_mask=mask).last_hidden_state[mask.bool()])
+    assert trace.fallbacks == ("attention sinks (s_aux)",)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-5)

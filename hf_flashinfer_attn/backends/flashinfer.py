@@ -28,7 +28,7 @@ __all__ = ["Kernel", "attend", "choose_kernel", "head_dim_reason", "padded_head_
 
 Kernel = Literal["fa2", "fa3", "auto"]
 
-# Sizes that the kernels really have. Others fail to build, raise, or compute garbage without an error (upstream #4299);
+# Sizes that the kernels really have. Others fail to build, raise, or silently compute garbage (upstream #4299);
 # fa2 at 192 raises as soon as its plan takes the larger query tile.
 KERNEL_HEAD_DIMS: dict[Kernel, tuple[int, ...]] = {
     "fa2": (64, 128, 256),
@@ -39,7 +39,7 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
 
-# Wrappers per kernel and stream that may be made only to let the host run ahead of the GPU, 8 MiB of device memory each.
+# Wrappers per kernel and stream that may be made just to let the host run ahead of the GPU, 8 MiB on the device each.
 _RING = 4
 # Only split-KV (switched off) and some Blackwell kernels take memory from it.
 _FLOAT_WORKSPACE_BYTES = {"fa2": 1 << 20, "fa3": 1 << 20, "auto": 128 << 20}
