@@ -89,6 +89,10 @@ def _make_mask(
     device: torch.device | str,
     use_vmap: bool,
 ) -> RaggedMask:
+    if isinstance(q_offset, torch.Tensor) and q_offset.is_cuda:
+        record_host_copy()
+    # A static cache counts its tokens on the device, and counts on in place before a layer asks for the dense mask.
+    first_query = int(q_offset)
     padding_mask = attention_mask
     if padding_mask is not None and (missing := kv_length + kv_offset - padding_mask.shape[-1]) > 0:
         padding_mask = torch.nn.functional.pad(padding_mask, (0, missing))
@@ -98,7 +102,7 @@ def _make_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=first_query,
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask if attention_mask is None else attention_mask.to(device),
@@ -111,14 +115,11 @@ def _make_mask(
     pattern, packed = recognise(mask_function)
     if packed is not None and (padding_mask is not None or q_length != kv_length):
         pattern, packed = dense_pattern("packed sequences with padding"), None
-    if isinstance(q_offset, torch.Tensor) and q_offset.is_cuda:
-        record_host_copy()
     spec = MaskSpec(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        # A static cache counts its tokens on the device.
-        q_offset=int(q_offset),
+        q_offset=first_query,
         kv_offset=kv_offset,
         padding_mask=padding_mask,
         pattern=pattern,

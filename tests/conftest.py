@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
 
 from hf_flashinfer_attn import settings
+
+
+# A first call may compile or load something, on a machine of any speed.
+hypothesis.settings.register_profile("any-machine", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("any-machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
