@@ -8,7 +8,6 @@ import torch
 
 from hf_flashinfer_attn import settings
 
-
 # A first call may compile or load something, on a machine of any speed.
 hypothesis.settings.register_profile("any-machine", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("any-machine")

@@ -30,9 +30,9 @@ CASES = [
     for padding in family.paddings
 ]
 EQUAL_TO_SDPA = (
-    "bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "nomic-bert", "eurobert", "esm-absolute",
-    "esm-rotary", "vit", "dinov2", "siglip-text", "siglip-vision", "clip-text", "clip-vision", "whisper-encoder", "llama",
-    "qwen3",
+    "bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "nomic-bert", "eurobert",
+    "esm-absolute", "esm-rotary", "vit", "dinov2", "siglip-text", "siglip-vision", "clip-text", "clip-vision",
+    "whisper-encoder", "llama", "qwen3",
 )  # fmt: skip
 PADDED_CASES = [case for case in CASES if case.values[1] is not Padding.NO_MASK]
 EACH_FAMILY = [pytest.param(family, id=family.name) for family in FAMILIES]
