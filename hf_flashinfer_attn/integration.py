@@ -16,6 +16,7 @@ from .backends import dense
 from .compiled import ragged_attention
 from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
+from .hooks import weights_are_collected
 from .layout import LengthsRead, RaggedLayout, packed_layout, uniform_layout
 from .mask import MaskSpec, RaggedMask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern, recognise
@@ -181,6 +182,8 @@ def attention_forward(
         BackendUnavailableError: If the backend asked for by name cannot run.
         UnsupportedAttentionError: If the request is not supported, or needs a fallback that was forbidden.
     """
+    if output_attentions is None:
+        output_attentions = weights_are_collected()
     if torch.compiler.is_compiling():
         whole_mask = dropout > 0 or bool(output_attentions) or position_bias is not None or s_aux is not None
         if attention_mask is None and cache is None and not whole_mask and sliding_window is None:

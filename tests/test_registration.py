@@ -23,8 +23,8 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn.hooks import weights_are_collected
 from hf_flashinfer_attn.integration import attention_forward, attention_mask
-from hf_flashinfer_attn.registration import _answer_flash_imports
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIG = BertConfig(**TINY, vocab_size=50)
@@ -59,7 +59,7 @@ def test_the_loader_has_the_shape_that_the_hook_relies_on() -> None:
 def test_an_unknown_loader_is_refused_by_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_utils, "_lazy_imports", lambda name: None)
     with pytest.raises(RuntimeError, match=r"transformers 5\..*takes \['name'\], expected"):
-        _answer_flash_imports()
+        hf_flashinfer_attn.register()
 
 
 def test_set_attn_implementation() -> None:
@@ -173,3 +173,14 @@ def test_models_that_list_the_kernels_they_work_with_take_ours() -> None:
             outputs.append(model(IDS, attention_mask=mask).last_hidden_state[mask.bool()])
     assert trace.fallbacks == ("attention sinks (s_aux)",)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-5)
+
+
+def test_the_collector_of_weights_is_where_the_hook_looks() -> None:
+    assert not weights_are_collected()
+    seen = []
+    model = BertModel._from_config(copy.deepcopy(CONFIG), attn_implementation="flashinfer").eval()
+    model.encoder.layer[0].register_forward_hook(lambda *_: seen.append(weights_are_collected()))
+    with torch.no_grad():
+        model(IDS)
+        model(IDS, output_attentions=True)
+    assert seen == [False, True]

@@ -443,17 +443,23 @@ def test_attention_weights_cannot_be_asked_for_in_the_config() -> None:
     assert model.config.output_attentions is False
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "flashinfer"])
-def test_attention_weights_that_nobody_asks_attention_for(implementation: str) -> None:
-    """A limit shared with sdpa: where transformers collects weights without telling attention so, there are none."""
+def test_attention_weights_that_nobody_asks_attention_for() -> None:
+    """Where transformers collects weights without telling attention so, sdpa has none to give; ours are eager's."""
     batch = batch_of("bert")
     gpt2 = transformers.GPT2Config(
         vocab_size=VOCAB_SIZE, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=3
     )
     asking_config = bert_config()
     asking_config.output_attentions = True
-    with torch.no_grad():
-        model = build_model(transformers.GPT2Model, gpt2, implementation)
-        assert model(**batch, output_attentions=True).attentions == ()
-        model = build_model(transformers.BertModel, asking_config, implementation)
-        assert model(**batch).attentions == ()
+    for model_class, config, asked in (
+        (transformers.GPT2Model, gpt2, {"output_attentions": True}),
+        (transformers.BertModel, asking_config, {}),
+    ):
+        with torch.no_grad():
+            ours = build_model(model_class, config, "flashinfer")(**batch, **asked).attentions
+            config.output_attentions = False
+            theirs = build_model(model_class, config, "eager")(**batch, output_attentions=True).attentions
+        assert len(ours) == len(theirs) == 2
+        valid = batch["attention_mask"].bool()
+        for mine, other in zip(ours, theirs):
+            torch.testing.assert_close(mine.transpose(1, 2)[valid], other.transpose(1, 2)[valid], rtol=0, atol=1e-5)

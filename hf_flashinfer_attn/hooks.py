@@ -1,0 +1,88 @@
+"""Everything private of transformers that this package touches: two functions replaced, one variable read.
+
+Guarded by `tests/test_registration.py` for every supported version of transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.utils import output_capturing
+
+__all__ = ["answer_flash_imports", "join_compatible_implementations", "weights_are_collected"]
+
+_MARK = "_knows_flashinfer"
+
+
+def _hook(owner: Any, name: str, first_parameters: list[str]) -> Callable[..., Any] | None:
+    """Returns the function to wrap; None if it is wrapped already."""
+    original: Callable[..., Any] | None = getattr(owner, name, None)
+    if getattr(original, _MARK, False):
+        return None
+    parameters = list(inspect.signature(original).parameters) if original is not None else []
+    if original is None or parameters[: len(first_parameters)] != first_parameters:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} is not supported: {owner.__name__}.{name} takes {parameters}, "
+            f"expected {first_parameters} first. Install transformers>=5.5,<6."
+        )
+    return original
+
+
+def answer_flash_imports(
+    names: tuple[str, ...], dense_function: Callable[..., Any], varlen_function: Callable[..., Any]
+) -> None:
+    """Makes transformers' loader of flash kernels answer for our names.
+
+    transformers 5.x takes every name with "flash" in it for a flash-attention kernel, and asks this loader for the
+    kernel's functions before it builds a model; for an unknown name the loader looks for a hub repository and raises.
+
+    Raises:
+        RuntimeError: If this version of transformers has no loader of the known shape.
+    """
+    loader = _hook(flash_utils, "_lazy_imports", ["implementation"])
+    if loader is None:
+        return
+
+    @functools.wraps(loader)
+    def lazy_imports(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        if implementation in names:
+            return dense_function, varlen_function, None, flash_utils._pad_input, flash_utils._unpad_input
+        return loader(implementation, *args, **kwargs)
+
+    setattr(lazy_imports, _MARK, True)
+    flash_utils._lazy_imports = lazy_imports
+
+
+def join_compatible_implementations(name: str) -> None:
+    """Keeps models that list the flash kernels they work with from replacing `name` by the first of that list.
+
+    Their attention needs features that flash kernels lack, such as sinks; ours has them, or falls back and says so.
+
+    Raises:
+        RuntimeError: If this version of transformers has no such choice of the known shape.
+    """
+    adjust = _hook(PreTrainedModel, "_check_and_adjust_attn_implementation", ["self", "attn_implementation"])
+    if adjust is None:
+        return
+
+    @functools.wraps(adjust)
+    def check_and_adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        listed = getattr(self, "_compatible_flash_implementations", None)
+        if attn_implementation == name and listed is not None and name not in listed:
+            self._compatible_flash_implementations = [*listed, name]
+        return adjust(self, attn_implementation, *args, **kwargs)
+
+    setattr(check_and_adjust, _MARK, True)
+    PreTrainedModel._check_and_adjust_attn_implementation = check_and_adjust
+
+
+def weights_are_collected() -> bool:
+    """Whether transformers gathers attention weights in this forward; not every model tells its attention so."""
+    collected = output_capturing._active_collector.get()
+    return bool(collected) and any("attentions" in name for name in collected)
