@@ -119,7 +119,8 @@ class RaggedSide:
         shape = (*self.padded_shape, *ragged.shape[1:])
         indices = self.indices(ragged.device)
         if indices is None:
-            return ragged.reshape(shape)
+            # A cropped head_dim leaves gaps, and models call `view` on what eager attention gives them without any.
+            return ragged.reshape(shape).contiguous()
         padded = ragged.new_zeros(self.padded_shape[0] * self.padded_shape[1], *ragged.shape[1:])
         return padded.index_copy_(0, indices, ragged).reshape(shape)
 
