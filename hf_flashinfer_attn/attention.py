@@ -73,6 +73,11 @@ def attend_ragged(call: RaggedCall, decision: Decision) -> torch.Tensor:
         Shape `(total_query_tokens, heads, value_head_dim)`.
     """
     query, value, pattern = call.query, call.value, call.pattern
+    if (len(query), len(call.key)) != (call.layout.query.total_tokens, call.layout.key.total_tokens):
+        raise ValueError(
+            f"{len(query)} queries and {len(call.key)} keys do not fit a layout of {call.layout.query.total_tokens} "
+            f"and {call.layout.key.total_tokens} tokens; gather them with the layout's own sides."
+        )
     head_dim = max(query.shape[-1], value.shape[-1])
     name, padded_head_dim = "torch", head_dim
     if decision.path is Path.FLASHINFER:

@@ -13,8 +13,12 @@ from .pattern import band
 __all__ = ["ragged_attention"]
 
 
+# It plans on the host and keeps workspaces, neither of which may happen inside a graph's memory pool.
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
 # The annotations are read at run time to make the op's schema, on Python 3.10 too.
-@torch.library.custom_op("hf_flashinfer_attn::ragged_attention", mutates_args=())
+@torch.library.custom_op("hf_flashinfer_attn::ragged_attention", mutates_args=(), tags=_TAGS)
 def ragged_attention(
     query: torch.Tensor,
     key: torch.Tensor,

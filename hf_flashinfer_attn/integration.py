@@ -57,18 +57,12 @@ def attention_mask(
         use_vmap: Whether the mask function needs vmap to be evaluated.
 
     Returns:
-        A mask of shape `(batch, 1, q_length, kv_length)` without memory. While torch.compile traces, None for full and
-        causal attention without padding, so that the graph stays whole, and a graph break for any other mask.
+        A mask of shape `(batch, 1, q_length, kv_length)` without memory. While torch.compile traces, None for full
+        attention without padding, so that the graph stays whole, and a graph break for any other mask.
     """
     if torch.compiler.is_compiling():
-        config = kwargs.get("config")
-        plain = mask_function is bidirectional_mask_function or (
-            # An encoder-decoder model's layers do not always say whether they are causal.
-            mask_function is causal_mask_function
-            and q_length == kv_length
-            and not getattr(config, "is_encoder_decoder", True)
-        )
-        if plain and attention_mask is None:
+        # A causal mask must be a mask: not every decoder takes its absence for causality.
+        if mask_function is bidirectional_mask_function and attention_mask is None:
             return None
         return _untraced_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype, device, use_vmap
@@ -116,6 +110,10 @@ def _make_mask(
     pattern, packed = recognise(mask_function)
     if packed is not None and (padding_mask is not None or q_length != kv_length):
         pattern, packed = dense_pattern("packed sequences with padding"), None
+    # Ragged attention aligns the last query with the last key; keys after a causal query are cut off before.
+    aligned = first_query + q_length == kv_offset + kv_length
+    if pattern.is_window and not pattern.is_causal and not aligned:
+        pattern = dense_pattern("a window over keys of another sequence")
     spec = MaskSpec(
         batch_size=batch_size,
         q_length=q_length,
@@ -184,8 +182,15 @@ def attention_forward(
     """
     if output_attentions is None:
         output_attentions = weights_are_collected()
+    if (cu_seq_lens_q is None) != (cu_seq_lens_k is None):
+        raise UnsupportedAttentionError(
+            "one of cu_seq_lens_q and cu_seq_lens_k without the other", "Pass both, or neither with a padding mask."
+        )
     if torch.compiler.is_compiling():
-        whole_mask = dropout > 0 or bool(output_attentions) or position_bias is not None or s_aux is not None
+        whole_mask = query.shape[0] != key.shape[0] or type(module).__name__ in _PACKED_IMAGES
+        whole_mask = (
+            whole_mask or dropout > 0 or bool(output_attentions) or position_bias is not None or s_aux is not None
+        )
         if attention_mask is None and cache is None and not whole_mask and sliding_window is None:
             offsets = cu_seq_lens_q, cu_seq_lens_k
             if not needs_grad(query, key, value):
@@ -272,7 +277,7 @@ def _attend(
         window_keeps_padded_queries=(
             lazy is not None and pattern.is_window and keep_padded_queries and lazy.has_padding
         ),
-        mask_shape_differs=lazy is not None and not _fits(lazy.spec, query, key),
+        mask_shape_differs=query.shape[0] != key.shape[0] or (lazy is not None and not _fits(lazy.spec, query, key)),
         mask_modified=lazy is not None and lazy.was_modified,
     )
     decision = decide(request, current_settings())
@@ -357,10 +362,8 @@ def _packed_layout(
     key: torch.Tensor,
 ) -> RaggedLayout:
     """Returns the layout of packed sequences, which rides on the mask, or else on the offsets."""
-    if query_offsets is None or key_offsets is None:
-        raise UnsupportedAttentionError(
-            "one of cu_seq_lens_q and cu_seq_lens_k without the other", "Pass both, or neither with a padding mask."
-        )
+    assert query_offsets is not None
+    assert key_offsets is not None
     if lazy is not None and lazy.has_padding:
         raise UnsupportedAttentionError(
             "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
@@ -492,11 +495,14 @@ def _padded_queries_are_idle(module: torch.nn.Module) -> bool:
         or getattr(getattr(module, "config", None), "add_adapter", False)
     ):
         return False
+    config: PreTrainedConfig | None = getattr(module, "config", None)
+    if config is not None and not hasattr(config, "vocab_size"):
+        # Vision towers and codecs pool, shuffle and convolve padding too.
+        return False
     inputs = _inputs_of(layer.forward)
-    if name in _ENCODER_ONLY_LAYERS:
-        config: PreTrainedConfig | None = getattr(module, "config", None)
-        if not getattr(config, "add_cross_attention", False) and not getattr(config, "is_decoder", False):
-            inputs = inputs - _SECOND_SEQUENCE
+    attends_across = getattr(config, "add_cross_attention", False) or getattr(config, "is_decoder", False)
+    if name in _ENCODER_ONLY_LAYERS and not attends_across:
+        inputs = inputs - _SECOND_SEQUENCE
     return inputs <= _OWN_SEQUENCE
 
 

@@ -235,36 +235,45 @@ def packed_layout(
     Raises:
         ValueError: If the offsets do not describe tensors of these shapes.
     """
-    versions = None if query_offsets.is_inference() else (query_offsets._version, key_offsets._version)
+    untracked = query_offsets.is_inference() or key_offsets.is_inference()
+    versions = None if untracked else (query_offsets._version, key_offsets._version)
+    if query_offsets.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedAttentionError(
+            "packed sequences while a CUDA graph is captured, whose lengths every replay would take from the capture",
+            "Capture without cu_seqlens, or run this forward outside the graph.",
+        )
     known: _PackedLayout | None = getattr(carrier, "_packed_layout", None)
-    if known is not None and known.is_of(query_offsets, key_offsets, versions, shapes):
+    if known is not None and known.is_of(carrier, query_offsets, key_offsets, versions, shapes):
         return known.layout
     layout = RaggedLayout.from_offsets(query_offsets, key_offsets, *shapes)
     # Offsets may outlive the forward, and without a version counter nothing tells whether they were written to.
     if carrier is not query_offsets or versions is not None:
-        carrier._packed_layout = _PackedLayout(id(query_offsets), key_offsets, versions, shapes, layout)
+        # The carrier itself is not named, so that no cycle keeps plans alive until a garbage collection.
+        queries, keys = (None if side is carrier else side for side in (query_offsets, key_offsets))
+        carrier._packed_layout = _PackedLayout(queries, keys, versions, shapes, layout)
     return layout
 
 
 @dataclass(frozen=True, slots=True)
 class _PackedLayout:
-    """A layout and the offsets that it was read from, as they were then."""
+    """A layout and the offsets that it was read from, as they were then; None for what carries this."""
 
-    query_offsets_id: int
-    key_offsets: torch.Tensor
+    query_offsets: torch.Tensor | None
+    key_offsets: torch.Tensor | None
     versions: tuple[int, int] | None
     shapes: tuple[tuple[int, int], tuple[int, int]]
     layout: RaggedLayout
 
     def is_of(
         self,
+        carrier: Any,
         query_offsets: torch.Tensor,
         key_offsets: torch.Tensor,
         versions: tuple[int, int] | None,
         shapes: tuple[tuple[int, int], tuple[int, int]],
     ) -> bool:
         return (
-            self.query_offsets_id == id(query_offsets)
-            and self.key_offsets is key_offsets
+            (carrier if self.query_offsets is None else self.query_offsets) is query_offsets
+            and (carrier if self.key_offsets is None else self.key_offsets) is key_offsets
             and (self.versions, self.shapes) == (versions, shapes)
         )

@@ -267,6 +267,8 @@ def _move(
     mask: RaggedMask, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> RaggedMask | None:
     """Returns the mask on the dtype and device that a call such as `mask.to(...)` asks for; None if not a float one."""
+    if kwargs.get("copy"):
+        return None
     with torch._C.DisableTorchFunctionSubclass():
         dtype, device = mask.dtype, mask.device
         # An empty tensor answers what the many spellings of these calls mean.

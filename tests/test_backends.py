@@ -154,3 +154,10 @@ def test_masks_of_the_user(kind: str) -> None:
     torch.testing.assert_close(output[valid], expected[valid])
     if kind == "2d":
         assert output[~valid].abs().sum() == 0
+
+
+def test_learned_queries_that_come_once_for_all_rows() -> None:
+    query = torch.randn(1, 2, 3, 8)
+    key, value = torch.randn(4, 2, 5, 8), torch.randn(4, 2, 5, 8)
+    expected = F.scaled_dot_product_attention(query.expand(4, -1, -1, -1), key, value).transpose(1, 2)
+    torch.testing.assert_close(attention_forward(_Layer(), query, key, value, None)[0], expected)

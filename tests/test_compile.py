@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
+from transformers import BertConfig, BertModel, CodeGenConfig, CodeGenModel, Qwen3Config, Qwen3Model
 
 import hf_flashinfer_attn
 
@@ -93,3 +93,12 @@ def test_the_op_is_a_good_citizen() -> None:
     ):
         checks = torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
         assert set(checks.values()) == {"SUCCESS"}
+
+
+@torch.no_grad()
+def test_a_causal_model_off_the_interface_stays_causal() -> None:
+    config = CodeGenConfig(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    ids = torch.randint(0, 50, (2, 7))
+    expected = build((CodeGenModel, config), "eager")(ids).last_hidden_state
+    result = torch.compile(build((CodeGenModel, config)), backend="eager")(ids).last_hidden_state
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)

@@ -38,6 +38,9 @@ def attend(
         The output, shape `(batch, q_length, heads, value_head_dim)`, and the weights, shape
         `(batch, heads, q_length, kv_length)`, or None.
     """
+    # Learned queries may come once for all rows.
+    rows = max(query.shape[0], key.shape[0])
+    query, key, value = (side.expand(rows, -1, -1, -1) for side in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -188,7 +188,7 @@ class _WrapperPool:
             if self._made >= _RING or wrapper.event.query():
                 return wrapper
             # Rather another wrapper than a wait for the GPU, up to a point.
-            self._free.append(wrapper)
+            self._free.appendleft(wrapper)
         self._made += 1
         return _Wrapper(self._kernel, self._float_workspace)
 
@@ -221,7 +221,11 @@ def _planned(layout: RaggedLayout, key: _PlanKey) -> Any:
                     if pool is None:
                         pool = _pools[key.kernel, key.device, key.stream] = _WrapperPool(key.kernel, key.device)
                 wrapper = pool.take()
-                wrapper.plan(key, layout)
+                try:
+                    wrapper.plan(key, layout)
+                except BaseException:
+                    pool.give_back(wrapper)
+                    raise
                 layout.plans[key] = wrapper
                 weakref.finalize(layout, pool.give_back, wrapper).atexit = False
     assert wrapper is not None
@@ -308,6 +312,9 @@ def _attend_ahead(
     attention shifted by `right`: query i sees keys up to `i + right`, and `left + right` before that. The last `right`
     queries have no bound ahead of them; they see the last `right + left` keys.
     """
+    if torch.cuda.is_current_stream_capturing():
+        # The graph reads the positions that the layout owns, besides the plans of its parts.
+        _captured.add(layout)
     split = layout.derived.get(("ahead", left, right))
     if split is None:
         with layout.lock:
@@ -316,7 +323,7 @@ def _attend_ahead(
     causal_key = replace(plan_key, causal=True, window_left=-1 if left is None else left + right)
     for part, part_key in ((split.head, causal_key), (split.tail, plan_key)):
         if part.layout.query.total_tokens:
-            rows, keys = part.rows_on(query.device), part.keys_on(query.device)
+            rows, keys = part.on(query.device, plan_key.stream)
             run = _planned(part.layout, part_key).run
             some = (key, value) if keys is None else (key.index_select(0, keys), value.index_select(0, keys))
             output[rows] = run(query.index_select(0, rows), *some)
@@ -330,19 +337,14 @@ class _LayoutPart:
     layout: RaggedLayout
     rows: torch.Tensor
     keys: torch.Tensor | None
-    moved: dict[torch.device, tuple[torch.Tensor, torch.Tensor | None]]
+    moved: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor | None]]
 
-    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if device not in self.moved:
+    def on(self, device: torch.device, stream: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns rows and keys on a device, copied once per stream: another stream would not wait for the copy."""
+        if (device, stream) not in self.moved:
             keys = None if self.keys is None else self.keys.to(device, non_blocking=True)
-            self.moved[device] = self.rows.to(device, non_blocking=True), keys
-        return self.moved[device]
-
-    def rows_on(self, device: torch.device) -> torch.Tensor:
-        return self._on(device)[0]
-
-    def keys_on(self, device: torch.device) -> torch.Tensor | None:
-        return self._on(device)[1]
+            self.moved[device, stream] = self.rows.to(device, non_blocking=True), keys
+        return self.moved[device, stream]
 
 
 @dataclass(frozen=True, slots=True)
