@@ -15,8 +15,12 @@ from transformers import PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.utils import output_capturing
 
+from .errors import UnsupportedAttentionError
+
 __all__ = ["answer_flash_imports", "join_compatible_implementations", "weights_are_collected"]
 
+# They pick a class of their own by name: a KeyError before 5.23, and flash-attn with a mask that is not its since.
+_OWN_FLASH_CLASSES = frozenset({"falcon", "gpt_neo", "gptj"})
 _MARK = "_knows_flashinfer"
 
 
@@ -73,6 +77,12 @@ def join_compatible_implementations(name: str) -> None:
 
     @functools.wraps(adjust)
     def check_and_adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        model_type = getattr(getattr(self, "config", None), "model_type", None)
+        if attn_implementation == name and model_type in _OWN_FLASH_CLASSES:
+            raise UnsupportedAttentionError(
+                f"{model_type}, which calls flash-attn itself for any name with 'flash' in it",
+                "Use attn_implementation='eager' or 'sdpa' for this model.",
+            )
         listed = getattr(self, "_compatible_flash_implementations", None)
         if attn_implementation == name and listed is not None and name not in listed:
             self._compatible_flash_implementations = [*listed, name]

@@ -15,6 +15,8 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    GPTNeoConfig,
+    GPTNeoModel,
     GptOssConfig,
     GptOssModel,
     MPNetConfig,
@@ -184,3 +186,9 @@ def test_the_collector_of_weights_is_where_the_hook_looks() -> None:
         model(IDS)
         model(IDS, output_attentions=True)
     assert seen == [False, True]
+
+
+def test_models_that_call_flash_attn_themselves_are_refused_by_name() -> None:
+    config = GPTNeoConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global"], 2]])
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"gpt_neo.*'eager' or 'sdpa'"):
+        GPTNeoModel._from_config(config, attn_implementation="flashinfer")
