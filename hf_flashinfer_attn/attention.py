@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .backends import flashinfer, reference
+from .bias import LogitsBias
 from .dispatch import AttentionRequest, Decision, Path, decide
 from .layout import RaggedLayout
 from .pattern import Pattern
@@ -30,6 +31,8 @@ class RaggedCall:
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
         dropout: Probability of dropping an attention weight.
         layer: What to call the layer in a trace.
+        bias: Added to the logits.
+        sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
     """
 
     query: torch.Tensor
@@ -41,6 +44,8 @@ class RaggedCall:
     softcap: float | None
     dropout: float
     layer: str
+    bias: LogitsBias | None = None
+    sinks: torch.Tensor | None = None
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -60,7 +65,7 @@ def decide_ragged(call: RaggedCall) -> Decision:
         device=call.query.device,
         dtype=call.query.dtype,
         head_dim=max(call.query.shape[-1], call.value.shape[-1]),
-        needs_grad=needs_grad(call.query, call.key, call.value),
+        needs_grad=needs_grad(call.query, call.key, call.value, call.sinks),
         dropout=call.dropout,
     )
     return decide(request, current_settings())
@@ -81,7 +86,9 @@ def attend_ragged(call: RaggedCall, decision: Decision) -> torch.Tensor:
     head_dim = max(query.shape[-1], value.shape[-1])
     name, padded_head_dim = "torch", head_dim
     if decision.path is Path.FLASHINFER:
-        kernel = flashinfer.choose_kernel(query.device, head_dim)
+        kernel = flashinfer.choose_kernel(
+            query.device, head_dim, biased=call.bias is not None, sinks=call.sinks is not None
+        )
         name, padded_head_dim = f"flashinfer-{kernel}", flashinfer.padded_head_dim(head_dim, kernel)
         output = flashinfer.attend(
             query,
@@ -92,6 +99,8 @@ def attend_ragged(call: RaggedCall, decision: Decision) -> torch.Tensor:
             right=pattern.right,
             sm_scale=call.sm_scale,
             softcap=call.softcap,
+            bias=call.bias,
+            sinks=call.sinks,
             kernel=kernel,
         )
     else:
@@ -104,6 +113,8 @@ def attend_ragged(call: RaggedCall, decision: Decision) -> torch.Tensor:
             right=pattern.right,
             sm_scale=call.sm_scale,
             softcap=call.softcap,
+            bias=call.bias,
+            sinks=call.sinks,
             dropout=call.dropout,
         )
     if is_tracing():

@@ -40,8 +40,8 @@ class AttentionRequest:
         needs_grad: Whether gradients must flow.
         dropout: Probability of dropping an attention weight in this call.
         output_attentions: Whether the weights themselves are asked for.
-        sinks: Whether there are attention sinks.
-        position_bias: Whether a bias is added to the logits.
+        biased_packed: Whether a bias is added to the logits of packed sequences, whose slots it does not speak of.
+        biased_window: Whether a bias is added where there is a window or softcap too.
         mask_holes: Whether padding splits a row in which distances matter.
         window_keeps_padded_queries: Whether distances matter, and padded queries, which have none, are kept.
         mask_shape_differs: Whether the mask was made for other lengths than those of this call.
@@ -55,8 +55,8 @@ class AttentionRequest:
     needs_grad: bool = False
     dropout: float = 0.0
     output_attentions: bool = False
-    sinks: bool = False
-    position_bias: bool = False
+    biased_packed: bool = False
+    biased_window: bool = False
     mask_holes: bool = False
     window_keeps_padded_queries: bool = False
     mask_shape_differs: bool = False
@@ -93,8 +93,7 @@ def _flag(feature: str, path: Path, attribute: str) -> Rule:
 # In this order: what needs a whole mask first, then what only needs another kernel.
 RULES: tuple[Rule, ...] = (
     _flag("output_attentions=True", Path.DENSE, "output_attentions"),
-    _flag("attention sinks (s_aux)", Path.DENSE, "sinks"),
-    _flag("position_bias", Path.DENSE, "position_bias"),
+    _flag("position_bias over packed sequences, or of a shape of its own", Path.DENSE, "biased_packed"),
     Rule(
         "user 4D masks, additive masks, chunks, image blocks, any mask that is not recognised",
         Path.DENSE,
@@ -104,6 +103,7 @@ RULES: tuple[Rule, ...] = (
     _flag("a window over padding in a layer that keeps padded queries", Path.DENSE, "window_keeps_padded_queries"),
     _flag("a mask of another shape than the call", Path.DENSE, "mask_shape_differs"),
     _flag("a mask that the model wrote to", Path.DENSE, "mask_modified"),
+    _flag("position_bias together with a window or softcap", Path.TORCH, "biased_window"),
     _flag("gradients (the kernels are forward only)", Path.TORCH, "needs_grad"),
     Rule(
         "dropout in training", Path.TORCH, lambda request: f"dropout {request.dropout}" if request.dropout > 0 else None

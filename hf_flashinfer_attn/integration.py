@@ -13,6 +13,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from .attention import RaggedCall, attend_ragged, needs_grad
 from .backends import dense
+from .bias import LogitsBias
 from .compiled import ragged_attention
 from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
@@ -262,6 +263,10 @@ def _attend(
             f"sliding_window={sliding_window} without a mask over {key.shape[2]} keys",
             "Use attn_implementation='eager' for this model.",
         )
+    bias = None
+    if position_bias is not None:
+        bias = LogitsBias.fit(position_bias, (*query.shape[:3], key.shape[2]))
+    is_packed = offsets is not None or (lazy is not None and lazy.spec.packed is not None)
     keep_padded_queries = not _padded_queries_are_idle(module)
     request = AttentionRequest(
         pattern=pattern,
@@ -271,8 +276,8 @@ def _attend(
         needs_grad=needs_grad(query, key, value, position_bias, s_aux),
         dropout=dropout,
         output_attentions=bool(output_attentions),
-        sinks=s_aux is not None,
-        position_bias=position_bias is not None,
+        biased_packed=position_bias is not None and (bias is None or is_packed),
+        biased_window=position_bias is not None and (pattern.is_window or softcap is not None),
         mask_holes=lazy is not None and lazy.has_holes,
         window_keeps_padded_queries=(
             lazy is not None and pattern.is_window and keep_padded_queries and lazy.has_padding
@@ -316,6 +321,8 @@ def _attend(
         softcap=softcap,
         dropout=dropout,
         layer=layer,
+        bias=bias,
+        sinks=None if s_aux is None else s_aux.reshape(-1),
     )
     return layout.query.scatter(attend_ragged(call, decision)), None
 

@@ -80,6 +80,7 @@ class RaggedSide:
         self.is_full = self.total_tokens == padded_shape[0] * padded_shape[1]
         self._valid = None if self.is_full else valid
         self._indices: dict[torch.device, torch.Tensor] = {}
+        self._slots: dict[torch.device, torch.Tensor] = {}
         self._cu_seqlens: dict[torch.device, torch.Tensor] = {}
         if not self.is_full and valid is None:
             raise ValueError(f"{self.total_tokens} tokens in {padded_shape} slots need a mask of the valid slots")
@@ -107,6 +108,15 @@ class RaggedSide:
             indices = positions.new_empty(self.total_tokens + 1).scatter_(0, destination, positions)
             indices = self._indices[device] = indices[: self.total_tokens].to(device, non_blocking=True)
         return indices
+
+    def slots(self, device: torch.device) -> torch.Tensor | None:
+        """Slot of each token within its row on `device`, int32, shape `(total_tokens,)`; None without padding."""
+        indices = self.indices(device)
+        if indices is None:
+            return None
+        if (slots := self._slots.get(device)) is None:
+            slots = self._slots[device] = (indices % self.padded_shape[1]).to(torch.int32)
+        return slots
 
     def gather(self, padded: torch.Tensor) -> torch.Tensor:
         """Drops padding: `(*padded_shape, heads, dim)` to `(total_tokens, heads, dim)`; differentiable."""

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from hf_flashinfer_attn.accuracy import measure_kernel_error
 from hf_flashinfer_attn.backends import dense, flashinfer, reference
+from hf_flashinfer_attn.bias import LogitsBias
 from hf_flashinfer_attn.integration import attention_forward
-from hf_flashinfer_attn.layout import RaggedLayout
+from hf_flashinfer_attn.layout import RaggedLayout, RaggedSide
 from hf_flashinfer_attn.varlen import flash_attn_func, flash_attn_varlen_func
 
 HEAD_DIMS = (8, 16, 24, 26, 32, 48, 64, 72, 80, 96, 112, 120, 128, 192, 256)
@@ -17,19 +18,26 @@ BOUND = st.one_of(st.none(), st.integers(0, 4))
 LENGTHS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), min_size=1, max_size=6)
 
 
-def naive(query, key, value, *, left: int | None, right: int | None, softcap: float | None) -> torch.Tensor:
+def naive(
+    query, key, value, *, left: int | None, right: int | None, softcap: float | None, bias=None, sinks=None
+) -> torch.Tensor:
     """Attention of one row, written out: `(tokens, heads, dim)`."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     logits = torch.einsum("qhd,khd->hqk", query, key) * 0.7
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias
     for q in range(len(query)):
         for k in range(len(key)):
             distance = k - (q + len(key) - len(query))
             if (left is not None and distance < -left) or (right is not None and distance > right):
                 logits[:, q, k] = float("-inf")
-    return torch.einsum("hqk,khd->qhd", logits.softmax(-1).nan_to_num(0.0), value)
+    weights = logits.softmax(-1)
+    if sinks is not None:
+        weights = torch.cat([logits, sinks[:, None, None].expand(-1, len(query), 1)], -1).softmax(-1)[..., :-1]
+    return torch.einsum("hqk,khd->qhd", weights.nan_to_num(0.0), value)
 
 
 @given(
@@ -52,12 +60,64 @@ def test_the_reference_is_attention(lengths, band, softcap, heads: tuple[int, in
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
 
 
+@given(
+    st.integers(1, 4).flatmap(
+        lambda rows: st.tuples(*(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=rows, max_size=rows)
+                                 for n in (5, 6)))
+    ),
+    st.sampled_from([(1, 1), (1, 2), (None, 1), (None, 2)]),
+    st.sampled_from([(None, None), (None, 0), (2, 1)]),
+    st.booleans(),
+    st.sampled_from([None, 0.5]),
+)  # fmt: skip
+def test_a_bias_is_found_by_slot_and_sinks_take_their_share(valid, shared, band, with_sinks: bool, softcap) -> None:
+    # Padding of any shape on both sides, holes and rows without any token included.
+    query_valid, key_valid = (torch.tensor(side) for side in valid)
+    rows = len(query_valid)
+    query_side, key_side = (
+        RaggedSide(side.sum(1).tolist(), (rows, side.shape[1]), side) for side in (query_valid, key_valid)
+    )
+    query = torch.randn(rows, 5, 2, 3, dtype=torch.float64)
+    key, value = torch.randn(2, rows, 6, 2, 3, dtype=torch.float64)
+    bias = torch.randn(shared[0] or rows, shared[1], 5, 6, dtype=torch.float64)
+    fitted = LogitsBias.fit(bias, (rows, 2, 5, 6))
+    assert fitted is not None
+    options = {
+        "left": band[0], "right": band[1], "softcap": softcap,
+        "sinks": torch.randn(2, dtype=torch.float64) if with_sinks else None,
+    }  # fmt: skip
+    output = reference.attend(
+        query_side.gather(query), key_side.gather(key), key_side.gather(value), RaggedLayout(query_side, key_side),
+        sm_scale=0.7, bias=fitted, **options,
+    )  # fmt: skip
+    expected = [
+        naive(query[row, q], key[row, k], value[row, k], bias=fitted.values[row][:, q][:, :, k], **options)
+        for row, (q, k) in enumerate(zip(query_valid, key_valid))
+    ]
+    torch.testing.assert_close(output, torch.cat(expected), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 5, 7), (3, 2, 5, 6), (2, 5, 6), (1, 4, 1, 6)])
+def test_a_bias_of_another_shape_does_not_fit(shape: tuple[int, ...]) -> None:
+    assert LogitsBias.fit(torch.zeros(shape), (2, 2, 5, 6)) is None
+
+
 def test_the_reference_is_differentiable() -> None:
     layout = RaggedLayout.from_lengths([3, 0, 2], [4, 2, 2])
     inputs = [torch.randn(n, 2, 3, dtype=torch.float64, requires_grad=True) for n in (5, 8, 8)]
+    sinks, bias = torch.randn(2, dtype=torch.float64), torch.randn(1, 1, 2, 3, dtype=torch.float64)
+    extras = [sinks.requires_grad_(), bias.requires_grad_()]
     assert torch.autograd.gradcheck(
         lambda *tensors: reference.attend(*tensors, layout, left=1, right=0, sm_scale=0.5), inputs
     )
+    even = RaggedLayout(RaggedSide([2, 1], (2, 2), torch.tensor([[True, True], [False, True]])),
+                        RaggedSide([2, 3], (2, 3), torch.tensor([[True, False, True], [True] * 3])))  # fmt: skip
+
+    def biased(query, key, value, sinks, bias) -> torch.Tensor:
+        fitted = LogitsBias.fit(bias, (2, 2, 2, 3))
+        return reference.attend(query[:3], key[:5], value[:5], even, sm_scale=0.5, sinks=sinks, bias=fitted)
+
+    assert torch.autograd.gradcheck(biased, [*inputs, *extras])
 
 
 @pytest.mark.parametrize("band", [(None, None), (None, 0), (5, 0), (3, 3)])

@@ -19,8 +19,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 WINDOW = dense_pattern("some_overlay")
 FALLBACKS = [
     ({"output_attentions": True}, Path.DENSE, "output_attentions=True"),
-    ({"sinks": True}, Path.DENSE, "attention sinks"),
-    ({"position_bias": True}, Path.DENSE, "position_bias"),
+    ({"biased_packed": True}, Path.DENSE, "position_bias over packed sequences"),
+    ({"biased_window": True}, Path.TORCH, "position_bias together with a window"),
     ({"pattern": WINDOW}, Path.DENSE, "the mask some_overlay"),
     ({"mask_holes": True}, Path.DENSE, "padding with holes"),
     ({"window_keeps_padded_queries": True}, Path.DENSE, "keeps padded queries"),

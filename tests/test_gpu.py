@@ -9,12 +9,23 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, PreTrainedModel, Qwen3Config, Qwen3Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn.accuracy import measure_kernel_error
 from hf_flashinfer_attn.backends import flashinfer, reference
-from hf_flashinfer_attn.layout import RaggedLayout, uniform_layout
+from hf_flashinfer_attn.bias import LogitsBias
+from hf_flashinfer_attn.layout import RaggedLayout, RaggedSide, uniform_layout
 
 pytestmark = pytest.mark.gpu
 
@@ -23,6 +34,11 @@ HALF = (torch.float16, torch.bfloat16)
 BERT = BertConfig(
     hidden_size=96, num_hidden_layers=12, num_attention_heads=3, intermediate_size=128, vocab_size=100
 )  # head_dim 32
+MODERNBERT = ModernBertConfig(
+    hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=100, local_attention=8,
+    global_attn_every_n_layers=3, pad_token_id=0, deterministic_flash_attn=False,
+)  # fmt: skip
+T5 = T5Config(d_model=64, d_kv=24, d_ff=64, num_layers=3, num_heads=4, vocab_size=100)
 QWEN = Qwen3Config(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=72,
     intermediate_size=64, vocab_size=100,
@@ -88,6 +104,67 @@ def test_windows_and_softcap_against_float64(kernel, left, right, softcap) -> No
     assert error.ratio <= 1.25, error
 
 
+def random_sides(query_valid: torch.Tensor, key_valid: torch.Tensor) -> RaggedLayout:
+    sides = (RaggedSide(side.sum(1).tolist(), tuple(side.shape), side.cuda()) for side in (query_valid, key_valid))
+    return RaggedLayout(*sides)
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.parametrize("right", [None, 0], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [24, 64])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shared", [(1, 4), (5, 1), (5, 4)], ids=str)
+def test_a_bias_is_as_exact_as_sdpas(shared, dtype: torch.dtype, head_dim: int, right: int | None) -> None:
+    rows, width = 5, 150
+    valid = torch.rand(rows, width) < 0.7  # holes
+    valid[0], valid[1, 40:], valid[2, :60], valid[3] = True, False, False, False
+    layout = random_sides(valid, valid)
+    query, key, value = torch.randn(3, rows, width, 4, head_dim, device="cuda").to(dtype)
+    # The strides of T5, whose heads come last, in another dtype than the rest where they are shared.
+    bias = torch.randn(shared[0], width, width, shared[1], device="cuda").permute(0, 3, 1, 2)
+    bias = bias.to(torch.float32 if shared[0] == 1 else dtype)
+    fitted = LogitsBias.fit(bias.to(dtype), (rows, 4, width, width))
+    assert fitted is not None
+    sides = [layout.query.gather(tensor.masked_fill(~valid.cuda()[:, :, None, None], float("nan")))
+             for tensor in (query, key, value)]  # fmt: skip
+    given = LogitsBias.fit(bias, (rows, 4, width, width))
+    ours = flashinfer.attend(*sides, layout, sm_scale=0.2, right=right, bias=given)
+    exact = reference.attend(*(side.double() for side in sides), layout, sm_scale=0.2, right=right,
+                             bias=LogitsBias(fitted.values.double()))  # fmt: skip
+    mask = valid.cuda()[:, None, None, :].expand(rows, 1, width, width)
+    if right == 0:
+        ranks = valid.cuda().cumsum(1)
+        mask = mask & (ranks[:, None, :, None] >= ranks[:, None, None, :])
+    additive = fitted.values.masked_fill(~mask, torch.finfo(dtype).min)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(
+        *(tensor.transpose(1, 2) for tensor in (query, key, value)), attn_mask=additive, scale=0.2
+    )
+    sdpa_error = (layout.query.gather(sdpa.transpose(1, 2)).double() - exact).norm()
+    assert (ours.double() - exact).norm() <= 1.25 * sdpa_error
+
+
+@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.parametrize(("left", "right"), [(None, None), (None, 0), (7, 0), (6, 6)])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("kernel", kernels())
+def test_sinks_are_as_exact_as_attention_without(kernel, dtype: torch.dtype, left, right) -> None:
+    # More queries than keys in one row, so that some see none, and a row without any key.
+    layout = RaggedLayout.from_lengths([90, 33, 5, 60], [90, 20, 0, 64])
+    query, key, value = (torch.randn(n, 4, 40, device="cuda").to(dtype) for n in (188, 174, 174))
+    sinks = torch.randn(4, device="cuda").to(dtype) * 2
+    options = {"sm_scale": 0.3, "left": left, "right": right}
+    exact_sides = [side.double() for side in (query, key, value)]
+
+    def error(sinks) -> float:
+        exact = reference.attend(*exact_sides, layout, sinks=None if sinks is None else sinks.double(), **options)
+        ours = flashinfer.attend(query, key, value, layout, kernel=kernel, sinks=sinks, **options)
+        assert ours.isfinite().all()
+        return float((ours.double() - exact).norm() / exact.norm())
+
+    # One more rounding, of an output that was rounded already.
+    assert error(sinks) <= 1.5 * error(None)
+
+
 @pytest.mark.parametrize("kernel", kernels())
 def test_value_may_be_narrower_and_keys_of_another_length(kernel) -> None:
     layout = RaggedLayout.from_lengths([3, 5, 2], [7, 0, 2])
@@ -102,7 +179,9 @@ def test_value_may_be_narrower_and_keys_of_another_length(kernel) -> None:
 
 @pytest.mark.usefixtures("_poisoned_memory")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize(("model", "config"), [(BertModel, BERT), (Qwen3Model, QWEN)])
+@pytest.mark.parametrize(
+    ("model", "config"), [(BertModel, BERT), (Qwen3Model, QWEN), (ModernBertModel, MODERNBERT), (T5EncoderModel, T5)]
+)
 def test_models_are_as_exact_as_sdpa(model, config, dtype: torch.dtype) -> None:
     inputs = batch()
     valid = inputs["attention_mask"].bool()
@@ -158,8 +237,8 @@ def test_plans_in_flight_are_not_overwritten() -> None:
             torch.testing.assert_close(output[valid], expected[valid], rtol=1e-2, atol=1e-2)
 
 
-def test_two_threads_and_two_streams() -> None:
-    configs = [(BertModel, BERT), (Qwen3Model, QWEN)]
+def test_threads_with_streams_of_their_own() -> None:
+    configs = [(BertModel, BERT), (Qwen3Model, QWEN), (ModernBertModel, MODERNBERT), (T5EncoderModel, T5)]
     models = [build(model, config, "flashinfer") for model, config in configs]
     expected_models = [build(model, config, "sdpa") for model, config in configs]
     batches = [batch(6, 90) for _ in range(10)]
@@ -173,19 +252,20 @@ def test_two_threads_and_two_streams() -> None:
             results[index] = [models[index](**inputs).last_hidden_state for inputs in batches]
             torch.cuda.current_stream().synchronize()
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(models))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for index in range(2):
+    for index in range(len(models)):
         for inputs, output, reference_output in zip(batches, results[index], expected[index]):
             valid = inputs["attention_mask"].bool()
             torch.testing.assert_close(output[valid], reference_output[valid], rtol=1e-2, atol=1e-2)
 
 
-def test_a_captured_graph_keeps_its_plan() -> None:
-    model = build(BertModel, BERT, "flashinfer")
+@pytest.mark.parametrize(("model", "config"), [(BertModel, BERT), (ModernBertModel, MODERNBERT), (T5EncoderModel, T5)])
+def test_a_captured_graph_keeps_its_plan(model, config) -> None:
+    model = build(model, config, "flashinfer")
     ids = torch.randint(0, 100, (3, 20)).cuda()
     stream = torch.cuda.Stream()
     with torch.no_grad():

@@ -315,8 +315,8 @@ def test_dropout_is_differentiable(name: str) -> None:
             torch.manual_seed(3)
             return loss_of(moved, batch, valid_positions(batch)).item()
 
-    # Norms compute in float32 whatever the model's dtype, so that the step cannot be tiny.
-    assert (loss_at(1e-3) - loss_at(-1e-3)) / 2e-3 == pytest.approx(slope, rel=1e-3)
+    # Norms compute in float32 whatever the model's dtype, so that the step cannot be tiny; T5 curves.
+    assert (loss_at(1e-4) - loss_at(-1e-4)) / 2e-4 == pytest.approx(slope, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "modernbert"])

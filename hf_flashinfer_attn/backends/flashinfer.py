@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import shutil
 import threading
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from ..bias import LogitsBias
 from ..errors import UnsupportedAttentionError
 from ..layout import RaggedLayout
 from ..trace import record_plan
@@ -111,12 +113,21 @@ def padded_head_dim(head_dim: int, kernel: Kernel) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def choose_kernel(device: torch.device, head_dim: int) -> Kernel:
-    """Returns the kernel to use on `device`: fa3 on Hopper, fa2 elsewhere, FlashInfer's own choice on Blackwell."""
+def choose_kernel(device: torch.device, head_dim: int, *, biased: bool = False, sinks: bool = False) -> Kernel:
+    """Returns the kernel to use on `device`: fa3 on Hopper, fa2 elsewhere, FlashInfer's own choice on Blackwell.
+
+    Args:
+        device: A CUDA device.
+        head_dim: The widest of the query's and the value's.
+        biased: Whether a bias is added to the logits; fa3 tells its variants neither row nor head.
+        sinks: Whether there are attention sinks, which need the kernel's logsumexp.
+    """
+    if biased:
+        return "fa2"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) == (9, 0):
         return "fa3"
-    if major in (10, 11) and padded_head_dim(head_dim, "auto") == 128:
+    if major in (10, 11) and padded_head_dim(head_dim, "auto") == 128 and not sinks:
         return "auto"
     return "fa2"
 
@@ -134,6 +145,62 @@ class _PlanKey:
     softcap: float
     device: torch.device
     stream: int
+    biased: bool
+
+
+# Adds a bias to the logits, read from where the model left it: by slot of the padded batch, through its own strides.
+# The module has kernels over paged keys too, whose parameters know no kv_indptr; those are compiled and never run.
+_BIASED_VARIANT = """
+DEFINE_HAS_MEMBER(kv_indptr)
+
+struct BiasedAttention : AttentionVariantBase {
+  static constexpr bool use_softmax = true;
+  uint32_t qo_len, kv_len, window_left;
+  float sm_scale, sm_scale_log2;
+
+  template <typename Params>
+  __device__ __host__ BiasedAttention(const Params& params, uint32_t batch_idx, uint8_t* smem_ptr) {
+    qo_len = params.get_qo_len(batch_idx);
+    kv_len = params.get_kv_len(batch_idx);
+    window_left = kv_len;
+    sm_scale = params.sm_scale;
+    sm_scale_log2 = math::log2e;
+  }
+
+  REGISTER_LOGITS_TRANSFORM(params, logits, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, {
+    logits *= sm_scale;
+    if (qo_idx < qo_len && kv_idx < kv_len) {
+      int64_t query_slot = qo_idx;
+      int64_t key_slot = kv_idx;
+      if (params.maybe_query_slots != nullptr) {
+        query_slot = params.maybe_query_slots[params.q_indptr[batch_idx] + qo_idx];
+      }
+      if constexpr (has_kv_indptr_v<Params>) {
+        if (params.maybe_key_slots != nullptr) {
+          key_slot = params.maybe_key_slots[params.kv_indptr[batch_idx] + kv_idx];
+        }
+      }
+      logits += float(params.bias[batch_idx * params.bias_stride_row + qo_head_idx * params.bias_stride_head +
+                                  query_slot * params.bias_stride_query + key_slot * params.bias_stride_key]);
+    }
+    return logits;
+  })
+};
+"""
+_CPP_NAMES = {torch.float16: "half", torch.bfloat16: "nv_bfloat16"}
+
+
+def biased_module_arguments(dtype: torch.dtype, head_dim: int) -> list[Any]:
+    """Returns what FlashInfer's `jit_args` takes to build the kernel that adds a bias to the logits."""
+    strides = ("bias_stride_row", "bias_stride_head", "bias_stride_query", "bias_stride_key")
+    return [
+        # Names the compiled file: whatever changes the code must change it.
+        f"hf_flashinfer_attn_bias_1_{str(dtype).removeprefix('torch.')}_{head_dim}",
+        dtype, dtype, dtype, torch.int32, head_dim, head_dim,
+        ["bias", "maybe_query_slots", "maybe_key_slots"], [_CPP_NAMES[dtype], "int32_t", "int32_t"],
+        ["sm_scale", *strides], ["double", *["int64_t"] * len(strides)],
+        "BiasedAttention", _BIASED_VARIANT,
+    ]  # fmt: skip
 
 
 class _Wrapper:
@@ -143,10 +210,13 @@ class _Wrapper:
     not touch that buffer before `event` has passed.
     """
 
-    def __init__(self, kernel: Kernel, float_workspace: torch.Tensor) -> None:
+    def __init__(self, module: _Module, float_workspace: torch.Tensor) -> None:
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
-        self.prefill = BatchPrefillWithRaggedKVCacheWrapper(float_workspace, "NHD", backend=kernel)
+        jit_args = None if module.biased is None else biased_module_arguments(*module.biased)
+        self.prefill = BatchPrefillWithRaggedKVCacheWrapper(
+            float_workspace, "NHD", backend=module.kernel, jit_args=jit_args
+        )
         self.event = torch.cuda.Event()
 
     def plan(self, key: _PlanKey, layout: RaggedLayout) -> None:
@@ -170,12 +240,24 @@ class _Wrapper:
         record_plan()
 
 
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """What a wrapper can be planned for: any dtype and head_dim of a kernel, but one of the kernel with a bias."""
+
+    kernel: Kernel
+    biased: tuple[torch.dtype, int] | None
+
+    @classmethod
+    def of(cls, key: _PlanKey) -> _Module:
+        return cls(key.kernel, (key.dtype, key.head_dim) if key.biased else None)
+
+
 class _WrapperPool:
     """Wrappers of one kernel on one stream of one device; a plan holds one for as long as its layout lives."""
 
-    def __init__(self, kernel: Kernel, device: torch.device) -> None:
-        self._kernel: Kernel = kernel
-        self._float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES[kernel], dtype=torch.uint8, device=device)
+    def __init__(self, module: _Module, device: torch.device) -> None:
+        self._module = module
+        self._float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES[module.kernel], dtype=torch.uint8, device=device)
         self._free: deque[_Wrapper] = deque()
         self._made = 0
 
@@ -190,13 +272,13 @@ class _WrapperPool:
             # Rather another wrapper than a wait for the GPU, up to a point.
             self._free.appendleft(wrapper)
         self._made += 1
-        return _Wrapper(self._kernel, self._float_workspace)
+        return _Wrapper(self._module, self._float_workspace)
 
     def give_back(self, wrapper: _Wrapper) -> None:
         self._free.append(wrapper)
 
 
-_pools: dict[tuple[Kernel, torch.device, int], _WrapperPool] = {}
+_pools: dict[tuple[_Module, torch.device, int], _WrapperPool] = {}
 _pools_lock = threading.Lock()
 _captured: set[RaggedLayout] = set()
 
@@ -216,10 +298,11 @@ def _planned(layout: RaggedLayout, key: _PlanKey) -> Any:
         with layout.lock:
             wrapper = layout.plans.get(key)
             if wrapper is None:
+                module = _Module.of(key)
                 with _pools_lock:
-                    pool = _pools.get((key.kernel, key.device, key.stream))
+                    pool = _pools.get((module, key.device, key.stream))
                     if pool is None:
-                        pool = _pools[key.kernel, key.device, key.stream] = _WrapperPool(key.kernel, key.device)
+                        pool = _pools[module, key.device, key.stream] = _WrapperPool(module, key.device)
                 wrapper = pool.take()
                 try:
                     wrapper.plan(key, layout)
@@ -242,6 +325,8 @@ def attend(
     right: int | None = None,
     sm_scale: float,
     softcap: float | None = None,
+    bias: LogitsBias | None = None,
+    sinks: torch.Tensor | None = None,
     kernel: Kernel | None = None,
 ) -> torch.Tensor:
     """Computes ragged attention with FlashInfer, forward only.
@@ -257,19 +342,27 @@ def attend(
         right: How many keys after its own position a query sees; None for all, 0 for causal attention.
         sm_scale: What logits are multiplied with: that of the head_dim before padding.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
+        bias: Added to the logits; with "fa2" alone, and neither a window nor softcap.
+        sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
         kernel: "fa2", "fa3" or "auto"; by default what `choose_kernel` says.
 
     Returns:
         Shape `(total_query_tokens, heads, value_head_dim)`, the dtype of `query`. Rows without keys are zero.
 
     Raises:
-        ValueError: If a head_dim is above 256.
+        ValueError: If a head_dim is above 256, or a bias comes with what its kernel lacks.
     """
     device, value_head_dim = query.device, value.shape[-1]
     if layout.query.total_tokens == 0 or layout.key.total_tokens == 0:
         return query.new_zeros(*query.shape[:-1], value_head_dim)
     widest = max(query.shape[-1], value_head_dim)
-    kernel = choose_kernel(device, widest) if kernel is None else kernel
+    if kernel is None:
+        kernel = choose_kernel(device, widest, biased=bias is not None, sinks=sinks is not None)
+    if bias is not None and (kernel != "fa2" or left is not None or right not in (None, 0) or softcap is not None):
+        raise ValueError(
+            f"a bias with kernel={kernel!r}, left={left}, right={right}, softcap={softcap}; "
+            "expected kernel='fa2', full or causal attention, no softcap. Use backend='torch'."
+        )
     size = padded_head_dim(widest, kernel)
     query, key, value = _pad(query, size), _pad(key, size), _pad(value, size)
     # A bound that no row reaches is none: windows need kernels of their own.
@@ -288,13 +381,44 @@ def attend(
             softcap=0.0 if softcap is None else float(softcap),
             device=device,
             stream=torch.cuda.current_stream(device).cuda_stream,
+            biased=bias is not None,
         )
         output: torch.Tensor
         if right is None or right == 0:
-            output = _planned(layout, plan_key).run(query, key, value)
+            extras = () if bias is None else _bias_arguments(bias, layout, plan_key)
+            output = _run(_planned(layout, plan_key), query, key, value, sinks, *extras)
         else:
-            output = _attend_ahead(query, key, value, layout, plan_key, left, right)
+            output = _attend_ahead(query, key, value, layout, plan_key, left, right, sinks)
     return output if value_head_dim == size else output[..., :value_head_dim]
+
+
+def _run(
+    prefill: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *extras: Any,
+) -> torch.Tensor:
+    output: torch.Tensor
+    if sinks is None:
+        output = prefill.run(query, key, value, *extras)
+        return output
+    output, logsumexp = prefill.run(query, key, value, *extras, return_lse=True, lse_base="ln")
+    # A sink only makes the softmax's denominator larger, and what that was is known. Queries without keys have none.
+    share = torch.sigmoid(logsumexp.nan_to_num(nan=-math.inf) - sinks.float())
+    return output.mul_(share[..., None])
+
+
+def _bias_arguments(bias: LogitsBias, layout: RaggedLayout, key: _PlanKey) -> tuple[Any, ...]:
+    """Returns what the kernel with a bias takes after query, key and value."""
+    values = bias.values.to(key.dtype)
+    if values.stride(-1) != 1:
+        # Threads next to each other read keys next to each other; rows and heads that are all the same stay one.
+        values = values[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in values.stride())]
+        values = values.contiguous().expand(bias.values.shape)
+    slots = layout.query.slots(key.device), layout.key.slots(key.device)
+    return values, *slots, key.sm_scale, *values.stride()
 
 
 def _attend_ahead(
@@ -305,6 +429,7 @@ def _attend_ahead(
     plan_key: _PlanKey,
     left: int | None,
     right: int,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention with a bound on later keys, which the kernels do not have, from two calls that do.
 
@@ -324,9 +449,9 @@ def _attend_ahead(
     for part, part_key in ((split.head, causal_key), (split.tail, plan_key)):
         if part.layout.query.total_tokens:
             rows, keys = part.on(query.device, plan_key.stream)
-            run = _planned(part.layout, part_key).run
+            prefill = _planned(part.layout, part_key)
             some = (key, value) if keys is None else (key.index_select(0, keys), value.index_select(0, keys))
-            output[rows] = run(query.index_select(0, rows), *some)
+            output[rows] = _run(prefill, query.index_select(0, rows), *some, sinks)
     return output
 
 

@@ -7,6 +7,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+from ..bias import LogitsBias
 from ..layout import RaggedLayout
 
 __all__ = ["attend"]
@@ -22,6 +23,8 @@ def attend(
     right: int | None = None,
     sm_scale: float,
     softcap: float | None = None,
+    bias: LogitsBias | None = None,
+    sinks: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Computes attention row by row, without any padding.
@@ -37,6 +40,8 @@ def attend(
         right: How many keys after its own position a query sees; None for all, 0 for causal attention.
         sm_scale: What logits are multiplied with.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
+        bias: Added to the logits.
+        sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
         dropout: Probability of dropping an attention weight.
 
     Returns:
@@ -47,7 +52,7 @@ def attend(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     rows = zip(layout.query.lengths, layout.key.lengths)
     outputs: list[torch.Tensor] = []
-    query_start = key_start = 0
+    row = query_start = key_start = 0
     # Neighbours of equal lengths go in one call: all of a batch without padding, most of one sorted by length.
     for (query_length, key_length), run in itertools.groupby(rows):
         count = sum(1 for _ in run)
@@ -62,13 +67,32 @@ def attend(
                     right,
                     sm_scale,
                     softcap,
+                    None if bias is None else _bias_of(bias, layout, range(row, row + count)),
+                    sinks,
                     dropout,
                 )
             )
-        query_start, key_start = query_end, key_end
+        row, query_start, key_start = row + count, query_end, key_end
     if not outputs:
         return query.new_zeros(0, query.shape[1], value.shape[2])
     return torch.cat(outputs)
+
+
+def _bias_of(bias: LogitsBias, layout: RaggedLayout, rows: range) -> torch.Tensor:
+    """Returns the bias of rows of equal lengths, shape `(rows, heads, queries, keys)`."""
+    query_slots, key_slots = layout.query.slots(bias.values.device), layout.key.slots(bias.values.device)
+    if query_slots is None and key_slots is None:
+        return bias.values[rows.start : rows.stop]
+
+    def of_row(slots: torch.Tensor | None, offsets: tuple[int, ...], row: int) -> torch.Tensor | None:
+        return None if slots is None else slots[offsets[row] : offsets[row + 1]]
+
+    return torch.stack(
+        [
+            bias.of_row(row, of_row(query_slots, layout.query.offsets, row), of_row(key_slots, layout.key.offsets, row))
+            for row in rows
+        ]
+    )
 
 
 def _attend_equal(
@@ -79,6 +103,8 @@ def _attend_equal(
     right: int | None,
     sm_scale: float,
     softcap: float | None,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
     """Attention of rows of equal lengths, `(rows, heads, tokens, dim)` in, `(rows * tokens, heads, dim)` out."""
@@ -87,23 +113,35 @@ def _attend_equal(
         return query.new_zeros(query.shape[0] * query_length, query.shape[1], value.shape[3])
     left = None if left is not None and left >= key_length - 1 else left
     right = None if right is not None and right >= query_length - 1 else right
-    plain_causal = left is None and right == 0 and query_length == key_length and softcap is None
+    is_plain = softcap is None and bias is None and sinks is None
+    plain_causal = left is None and right == 0 and query_length == key_length and is_plain
     mask = blind = None
     if (left is not None or right is not None) and not plain_causal:
         mask = _band(query_length, key_length, left, right, query.device)
         blind = ~mask.any(1, keepdim=True)
         # A row without keys would be NaN; it is made zero below.
         mask = mask | blind
-    if softcap is None:
+    if softcap is None and sinks is None:
+        if bias is not None:
+            bias = bias.to(query.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=sm_scale
         )
     else:
-        logits = softcap * torch.tanh(torch.matmul(query, key.transpose(2, 3)) * sm_scale / softcap)
+        logits = torch.matmul(query, key.transpose(2, 3)) * sm_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if bias is not None:
+            logits = logits + bias.to(logits.dtype)
         if mask is not None:
             logits = logits.masked_fill(~mask, float("-inf"))
+        if sinks is not None:
+            column = sinks.to(logits.dtype)[:, None, None].expand(len(logits), -1, query_length, 1)
+            logits = torch.cat([logits, column], dim=-1)
         weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        output = torch.matmul(F.dropout(weights.to(value.dtype), dropout), value)
+        weights = weights[..., :key_length].to(value.dtype)
+        output = torch.matmul(F.dropout(weights, dropout), value)
     if blind is not None:
         output = output.masked_fill(blind, 0)
     return output.transpose(1, 2).flatten(0, 1)
