@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .errors import UnsupportedAttentionError
+from .movement import TokenMap
 from .trace import record_host_copy, record_layout
 
 __all__ = ["LengthsRead", "RaggedLayout", "RaggedSide", "packed_layout", "uniform_layout"]
@@ -79,7 +80,7 @@ class RaggedSide:
         self.max_length = max(self.lengths, default=0)
         self.is_full = self.total_tokens == padded_shape[0] * padded_shape[1]
         self._valid = None if self.is_full else valid
-        self._indices: dict[torch.device, torch.Tensor] = {}
+        self._maps: dict[torch.device, TokenMap] = {}
         self._slots: dict[torch.device, torch.Tensor] = {}
         self._cu_seqlens: dict[torch.device, torch.Tensor] = {}
         if not self.is_full and valid is None:
@@ -96,43 +97,39 @@ class RaggedSide:
             offsets = self._cu_seqlens[device] = self.cu_seqlens_host.to(device, non_blocking=True)
         return offsets
 
-    def indices(self, device: torch.device) -> torch.Tensor | None:
-        """Flat slot of each token on `device`, int64, shape `(total_tokens,)`; None when no slot is padding."""
+    def token_map(self, device: torch.device) -> TokenMap | None:
+        """Where the tokens are on `device`; None when no slot is padding."""
         if self._valid is None:
             return None
-        if (indices := self._indices.get(device)) is None:
-            slots = self._valid.flatten()
-            # Not `nonzero`, which would wait for the GPU to learn the size: padding slots all land in one extra place.
-            destination = torch.where(slots, slots.cumsum(0) - 1, self.total_tokens)
-            positions = torch.arange(slots.numel(), device=slots.device)
-            indices = positions.new_empty(self.total_tokens + 1).scatter_(0, destination, positions)
-            indices = self._indices[device] = indices[: self.total_tokens].to(device, non_blocking=True)
-        return indices
+        if (found := self._maps.get(device)) is None:
+            valid = self._valid.to(device, non_blocking=True)
+            found = self._maps[device] = TokenMap.of(valid, self.total_tokens)
+        return found
 
     def slots(self, device: torch.device) -> torch.Tensor | None:
         """Slot of each token within its row on `device`, int32, shape `(total_tokens,)`; None without padding."""
-        indices = self.indices(device)
-        if indices is None:
+        found = self.token_map(device)
+        if found is None:
             return None
         if (slots := self._slots.get(device)) is None:
-            slots = self._slots[device] = (indices % self.padded_shape[1]).to(torch.int32)
+            slots = self._slots[device] = found.slots % self.padded_shape[1]
         return slots
 
     def gather(self, padded: torch.Tensor) -> torch.Tensor:
         """Drops padding: `(*padded_shape, heads, dim)` to `(total_tokens, heads, dim)`; differentiable."""
         flat = padded.reshape(-1, *padded.shape[2:])
-        indices = self.indices(padded.device)
-        return flat if indices is None else flat.index_select(0, indices)
+        found = self.token_map(padded.device)
+        return flat if found is None else flat.index_select(0, found.slots)
 
     def scatter(self, ragged: torch.Tensor) -> torch.Tensor:
         """Undoes `gather`, with zeros in padded slots; differentiable."""
         shape = (*self.padded_shape, *ragged.shape[1:])
-        indices = self.indices(ragged.device)
-        if indices is None:
+        found = self.token_map(ragged.device)
+        if found is None:
             # A cropped head_dim leaves gaps, and models call `view` on what eager attention gives them without any.
             return ragged.reshape(shape).contiguous()
         padded = ragged.new_zeros(self.padded_shape[0] * self.padded_shape[1], *ragged.shape[1:])
-        return padded.index_copy_(0, indices, ragged).reshape(shape)
+        return padded.index_copy_(0, found.slots.long(), ragged).reshape(shape)
 
 
 class RaggedLayout:
@@ -161,6 +158,7 @@ class RaggedLayout:
         # What backends derive from the layout, so that it lives and dies with the forward.
         self.plans: dict[Hashable, Any] = {}
         self.derived: dict[Hashable, Any] = {}
+        self.prepared: dict[Hashable, Any] = {}
         self.lock = threading.Lock()
         record_layout()
 

@@ -8,7 +8,7 @@ real values: the mask is made dense on first use, by transformers' own function 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ class _LazyLayout:
     def __init__(self, spec: MaskSpec) -> None:
         self._spec = spec
         self._layouts: dict[bool, RaggedLayout] = {}
+        self.prepared: dict[Hashable, Any] = {}
         self._read: LengthsRead | None = None
         self._sides: tuple[RaggedSide, RaggedSide] | None = None
         if spec.pattern.kind is PatternKind.DENSE:
@@ -197,6 +198,11 @@ class RaggedMask(torch.Tensor):
                 keys alone.
         """
         return self._lazy_layout.get(keep_padded_queries)
+
+    @property
+    def prepared(self) -> dict[Hashable, Any]:
+        """What the attention function keeps for the next layers of this forward."""
+        return self._lazy_layout.prepared
 
     @property
     def has_holes(self) -> bool:

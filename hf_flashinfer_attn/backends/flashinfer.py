@@ -26,7 +26,17 @@ from ..errors import UnsupportedAttentionError
 from ..layout import RaggedLayout
 from ..trace import record_plan
 
-__all__ = ["Kernel", "attend", "choose_kernel", "head_dim_reason", "padded_head_dim", "unavailable_reason"]
+__all__ = [
+    "Kernel",
+    "KernelPlan",
+    "PackOrder",
+    "attend",
+    "choose_kernel",
+    "head_dim_reason",
+    "make_plan",
+    "padded_head_dim",
+    "unavailable_reason",
+]
 
 Kernel = Literal["fa2", "fa3", "auto"]
 
@@ -203,6 +213,25 @@ def biased_module_arguments(dtype: torch.dtype, head_dim: int) -> list[Any]:
     ]  # fmt: skip
 
 
+class _Recorder:
+    """Stands before FlashInfer's compiled module and keeps the arguments of the last call.
+
+    `run` of a wrapper checks and assembles the same two dozen arguments at every call, about 30 us of host time. All
+    layers of a forward differ in nothing but their tensors, so the next ones repeat what `run` handed over.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.arguments: tuple[Any, ...] | None = None
+
+    def ragged_run(self, *arguments: Any) -> Any:
+        self.arguments = arguments
+        return self.module.ragged_run(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
 class _Wrapper:
     """A FlashInfer wrapper with its own plan buffers.
 
@@ -218,9 +247,11 @@ class _Wrapper:
             float_workspace, "NHD", backend=module.kernel, jit_args=jit_args
         )
         self.event = torch.cuda.Event()
+        self._replay: tuple[Any, list[Any], list[int]] | None = None
 
     def plan(self, key: _PlanKey, layout: RaggedLayout) -> None:
         self.event.synchronize()
+        self._replay = None
         self.prefill.plan(
             # On the host, so that FlashInfer need not copy them back.
             layout.query.cu_seqlens_host,
@@ -238,6 +269,38 @@ class _Wrapper:
         )
         self.event.record(torch.cuda.current_stream(key.device))
         record_plan()
+
+    def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
+        """Runs the planned kernel on contiguous ragged tensors, and writes to `output`."""
+        if self._replay is not None:
+            module, template, places = self._replay
+            arguments = template.copy()
+            for place, tensor in zip(places, (query, key, value, output)):
+                arguments[place] = tensor
+            module.ragged_run(*arguments)
+            return
+        module = getattr(self.prefill, "_cached_module", None)
+        if module is None or not hasattr(module, "ragged_run"):
+            self.prefill.run(query, key, value, out=output)
+            return
+        if isinstance(module, _Recorder):  # another thread's, whose first call of this plan is under way
+            module = module.module
+        recorder = _Recorder(module)
+        self.prefill._cached_module = recorder
+        try:
+            self.prefill.run(query, key, value, out=output)
+        finally:
+            self.prefill._cached_module = module
+        if (recorded := recorder.arguments) is None:
+            return
+        places = [
+            next((at for at, argument in enumerate(recorded) if argument is tensor), -1)
+            for tensor in (query, key, value, output)
+        ]
+        if -1 not in places and len(set(places)) == 4:
+            # Without the tensors, whose memory would live as long as the plan.
+            template = [None if at in places else argument for at, argument in enumerate(recorded)]
+            self._replay = module, template, places
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +346,7 @@ _pools_lock = threading.Lock()
 _captured: set[RaggedLayout] = set()
 
 
-def _planned(layout: RaggedLayout, key: _PlanKey) -> Any:
+def _planned(layout: RaggedLayout, key: _PlanKey) -> _Wrapper:
     """Returns a wrapper planned for `key` on `layout`, planning at most once per layout."""
     wrapper: _Wrapper | None = layout.plans.get(key)
     if torch.cuda.is_current_stream_capturing():
@@ -312,7 +375,155 @@ def _planned(layout: RaggedLayout, key: _PlanKey) -> Any:
                 layout.plans[key] = wrapper
                 weakref.finalize(layout, pool.give_back, wrapper).atexit = False
     assert wrapper is not None
-    return wrapper.prefill
+    return wrapper
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One kernel call: a run of the packed queries over a run of the packed keys."""
+
+    wrapper: _Wrapper
+    queries: slice
+    keys: slice
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPlan:
+    """All that is fixed about a call before its tensors are there.
+
+    Args:
+        kernel: What runs.
+        size: The head_dim that query, key and value must be padded to.
+        order: How queries and keys must be packed; None for the order of the layout.
+    """
+
+    kernel: Kernel
+    size: int
+    order: PackOrder | None
+    _parts: tuple[_Part, ...]
+    _key: _PlanKey
+    _layout_slots: tuple[torch.Tensor | None, torch.Tensor | None]
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: LogitsBias | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs the kernel on packed tensors.
+
+        Args:
+            query: Shape `(query_tokens, heads, size)`.
+            key: Shape `(key_tokens, kv_heads, size)`.
+            value: Shape `(key_tokens, kv_heads, size)`.
+            bias: Added to the logits, where the plan was made for one.
+            sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
+
+        Returns:
+            Shape `(query_tokens, heads, size)`, contiguous.
+        """
+        if not self._parts:
+            return torch.zeros_like(query, memory_format=torch.contiguous_format)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if bias is None and sinks is None:
+            if len(self._parts) == 1:
+                self._parts[0].wrapper.run(query, key, value, output)
+                return output
+            for part in self._parts:
+                part.wrapper.run(query[part.queries], key[part.keys], value[part.keys], output[part.queries])
+            return output
+        extras = () if bias is None else self._bias_arguments(bias)
+        for part in self._parts:
+            prefill, some = part.wrapper.prefill, output[part.queries]
+            sides = query[part.queries], key[part.keys], value[part.keys]
+            if sinks is None:
+                prefill.run(*sides, *extras, out=some)
+                continue
+            _, logsumexp = prefill.run(*sides, *extras, out=some, return_lse=True, lse_base="ln")
+            # A sink only makes the softmax's denominator larger, and what that was is known.
+            share = torch.sigmoid(logsumexp.nan_to_num(nan=-math.inf) - sinks.float())
+            some.mul_(share[..., None])
+        return output
+
+    def _bias_arguments(self, bias: LogitsBias) -> tuple[Any, ...]:
+        """Returns what the kernel with a bias takes after query, key and value."""
+        values = bias.values.to(self._key.dtype)
+        if values.stride(-1) != 1:
+            # Threads next to each other read keys next to each other; rows and heads that are all the same stay one.
+            values = values[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in values.stride())]
+            values = values.contiguous().expand(bias.values.shape)
+        return values, *self._layout_slots, self._key.sm_scale, *values.stride()
+
+
+def make_plan(
+    layout: RaggedLayout,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    left: int | None = None,
+    right: int | None = None,
+    sm_scale: float,
+    softcap: float | None = None,
+    biased: bool = False,
+    kernel: Kernel,
+) -> KernelPlan:
+    """Plans attention on the current stream; once per layout, whatever is asked for again.
+
+    Args:
+        layout: Which tokens belong to which row.
+        num_heads: Of the query.
+        num_kv_heads: Of key and value.
+        head_dim: The widest of the query's and the value's.
+        dtype: float16 or bfloat16.
+        device: A CUDA device.
+        left: How many keys before its own position a query sees; None for all.
+        right: How many keys after its own position a query sees; None for all, 0 for causal attention.
+        sm_scale: What logits are multiplied with.
+        softcap: Caps logits to `softcap * tanh(logits / softcap)`.
+        biased: Whether a bias is added to the logits; with "fa2" alone, and neither a window nor softcap.
+        kernel: "fa2", "fa3" or "auto".
+
+    Raises:
+        UnsupportedAttentionError: If a CUDA graph is being captured and nothing was planned before.
+        ValueError: If `head_dim` is above 256, or a bias comes with what its kernel lacks.
+    """
+    # A bound that no row reaches is none: windows need kernels of their own.
+    left = None if left is not None and left >= layout.key.max_length - 1 else left
+    right = None if right is not None and right >= layout.query.max_length - 1 else right
+    if biased and (kernel != "fa2" or left is not None or right not in (None, 0) or softcap is not None):
+        raise ValueError(
+            f"a bias with kernel={kernel!r}, left={left}, right={right}, softcap={softcap}; "
+            "expected kernel='fa2', full or causal attention, no softcap. Use backend='torch'."
+        )
+    size = padded_head_dim(head_dim, kernel)
+    with torch.cuda.device(device):
+        key = _PlanKey(
+            kernel=kernel,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=size,
+            dtype=dtype,
+            causal=right == 0,
+            window_left=-1 if left is None else left,
+            sm_scale=float(sm_scale),
+            softcap=0.0 if softcap is None else float(softcap),
+            device=device,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+            biased=biased,
+        )
+        order, parts = None, []
+        if layout.query.total_tokens and layout.key.total_tokens:
+            if right is None or right == 0:
+                parts = [_Part(_planned(layout, key), slice(None), slice(None))]
+            else:
+                order, parts = _plan_ahead(layout, key, left, right)
+        slots = (layout.query.slots(device), layout.key.slots(device)) if biased else (None, None)
+    return KernelPlan(kernel, size, order, tuple(parts), key, slots)
 
 
 def attend(
@@ -329,7 +540,7 @@ def attend(
     sinks: torch.Tensor | None = None,
     kernel: Kernel | None = None,
 ) -> torch.Tensor:
-    """Computes ragged attention with FlashInfer, forward only.
+    """Computes attention on ragged tensors with FlashInfer, forward only.
 
     Query i of a row stands at the row's key position `i + key_length - query_length`: the last query at the last key.
 
@@ -352,86 +563,82 @@ def attend(
     Raises:
         ValueError: If a head_dim is above 256, or a bias comes with what its kernel lacks.
     """
-    device, value_head_dim = query.device, value.shape[-1]
-    if layout.query.total_tokens == 0 or layout.key.total_tokens == 0:
-        return query.new_zeros(*query.shape[:-1], value_head_dim)
-    widest = max(query.shape[-1], value_head_dim)
+    value_head_dim = value.shape[-1]
+    head_dim = max(query.shape[-1], value_head_dim)
     if kernel is None:
-        kernel = choose_kernel(device, widest, biased=bias is not None, sinks=sinks is not None)
-    if bias is not None and (kernel != "fa2" or left is not None or right not in (None, 0) or softcap is not None):
-        raise ValueError(
-            f"a bias with kernel={kernel!r}, left={left}, right={right}, softcap={softcap}; "
-            "expected kernel='fa2', full or causal attention, no softcap. Use backend='torch'."
+        kernel = choose_kernel(query.device, head_dim, biased=bias is not None, sinks=sinks is not None)
+    plan = make_plan(
+        layout,
+        num_heads=query.shape[1],
+        num_kv_heads=key.shape[1],
+        head_dim=head_dim,
+        dtype=query.dtype,
+        device=query.device,
+        left=left,
+        right=right,
+        sm_scale=sm_scale,
+        softcap=softcap,
+        biased=bias is not None,
+        kernel=kernel,
+    )
+    query, key, value = (_pad(side, plan.size) for side in (query, key, value))
+    if plan.order is None:
+        output = plan.run(query, key, value, bias, sinks)
+    else:
+        queries, keys = plan.order.on(query.device, plan._key.stream)
+        packed = plan.run(query.index_select(0, queries), key.index_select(0, keys), value.index_select(0, keys),
+                          bias, sinks)  # fmt: skip
+        output = torch.empty_like(packed).index_copy_(0, queries, packed)
+    return output if value_head_dim == plan.size else output[..., :value_head_dim]
+
+
+@dataclass(frozen=True, slots=True)
+class PackOrder:
+    """The order in which queries and keys are packed for a plan of several parts, as tokens of the layout.
+
+    Args:
+        queries: A permutation of the queries, int64, on the host.
+        keys: Keys, some of them twice, int64, on the host.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    _moved: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]]
+
+    def on(self, device: torch.device, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns both on a device, copied once per stream: another stream would not wait for the copy."""
+        if (device, stream) not in self._moved:
+            queries, keys = (side.to(device, non_blocking=True) for side in (self.queries, self.keys))
+            self._moved[device, stream] = queries, keys
+        return self._moved[device, stream]
+
+
+@dataclass(frozen=True, slots=True)
+class _SplitLayout:
+    """The queries of each row that are bounded by keys ahead, and the last ones that are not."""
+
+    head: RaggedLayout
+    tail: RaggedLayout
+    order: PackOrder
+
+    @classmethod
+    def make(cls, layout: RaggedLayout, left: int | None, right: int) -> _SplitLayout:
+        heads = [max(0, length - right) for length in layout.query.lengths]
+        tails = [length - head for length, head in zip(layout.query.lengths, heads)]
+        seen = [keys if left is None else min(keys, tail + left) for keys, tail in zip(layout.key.lengths, tails)]
+        starts, ends = layout.query.offsets[:-1], layout.query.offsets[1:]
+        queries = _ranges([*starts, *(end - tail for end, tail in zip(ends, tails))], [*heads, *tails])
+        tail_keys = _ranges([end - length for end, length in zip(layout.key.offsets[1:], seen)], seen)
+        keys = torch.cat([torch.arange(layout.key.total_tokens), tail_keys])
+        return cls(
+            RaggedLayout.from_lengths(heads, layout.key.lengths),
+            RaggedLayout.from_lengths(tails, seen),
+            PackOrder(queries, keys, {}),
         )
-    size = padded_head_dim(widest, kernel)
-    query, key, value = _pad(query, size), _pad(key, size), _pad(value, size)
-    # A bound that no row reaches is none: windows need kernels of their own.
-    left = None if left is not None and left >= layout.key.max_length - 1 else left
-    right = None if right is not None and right >= layout.query.max_length - 1 else right
-    with torch.cuda.device(device):
-        plan_key = _PlanKey(
-            kernel=kernel,
-            num_heads=query.shape[1],
-            num_kv_heads=key.shape[1],
-            head_dim=size,
-            dtype=query.dtype,
-            causal=right == 0,
-            window_left=-1 if left is None else left,
-            sm_scale=float(sm_scale),
-            softcap=0.0 if softcap is None else float(softcap),
-            device=device,
-            stream=torch.cuda.current_stream(device).cuda_stream,
-            biased=bias is not None,
-        )
-        output: torch.Tensor
-        if right is None or right == 0:
-            extras = () if bias is None else _bias_arguments(bias, layout, plan_key)
-            output = _run(_planned(layout, plan_key), query, key, value, sinks, *extras)
-        else:
-            output = _attend_ahead(query, key, value, layout, plan_key, left, right, sinks)
-    return output if value_head_dim == size else output[..., :value_head_dim]
 
 
-def _run(
-    prefill: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sinks: torch.Tensor | None,
-    *extras: Any,
-) -> torch.Tensor:
-    output: torch.Tensor
-    if sinks is None:
-        output = prefill.run(query, key, value, *extras)
-        return output
-    output, logsumexp = prefill.run(query, key, value, *extras, return_lse=True, lse_base="ln")
-    # A sink only makes the softmax's denominator larger, and what that was is known. Queries without keys have none.
-    share = torch.sigmoid(logsumexp.nan_to_num(nan=-math.inf) - sinks.float())
-    return output.mul_(share[..., None])
-
-
-def _bias_arguments(bias: LogitsBias, layout: RaggedLayout, key: _PlanKey) -> tuple[Any, ...]:
-    """Returns what the kernel with a bias takes after query, key and value."""
-    values = bias.values.to(key.dtype)
-    if values.stride(-1) != 1:
-        # Threads next to each other read keys next to each other; rows and heads that are all the same stay one.
-        values = values[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in values.stride())]
-        values = values.contiguous().expand(bias.values.shape)
-    slots = layout.query.slots(key.device), layout.key.slots(key.device)
-    return values, *slots, key.sm_scale, *values.stride()
-
-
-def _attend_ahead(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: RaggedLayout,
-    plan_key: _PlanKey,
-    left: int | None,
-    right: int,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention with a bound on later keys, which the kernels do not have, from two calls that do.
+def _plan_ahead(layout: RaggedLayout, key: _PlanKey, left: int | None, right: int) -> tuple[PackOrder, list[_Part]]:
+    """Plans attention with a bound on later keys, which the kernels do not have, as two calls that do.
 
     Causal attention aligns the last query with the last key. Without its last `right` queries a row is therefore causal
     attention shifted by `right`: query i sees keys up to `i + right`, and `left + right` before that. The last `right`
@@ -440,60 +647,18 @@ def _attend_ahead(
     if torch.cuda.is_current_stream_capturing():
         # The graph reads the positions that the layout owns, besides the plans of its parts.
         _captured.add(layout)
-    split = layout.derived.get(("ahead", left, right))
+    split: _SplitLayout | None = layout.derived.get(("ahead", left, right))
     if split is None:
         with layout.lock:
             split = layout.derived.setdefault(("ahead", left, right), _SplitLayout.make(layout, left, right))
-    output = query.new_empty(*query.shape[:-1], value.shape[-1])
-    causal_key = replace(plan_key, causal=True, window_left=-1 if left is None else left + right)
-    for part, part_key in ((split.head, causal_key), (split.tail, plan_key)):
-        if part.layout.query.total_tokens:
-            rows, keys = part.on(query.device, plan_key.stream)
-            prefill = _planned(part.layout, part_key)
-            some = (key, value) if keys is None else (key.index_select(0, keys), value.index_select(0, keys))
-            output[rows] = _run(prefill, query.index_select(0, rows), *some, sinks)
-    return output
-
-
-@dataclass(frozen=True, slots=True)
-class _LayoutPart:
-    """Some queries of a layout and the keys they see, as positions in its ragged tensors; `keys` None for all."""
-
-    layout: RaggedLayout
-    rows: torch.Tensor
-    keys: torch.Tensor | None
-    moved: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor | None]]
-
-    def on(self, device: torch.device, stream: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns rows and keys on a device, copied once per stream: another stream would not wait for the copy."""
-        if (device, stream) not in self.moved:
-            keys = None if self.keys is None else self.keys.to(device, non_blocking=True)
-            self.moved[device, stream] = self.rows.to(device, non_blocking=True), keys
-        return self.moved[device, stream]
-
-
-@dataclass(frozen=True, slots=True)
-class _SplitLayout:
-    """The queries of each row that are bounded by keys ahead, and the last ones that are not."""
-
-    head: _LayoutPart
-    tail: _LayoutPart
-
-    @classmethod
-    def make(cls, layout: RaggedLayout, left: int | None, right: int) -> _SplitLayout:
-        heads = [max(0, length - right) for length in layout.query.lengths]
-        tails = [length - head for length, head in zip(layout.query.lengths, heads)]
-        seen = [keys if left is None else min(keys, tail + left) for keys, tail in zip(layout.key.lengths, tails)]
-        starts, ends = layout.query.offsets[:-1], layout.query.offsets[1:]
-        return cls(
-            _LayoutPart(RaggedLayout.from_lengths(heads, layout.key.lengths), _ranges(starts, heads), None, {}),
-            _LayoutPart(
-                RaggedLayout.from_lengths(tails, seen),
-                _ranges([end - tail for end, tail in zip(ends, tails)], tails),
-                _ranges([end - length for end, length in zip(layout.key.offsets[1:], seen)], seen),
-                {},
-            ),
-        )
+    bounded = replace(key, causal=True, window_left=-1 if left is None else left + right)
+    num_heads, num_keys = split.head.query.total_tokens, split.head.key.total_tokens
+    parts = []
+    if num_heads:
+        parts.append(_Part(_planned(split.head, bounded), slice(0, num_heads), slice(0, num_keys)))
+    if split.tail.query.total_tokens:
+        parts.append(_Part(_planned(split.tail, key), slice(num_heads, None), slice(num_keys, None)))
+    return split.order, parts
 
 
 def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:

@@ -1,0 +1,146 @@
+"""FlashInfer attention on padded tensors, resolved once per forward: one gather, the kernels, one scatter.
+
+Every layer of a forward asks for the same thing with other tensors. The first one makes a `PreparedAttention`, which
+travels with the layout; the others find it by its signature and do nothing on the host but launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+import torch
+
+from .backends import flashinfer
+from .bias import LogitsBias
+from .layout import RaggedLayout
+from .movement import pack, unpack
+from .pattern import Pattern
+from .trace import AttentionCall, is_tracing, record_call
+
+__all__ = ["PreparedAttention", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAttention:
+    """What is fixed about the attention of one forward on one device and stream.
+
+    Args:
+        plan: The kernels, planned.
+        query_slots: Slots of the queries in the order of the plan, int32; None for all slots in order.
+        query_tokens: The query of each slot, -1 for padding, int32; None where slots are queries.
+        key_slots: Slots of the keys in the order of the plan, int32; None for all slots in order.
+        shape: Rows and query slots of the padded batch.
+        value_head_dim: Of the output.
+        record: What a trace says of a call, but for the layer.
+    """
+
+    plan: flashinfer.KernelPlan
+    query_slots: torch.Tensor | None
+    query_tokens: torch.Tensor | None
+    key_slots: torch.Tensor | None
+    shape: tuple[int, int]
+    value_head_dim: int
+    record: AttentionCall
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: str,
+        bias: LogitsBias | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Computes attention.
+
+        Args:
+            query: Shape `(batch, heads, q_length, head_dim)`.
+            key: Shape `(batch, kv_heads, kv_length, head_dim)`.
+            value: Shape `(batch, kv_heads, kv_length, value_head_dim)`.
+            layer: What to call the layer in a trace.
+            bias: Added to the logits.
+            sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
+
+        Returns:
+            Shape `(batch, q_length, heads, value_head_dim)`, contiguous, zero in padding.
+        """
+        packed = pack(query, key, value, self.query_slots, self.key_slots, self.plan.size)
+        output = unpack(self.plan.run(*packed, bias, sinks), self.query_tokens, self.shape, self.value_head_dim)
+        if is_tracing():
+            record_call(replace(self.record, layer=layer))
+        return output
+
+
+def prepare(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: RaggedLayout,
+    pattern: Pattern,
+    *,
+    sm_scale: float,
+    softcap: float | None,
+    biased: bool,
+    sinks: bool,
+) -> PreparedAttention:
+    """Plans attention of padded tensors on a layout.
+
+    Args:
+        query: Shape `(batch, heads, q_length, head_dim)`; only its shape, dtype and device matter.
+        key: Shape `(batch, kv_heads, kv_length, head_dim)`, likewise.
+        value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, likewise.
+        layout: Which slots hold a token.
+        pattern: Which keys of its row a query sees; a band.
+        sm_scale: What logits are multiplied with.
+        softcap: Caps logits to `softcap * tanh(logits / softcap)`.
+        biased: Whether a bias will be added to the logits.
+        sinks: Whether there will be attention sinks.
+    """
+    device = query.device
+    value_head_dim = value.shape[-1]
+    head_dim = max(query.shape[-1], value_head_dim)
+    kernel = flashinfer.choose_kernel(device, head_dim, biased=biased, sinks=sinks)
+    plan = flashinfer.make_plan(
+        layout,
+        num_heads=query.shape[1],
+        num_kv_heads=key.shape[1],
+        head_dim=head_dim,
+        dtype=query.dtype,
+        device=device,
+        left=pattern.left,
+        right=pattern.right,
+        sm_scale=sm_scale,
+        softcap=softcap,
+        biased=biased,
+        kernel=kernel,
+    )
+    query_slots, query_tokens, key_slots = _places(layout, pattern, plan, device)
+    record = AttentionCall("", pattern.name, f"flashinfer-{kernel}", head_dim, plan.size, None)
+    shape = (query.shape[0], query.shape[2])
+    return PreparedAttention(plan, query_slots, query_tokens, key_slots, shape, value_head_dim, record)
+
+
+_Places = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def _places(layout: RaggedLayout, pattern: Pattern, plan: flashinfer.KernelPlan, device: torch.device) -> _Places:
+    queries, keys = layout.query.token_map(device), layout.key.token_map(device)
+    if plan.order is None:
+        return (
+            None if queries is None else queries.slots,
+            None if queries is None else queries.tokens,
+            None if keys is None else keys.slots,
+        )
+    stream = torch.cuda.current_stream(device).cuda_stream
+    name: Hashable = ("places", pattern, device, stream)
+    places: _Places | None = layout.derived.get(name)
+    if places is None:
+        query_order, key_order = plan.order.on(device, stream)
+        slots = query_order.to(torch.int32) if queries is None else queries.slots[query_order]
+        # Padding is nobody's token; the slots of queries get theirs in the new order.
+        tokens = slots.new_full((layout.query.padded_shape[0] * layout.query.padded_shape[1],), -1)
+        tokens.index_copy_(0, slots.long(), torch.arange(len(slots), dtype=torch.int32, device=device))
+        key_slots = key_order.to(torch.int32) if keys is None else keys.slots[key_order]
+        places = layout.derived[name] = slots, tokens, key_slots
+    return places

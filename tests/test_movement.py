@@ -1,0 +1,117 @@
+"""Gather and scatter: Triton's kernels, interpreted where there is no GPU, against torch's indexing."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_flashinfer_attn.movement import TokenMap, pack, unpack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    pytest.importorskip("triton")
+    from hf_flashinfer_attn import kernels
+
+    return kernels
+
+
+def sides(rows: int, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Views `(rows, heads, slots, head_dim)` with gaps of NaN between heads, as a fused projection leaves them."""
+    made = []
+    for heads, slots, head_dim in shapes:
+        whole = torch.full((rows, slots, heads, head_dim + 8), float("nan"), dtype=dtype, device=DEVICE)
+        whole[..., :head_dim] = torch.randn(rows, slots, heads, head_dim)
+        made.append(whole[..., :head_dim].transpose(1, 2))
+    return made
+
+
+def plain_pack(side: torch.Tensor, valid: torch.Tensor, size: int) -> torch.Tensor:
+    tokens = side.transpose(1, 2)[valid]
+    return torch.cat([tokens, tokens.new_zeros(*tokens.shape[:2], size - tokens.shape[2])], dim=2)
+
+
+VALID = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)).flatmap(
+    lambda sizes: st.tuples(
+        *(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=sizes[0], max_size=sizes[0])
+          for n in sizes[1:])
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("through", ["torch", "triton"])
+@settings(max_examples=20)
+@given(
+    VALID,
+    st.sampled_from([(3, 3), (6, 2), (12, 12), (1, 1)]),
+    st.sampled_from([(32, 32, 64), (26, 40, 64), (64, 64, 64), (72, 8, 128)]),
+)
+def test_tokens_go_where_indexing_puts_them_and_back(through: str, kernels, valid, heads, dims) -> None:
+    query_valid, key_valid = (torch.tensor(side, device=DEVICE) for side in valid)
+    rows, size = len(query_valid), dims[2]
+    query, key, value = sides(
+        rows,
+        [(heads[0], query_valid.shape[1], dims[0]), (heads[1], key_valid.shape[1], dims[0]),
+         (heads[1], key_valid.shape[1], dims[1])],
+        torch.float16,
+    )  # fmt: skip
+    maps = [TokenMap.of(side, int(side.sum())) for side in (query_valid, key_valid)]
+    for side, found in zip((query_valid, key_valid), maps):
+        assert torch.equal(found.slots, side.flatten().nonzero()[:, 0])
+        assert torch.equal(found.tokens >= 0, side.flatten())
+        if through == "triton":
+            ranks = side.flatten().cumsum(0, dtype=torch.int32)
+            slots, tokens = kernels.number_tokens(side.flatten(), ranks, int(side.sum()))
+            assert torch.equal(slots, found.slots)
+            assert torch.equal(tokens, found.tokens)
+    move = pack if through == "torch" else kernels.pack
+    packed = move(query, key, value, maps[0].slots, maps[1].slots, size)
+    for side, tokens, where in zip((query, key, value), packed, (query_valid, key_valid, key_valid)):
+        assert torch.equal(tokens, plain_pack(side, where, size))
+    output = torch.randn(len(maps[0].slots), heads[0], size, dtype=torch.float16, device=DEVICE)
+    if through == "torch":
+        padded = unpack(output, maps[0].tokens, tuple(query_valid.shape), dims[1])
+    else:
+        padded = kernels.unpack(output, maps[0].tokens, query_valid.numel(), dims[1])
+        padded = padded.view(*query_valid.shape, heads[0], dims[1])
+    assert padded.is_contiguous()
+    assert torch.equal(padded[query_valid], output[..., : dims[1]])
+    assert not padded[~query_valid].any()
+
+
+@pytest.mark.parametrize("through", ["torch", "triton"])
+@pytest.mark.parametrize("dims", [(24, 24, 64), (64, 64, 64), (80, 72, 128)])
+def test_without_padding_only_head_dim_changes(through: str, kernels, dims: tuple[int, int, int]) -> None:
+    query, key, value = sides(3, [(4, 5, dims[0]), (2, 7, dims[0]), (2, 7, dims[1])], torch.bfloat16)
+    everything = torch.ones(3, 7, dtype=torch.bool, device=DEVICE)
+    move = pack if through == "torch" else kernels.pack
+    packed = move(query, key, value, None, None, dims[2])
+    for side, tokens, width in zip((query, key, value), packed, (5, 7, 7)):
+        assert torch.equal(tokens, plain_pack(side, everything[:, :width], dims[2]))
+    output = torch.randn(15, 4, dims[2], dtype=torch.bfloat16, device=DEVICE)
+    if through == "torch":
+        padded = unpack(output, None, (3, 5), dims[1])
+    else:
+        padded = kernels.unpack(output, None, 15, dims[1]).view(3, 5, 4, dims[1])
+    assert torch.equal(padded.flatten(0, 1), output[..., : dims[1]])
+
+
+def test_what_fits_is_not_copied() -> None:
+    whole = torch.randn(3, 5, 3 * 4, 64)
+    query, key, value = whole.transpose(1, 2).chunk(3, dim=1)  # out of one fused projection
+    packed = pack(query, key, value, None, None, 64)
+    for side, tokens in zip((query, key, value), packed):
+        assert tokens.data_ptr() == side.data_ptr()
+        assert torch.equal(tokens, side.transpose(1, 2).flatten(0, 1))
+    output = torch.randn(15, 4, 64)
+    assert unpack(output, None, (3, 5), 64).data_ptr() == output.data_ptr()
+    # Rows that are further apart than their slots are long are no single run.
+    some = whole[:, :4].transpose(1, 2).chunk(3, dim=1)
+    for side, tokens in zip(some, pack(*some, None, None, 64)):
+        assert torch.equal(tokens, side.transpose(1, 2).flatten(0, 1))
