@@ -81,8 +81,9 @@ def prepare(
     *,
     sm_scale: float,
     softcap: float | None,
-    biased: bool,
-    sinks: bool,
+    biased: bool = False,
+    sinks: bool = False,
+    kernel: flashinfer.Kernel | None = None,
 ) -> PreparedAttention:
     """Plans attention of padded tensors on a layout.
 
@@ -96,11 +97,13 @@ def prepare(
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
         biased: Whether a bias will be added to the logits.
         sinks: Whether there will be attention sinks.
+        kernel: What to run; by default what `choose_kernel` says.
     """
     device = query.device
     value_head_dim = value.shape[-1]
     head_dim = max(query.shape[-1], value_head_dim)
-    kernel = flashinfer.choose_kernel(device, head_dim, biased=biased, sinks=sinks)
+    if kernel is None:
+        kernel = flashinfer.choose_kernel(device, head_dim, biased=biased, sinks=sinks)
     plan = flashinfer.make_plan(
         layout,
         num_heads=query.shape[1],
