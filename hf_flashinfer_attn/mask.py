@@ -50,10 +50,17 @@ class MaskSpec:
 
 
 class _LazyLayout:
-    """The layouts of a spec, each made at most once, shared by every copy of the mask on any device."""
+    """The layouts and the dense values of a spec, made at most once, for every copy of the mask on any device.
 
-    def __init__(self, spec: MaskSpec) -> None:
+    Args:
+        spec: What transformers asked for.
+        device: What it asked for it on, where the tensors are that the mask function closes over.
+    """
+
+    def __init__(self, spec: MaskSpec, device: torch.device) -> None:
         self._spec = spec
+        self._device = device
+        self._dense: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, int]] = {}
         self._layouts: dict[bool, RaggedLayout] = {}
         self._read: LengthsRead | None = None
         self._sides: tuple[RaggedSide, RaggedSide] | None = None
@@ -94,6 +101,27 @@ class _LazyLayout:
     def has_padding(self) -> bool:
         """Whether any slot is padding; waits for the copy of the lengths."""
         return self._spec.padding_mask is not None and not self.get(False).key.is_full
+
+    def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Makes the additive mask in memory of its own, from values made before where nobody wrote to them."""
+        # Inference tensors count no versions, and a write would go unseen.
+        with torch.inference_mode(False), torch.no_grad():
+            if (made := self._untouched(dtype, device)) is not None:
+                return made.clone()
+            values = self._untouched(dtype, self._device)
+            if values is None:
+                # Contiguous: transformers may return an expanded view, where an in-place write fails.
+                values = self._spec.densify(dtype, self._device).contiguous()
+                values = self._keep(values.clone() if values.is_inference() else values, self._device)
+            return values if device == self._device else self._keep(values.to(device, copy=True), device)
+
+    def _untouched(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        values, version = self._dense.get((dtype, device), (None, 0))
+        return values if values is not None and values._version == version else None
+
+    def _keep(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self._dense[values.dtype, device] = values, values._version
+        return values
 
     def get(self, keep_padded_queries: bool) -> RaggedLayout:
         # A causal query is always of the sequence that the mask speaks of.
@@ -174,7 +202,7 @@ class RaggedMask(torch.Tensor):
             cls, (spec.batch_size, 1, spec.q_length, spec.kv_length), dtype=dtype, device=device
         )
         mask.spec = spec
-        mask._lazy_layout = _LazyLayout(spec) if layout is None else layout
+        mask._lazy_layout = _LazyLayout(spec, device) if layout is None else layout
         mask._dense = None
         mask._dense_version = 0
         return mask
@@ -213,8 +241,7 @@ class RaggedMask(torch.Tensor):
         if self._dense is None:
             with torch._C.DisableTorchFunctionSubclass():
                 dtype, device = self.dtype, self.device
-            # Contiguous memory of its own: transformers may return an expanded view, where an in-place write fails.
-            self._dense = self.spec.densify(dtype, device).contiguous()
+            self._dense = self._lazy_layout.dense(dtype, device)
             self._dense_version = self._dense._version
         return self._dense
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -103,16 +104,16 @@ def test_moving_to_another_device_keeps_the_layout() -> None:
     assert moved.spec is mask.spec
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda mask: mask.add_(1.0),
-        lambda mask: mask.masked_fill_(torch.ones(3, 1, 4, 4, dtype=torch.bool), -1.0),
-        lambda mask: mask.__setitem__((slice(None), slice(None), 0), 7.0),
-        lambda mask: mask[:, :, 1].fill_(3.0),
-        lambda mask: torch.clamp_(mask, min=-5.0),
-    ],
-)
+CHANGES = [
+    lambda mask: mask.add_(1.0),
+    lambda mask: mask.masked_fill_(torch.ones(3, 1, 4, 4, dtype=torch.bool), -1.0),
+    lambda mask: mask.__setitem__((slice(None), slice(None), 0), 7.0),
+    lambda mask: mask[:, :, 1].fill_(3.0),
+    lambda mask: torch.clamp_(mask, min=-5.0),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_in_place_change_is_kept(change) -> None:
     mask, expected = make(), reference().contiguous()
     change(mask)
@@ -121,6 +122,62 @@ def test_an_in_place_change_is_kept(change) -> None:
     assert torch.equal(mask + 0, expected)
     assert torch.equal(mask.to("cpu") + 0, expected)
     assert torch.equal(mask[:] + 0, expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_in_place_change_stays_with_the_copy_that_was_written_to(change) -> None:
+    mask = make()
+    before, other = mask.half(), mask.half()
+    assert torch.equal(before + 0, reference(dtype=torch.float16))
+    change(other)
+    after, expected = mask.half(), reference(dtype=torch.float16).contiguous()
+    assert [copied.was_modified for copied in (before, other, after)] == [False, True, False]
+    for copied in (before, after):
+        assert torch.equal(copied + 0, expected)
+    change(before)
+    assert torch.equal(mask.half() + 0, expected)
+    change(expected)
+    assert torch.equal(other + 0, expected)
+    assert torch.equal(before + 0, expected)
+    assert not mask.was_modified
+
+
+@pytest.mark.parametrize("order", [("cpu", "meta"), ("meta", "cpu"), ("meta", "meta"), ("cpu", "cpu")], ids="-".join)
+def test_dense_values_are_made_once_where_the_mask_function_has_its_tensors(order) -> None:
+    asked: list[tuple[torch.dtype, torch.device]] = []
+    blocks = torch.tensor([[0, 0, 1, 1]]).expand(3, -1)
+
+    def same_block(row, head, query, key):
+        return blocks[row, query] == blocks[row, key]
+
+    mask = make(same_block)
+    densify = mask.spec.densify
+
+    def counted(dtype, device):
+        asked.append((dtype, device))
+        return densify(dtype, device)
+
+    spec = dataclasses.replace(mask.spec, densify=counted)
+    mask = RaggedMask(spec, torch.float32, torch.device("cpu"))
+    for device in order:
+        copied = mask.to(torch.float16).to(device)
+        dense = copied.dense()
+        assert (dense.dtype, dense.device.type) == (torch.float16, device)
+        if device == "cpu":
+            assert torch.equal(dense, reference(same_block, dtype=torch.float16))
+    assert asked == [(torch.float16, torch.device("cpu"))]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_seen_in_inference_mode(change) -> None:
+    with torch.inference_mode():
+        mask, expected = make(valid=VALID.clone()), reference().contiguous()
+        assert torch.equal(mask + 0, expected)
+        assert not mask.was_modified
+        change(mask)
+        change(expected)
+        assert mask.was_modified
+        assert torch.equal(mask + 0, expected)
 
 
 def test_reading_is_no_change() -> None:
