@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
+from .errors import UnsupportedAttentionError
 from .layout import LengthsRead, RaggedLayout, RaggedSide, uniform_layout
 from .pattern import Pattern, PatternKind
 
@@ -171,15 +172,22 @@ _METADATA_METHODS = frozenset(
 )  # fmt: skip
 _DATA_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 _NO_OP_METHODS = frozenset({"detach", "contiguous"})
+# Hand out memory that may be written to without a trace.
+_MEMORY_METHODS = frozenset({"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage"})
 _MOVE_METHODS = frozenset({"to", "cuda", "cpu", "half", "bfloat16", "float", "double", "type_as"})
 
 
 def _is_metadata(function: Callable[..., Any]) -> bool:
-    name = getattr(function, "__name__", "")
-    if name in ("__get__", "__set__"):
-        owner = getattr(function, "__self__", None)
-        return getattr(owner, "__name__", "") not in _DATA_PROPERTIES
-    return name in _METADATA_METHODS
+    if (name := _property_of(function)) is not None:
+        return name not in _DATA_PROPERTIES
+    return getattr(function, "__name__", "") in _METADATA_METHODS
+
+
+def _property_of(function: Callable[..., Any]) -> str | None:
+    """Returns the name of the property that a function gets or sets; None if it is a method."""
+    if getattr(function, "__name__", "") not in ("__get__", "__set__"):
+        return None
+    return getattr(getattr(function, "__self__", None), "__name__", "")
 
 
 class RaggedMask(torch.Tensor):
@@ -269,8 +277,15 @@ class RaggedMask(torch.Tensor):
                 return func(*args, **kwargs)
         mask = args[0] if args and isinstance(args[0], RaggedMask) else None
         name = getattr(func, "__name__", "")
+        if mask is not None and _property_of(func) == "data" and name == "__set__":
+            raise UnsupportedAttentionError(
+                "assigning to the data of a lazy mask", "Write in place: mask.copy_(values)."
+            )
+        if mask is not None and name in _MEMORY_METHODS:
+            torch.autograd.graph.increment_version(mask.dense())
         if mask is not None and not mask.was_modified:
-            if name in _NO_OP_METHODS:
+            # `data` as well: of a plain tensor it would be an alias whose writes are not counted.
+            if name in _NO_OP_METHODS or _property_of(func) == "data":
                 return mask
             if name in _MOVE_METHODS and (moved := _move(mask, func, args, kwargs)) is not None:
                 return moved

@@ -13,6 +13,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+import hf_flashinfer_attn
 from hf_flashinfer_attn.integration import attention_mask
 from hf_flashinfer_attn.mask import RaggedMask
 from hf_flashinfer_attn.pattern import PatternKind
@@ -81,6 +82,7 @@ def test_arithmetic_gives_the_eager_values(operation, mask_function) -> None:
         lambda mask: mask.half(),
         lambda mask: mask.contiguous(),
         lambda mask: mask.detach(),
+        lambda mask: mask.data,
         lambda mask: mask.expand(3, -1, 4, 4),
         lambda mask: mask.type_as(torch.ones(1, dtype=torch.bfloat16)),
         lambda mask: send_to_device({"attention_mask": mask}, "cpu")["attention_mask"],
@@ -110,6 +112,11 @@ CHANGES = [
     lambda mask: mask.__setitem__((slice(None), slice(None), 0), 7.0),
     lambda mask: mask[:, :, 1].fill_(3.0),
     lambda mask: torch.clamp_(mask, min=-5.0),
+    lambda mask: mask.data.fill_(2.0),
+    lambda mask: mask.data[:, :, 1].fill_(3.0),
+    lambda mask: mask.detach().data.mul_(0.5),
+    lambda mask: mask.numpy().fill(4.0),
+    lambda mask: torch.from_dlpack(mask).fill_(4.0),
 ]
 
 
@@ -182,8 +189,17 @@ def test_changes_are_seen_in_inference_mode(change) -> None:
 
 def test_reading_is_no_change() -> None:
     mask = make()
-    _ = mask + 1
+    _ = mask + 1, mask.data + 1, mask.data.shape
     assert not mask.was_modified
+
+
+def test_other_data_is_refused() -> None:
+    mask = make()
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"data of a lazy mask.*mask\.copy_"):
+        mask.data = torch.zeros(3, 1, 4, 4)
+    mask.copy_(torch.zeros(3, 1, 4, 4))
+    assert mask.was_modified
+    assert torch.equal(mask + 0, torch.zeros(3, 1, 4, 4))
 
 
 @pytest.mark.parametrize("keep", [False, True])
