@@ -147,7 +147,8 @@ def _structure(mask_function: object) -> Hashable | None:
         return None if None in parts else parts
     if not isinstance(mask_function, FunctionType):
         return None
-    if not mask_function.__module__.startswith("transformers.") or mask_function.__defaults__:
+    defaults = mask_function.__defaults__ or mask_function.__kwdefaults__
+    if not mask_function.__module__.startswith("transformers.") or defaults:
         return None
     closed = tuple(_structure(value) for value in _closure(mask_function).values())
     return None if None in closed else (mask_function.__code__, *closed)
