@@ -7,6 +7,7 @@ real values: the mask is made dense on first use, by transformers' own function 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,12 +92,21 @@ class _LazyLayout:
             counts.append(starts.sum(-1, dtype=torch.int32))
         self._read = LengthsRead(torch.stack(counts))
 
-    @property
+    @functools.cached_property
     def has_holes(self) -> bool:
-        """Whether padding splits a row whose distances matter; waits for the copy of the lengths."""
-        if self._read is None or self._spec.packed is not None or not self._spec.pattern.is_window:
+        """Whether padding splits a row whose distances matter, or a packed sequence is in pieces; waits for a copy."""
+        if self._read is None:
             return False
-        return max(self._read.values[2], default=0) > 1
+        if self._spec.packed is not None:
+            return any(len({sequence for sequence, _ in row}) < len(row) for row in self._packed_runs)
+        return self._spec.pattern.is_window and max(self._read.values[2], default=0) > 1
+
+    @functools.cached_property
+    def _packed_runs(self) -> list[list[tuple[int, int]]]:
+        """The packed sequences of each row and how many tokens they have in a run."""
+        assert self._read is not None
+        rows = (itertools.groupby(row) for row in self._read.values)
+        return [[(sequence, len(list(run))) for sequence, run in row] for row in rows]
 
     @property
     def has_padding(self) -> bool:
@@ -135,8 +145,7 @@ class _LazyLayout:
         spec = self._spec
         queries, keys = (spec.batch_size, spec.q_length), (spec.batch_size, spec.kv_length)
         if spec.packed is not None and self._read is not None:
-            rows = (itertools.groupby(row) for row in self._read.values)
-            return RaggedLayout(RaggedSide([len(list(run)) for row in rows for _, run in row], queries, None))
+            return RaggedLayout(RaggedSide([length for row in self._packed_runs for _, length in row], queries, None))
         if self._sides is None:
             query_counts, key_counts = self._counts()
             query = RaggedSide(query_counts, queries, self._query_valid)
@@ -236,7 +245,10 @@ class RaggedMask(torch.Tensor):
 
     @property
     def has_holes(self) -> bool:
-        """Whether padding splits a row in which distances matter, so that ragged neighbours are not true ones."""
+        """Whether ragged neighbours are not true ones.
+
+        Padding then splits a row in which distances matter, or tokens of another packed sequence split one.
+        """
         return self._lazy_layout.has_holes
 
     @property

@@ -7,14 +7,16 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from transformers.masking_utils import (
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     eager_mask,
+    packed_sequence_mask_function,
     sliding_window_causal_mask_function,
 )
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.integration import attention_mask
+from hf_flashinfer_attn.integration import attention_forward, attention_mask
 from hf_flashinfer_attn.mask import RaggedMask
 from hf_flashinfer_attn.pattern import PatternKind
 
@@ -244,6 +246,32 @@ def test_windows_know_of_holes() -> None:
     assert not make(window, valid=VALID[:2].repeat(2, 1)[:3]).has_holes
     assert not make(window, valid=None).has_holes
     assert not make(causal_mask_function).has_holes
+
+
+PACKED = [[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 0, 0], [5, 4, 3, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_packed_sequences_in_pieces_are_joined_as_transformers_does(pieces: bool) -> None:
+    ids = torch.tensor(PACKED)
+    if pieces:
+        ids[1] = torch.tensor([0, 0, 1, 1, 0, 0])
+    function = and_masks(causal_mask_function, packed_sequence_mask_function(ids))
+    mask = attention_mask(batch_size=3, q_length=6, kv_length=6, mask_function=function)
+    assert mask.has_holes == pieces
+    query, key, value = torch.randn(3, 3, 2, 6, 8)
+    with hf_flashinfer_attn.trace() as trace:
+        output, _ = attention_forward(torch.nn.Module(), query, key, value, mask)
+    (call,) = trace.calls
+    assert (call.kernel, call.reason) == (
+        ("dense", "a window over padding with holes, packed sequences in pieces") if pieces else ("torch", None)
+    )
+    allowed = (ids[:, None, :, None] == ids[:, None, None, :]) & torch.ones(6, 6, dtype=torch.bool).tril()
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+    if not pieces:
+        layout = mask.layout_of_forward(keep_padded_queries=False)
+        assert layout.query.lengths == (2, 3, 1, 4, 2, 1, 1, 1, 1, 1, 1)
 
 
 def test_unknown_patterns_are_dense() -> None:
