@@ -201,13 +201,21 @@ _pools_lock = threading.Lock()
 _captured: set[RaggedLayout] = set()
 
 
+def _not_planned(layout: RaggedLayout, key: _PlanKey) -> str:
+    """Says where a layout has a plan and where not; streams by their handles, as `cuda_stream` gives them."""
+    plans = [plan for plan in list(layout.plans) if isinstance(plan, _PlanKey)]
+    streams = sorted({f"{plan.stream:#x}" for plan in plans if replace(plan, stream=key.stream) == key})
+    missing = f"these lengths have no plan on the capturing stream {key.stream:#x} of {key.device}"
+    return f"{missing}, only on {', '.join(streams)}" if streams else f"{missing}, nor on another stream"
+
+
 def _planned(layout: RaggedLayout, key: _PlanKey) -> Any:
     """Returns a wrapper planned for `key` on `layout`, planning at most once per layout."""
     wrapper: _Wrapper | None = layout.plans.get(key)
     if torch.cuda.is_current_stream_capturing():
         if wrapper is None:
             raise UnsupportedAttentionError(
-                "planning FlashInfer attention while a CUDA graph is captured",
+                f"planning FlashInfer attention while a CUDA graph is captured: {_not_planned(layout, key)}",
                 "Run the model once on the same shapes, without padding, on the capturing stream before the capture.",
             )
         # The graph will read this plan at every replay: its buffers must never serve another.
