@@ -42,7 +42,7 @@ class AttentionRequest:
         output_attentions: Whether the weights themselves are asked for.
         biased_packed: Whether a bias is added to the logits of packed sequences, whose slots it does not speak of.
         biased_window: Whether a bias is added where there is a window or softcap too.
-        mask_holes: Whether padding splits a row in which distances matter.
+        mask_holes: Whether padding splits a row in which distances matter, or a packed sequence is in pieces.
         window_keeps_padded_queries: Whether distances matter, and padded queries, which have none, are kept.
         mask_shape_differs: Whether the mask was made for other lengths than those of this call.
         mask_modified: Whether the model wrote to the mask's values.
@@ -99,7 +99,7 @@ RULES: tuple[Rule, ...] = (
         Path.DENSE,
         lambda request: f"the mask {request.pattern.name}" if request.pattern.kind is PatternKind.DENSE else None,
     ),
-    _flag("a window over padding with holes", Path.DENSE, "mask_holes"),
+    _flag("a window over padding with holes, packed sequences in pieces", Path.DENSE, "mask_holes"),
     _flag("a window over padding in a layer that keeps padded queries", Path.DENSE, "window_keeps_padded_queries"),
     _flag("a mask of another shape than the call", Path.DENSE, "mask_shape_differs"),
     _flag("a mask that the model wrote to", Path.DENSE, "mask_modified"),

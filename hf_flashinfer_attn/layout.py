@@ -26,8 +26,9 @@ __all__ = ["LengthsRead", "RaggedLayout", "RaggedSide", "packed_layout", "unifor
 class LengthsRead:
     """A device-to-host copy of row lengths, started at construction and waited for when `values` is first used.
 
-    This is the one place where the package makes the host wait for the GPU. The copy goes to pinned memory while the
-    model's first projections are still being launched, so that the wait is short.
+    The copy goes to pinned memory while the model's first projections are still being launched, so that the wait is
+    short. Elsewhere the host waits for the GPU only to learn the position of a static cache, when a mask is made, and
+    before a plan buffer is filled again that is still being copied from.
 
     Args:
         counts: Valid tokens per row, integer, any shape, any device.
@@ -69,11 +70,13 @@ class RaggedSide:
         lengths: Valid tokens of each row, on the host.
         padded_shape: Rows and slots per row of the padded tensor; `(1, total_tokens)` for packed input.
         valid: Which slots hold a token, bool, shape `padded_shape`; None when all of them do.
+
+    Raises:
+        ValueError: If there are slots without a token and `valid` does not say which.
     """
 
     def __init__(self, lengths: Sequence[int], padded_shape: tuple[int, int], valid: torch.Tensor | None) -> None:
         self.lengths = tuple(lengths)
-        self.batch_size = len(self.lengths)
         self.padded_shape = padded_shape
         self.offsets = (0, *accumulate(self.lengths))
         self.total_tokens = self.offsets[-1]
@@ -82,20 +85,16 @@ class RaggedSide:
         self._valid = None if self.is_full else valid
         self._maps: dict[torch.device, TokenMap] = {}
         self._slots: dict[torch.device, torch.Tensor] = {}
-        self._cu_seqlens: dict[torch.device, torch.Tensor] = {}
         if not self.is_full and valid is None:
-            raise ValueError(f"{self.total_tokens} tokens in {padded_shape} slots need a mask of the valid slots")
+            raise ValueError(
+                f"{self.total_tokens} tokens in {padded_shape} slots need a mask of the valid slots. Pass valid=, "
+                f"bool, of shape {padded_shape}; for packed tokens, padded_shape=(1, {self.total_tokens}) needs none."
+            )
 
     @functools.cached_property
     def cu_seqlens_host(self) -> torch.Tensor:
         """Offsets of the rows on the host, int32, shape `(batch + 1,)`."""
         return torch.tensor(self.offsets, dtype=torch.int32)
-
-    def cu_seqlens(self, device: torch.device) -> torch.Tensor:
-        """Offsets of the rows on `device`, int32, shape `(batch + 1,)`, copied once per device."""
-        if (offsets := self._cu_seqlens.get(device)) is None:
-            offsets = self._cu_seqlens[device] = self.cu_seqlens_host.to(device, non_blocking=True)
-        return offsets
 
     def token_map(self, device: torch.device) -> TokenMap | None:
         """Where the tokens are on `device`; None when no slot is padding."""

@@ -7,6 +7,7 @@ real values: the mask is made dense on first use, by transformers' own function 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
+from .errors import UnsupportedAttentionError
 from .layout import LengthsRead, RaggedLayout, RaggedSide, uniform_layout
 from .pattern import Pattern, PatternKind
 
@@ -50,10 +52,17 @@ class MaskSpec:
 
 
 class _LazyLayout:
-    """The layouts of a spec, each made at most once, shared by every copy of the mask on any device."""
+    """The layouts and the dense values of a spec, made at most once, for every copy of the mask on any device.
 
-    def __init__(self, spec: MaskSpec) -> None:
+    Args:
+        spec: What transformers asked for.
+        device: What it asked for it on, where the tensors are that the mask function closes over.
+    """
+
+    def __init__(self, spec: MaskSpec, device: torch.device) -> None:
         self._spec = spec
+        self._device = device
+        self._dense: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, int]] = {}
         self._layouts: dict[bool, RaggedLayout] = {}
         self.prepared: dict[Hashable, Any] = {}
         self._read: LengthsRead | None = None
@@ -84,17 +93,47 @@ class _LazyLayout:
             counts.append(starts.sum(-1, dtype=torch.int32))
         self._read = LengthsRead(torch.stack(counts))
 
-    @property
+    @functools.cached_property
     def has_holes(self) -> bool:
-        """Whether padding splits a row whose distances matter; waits for the copy of the lengths."""
-        if self._read is None or self._spec.packed is not None or not self._spec.pattern.is_window:
+        """Whether padding splits a row whose distances matter, or a packed sequence is in pieces; waits for a copy."""
+        if self._read is None:
             return False
-        return max(self._read.values[2], default=0) > 1
+        if self._spec.packed is not None:
+            return any(len({sequence for sequence, _ in row}) < len(row) for row in self._packed_runs)
+        return self._spec.pattern.is_window and max(self._read.values[2], default=0) > 1
+
+    @functools.cached_property
+    def _packed_runs(self) -> list[list[tuple[int, int]]]:
+        """The packed sequences of each row and how many tokens they have in a run."""
+        assert self._read is not None
+        rows = (itertools.groupby(row) for row in self._read.values)
+        return [[(sequence, len(list(run))) for sequence, run in row] for row in rows]
 
     @property
     def has_padding(self) -> bool:
         """Whether any slot is padding; waits for the copy of the lengths."""
         return self._spec.padding_mask is not None and not self.get(False).key.is_full
+
+    def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Makes the additive mask in memory of its own, from values made before where nobody wrote to them."""
+        # Inference tensors count no versions, and a write would go unseen.
+        with torch.inference_mode(False), torch.no_grad():
+            if (made := self._untouched(dtype, device)) is not None:
+                return made.clone()
+            values = self._untouched(dtype, self._device)
+            if values is None:
+                # Contiguous: transformers may return an expanded view, where an in-place write fails.
+                values = self._spec.densify(dtype, self._device).contiguous()
+                values = self._keep(values.clone() if values.is_inference() else values, self._device)
+            return values if device == self._device else self._keep(values.to(device, copy=True), device)
+
+    def _untouched(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        values, version = self._dense.get((dtype, device), (None, 0))
+        return values if values is not None and values._version == version else None
+
+    def _keep(self, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self._dense[values.dtype, device] = values, values._version
+        return values
 
     def get(self, keep_padded_queries: bool) -> RaggedLayout:
         # A causal query is always of the sequence that the mask speaks of.
@@ -107,8 +146,7 @@ class _LazyLayout:
         spec = self._spec
         queries, keys = (spec.batch_size, spec.q_length), (spec.batch_size, spec.kv_length)
         if spec.packed is not None and self._read is not None:
-            rows = (itertools.groupby(row) for row in self._read.values)
-            return RaggedLayout(RaggedSide([len(list(run)) for row in rows for _, run in row], queries, None))
+            return RaggedLayout(RaggedSide([length for row in self._packed_runs for _, length in row], queries, None))
         if self._sides is None:
             query_counts, key_counts = self._counts()
             query = RaggedSide(query_counts, queries, self._query_valid)
@@ -144,15 +182,22 @@ _METADATA_METHODS = frozenset(
 )  # fmt: skip
 _DATA_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 _NO_OP_METHODS = frozenset({"detach", "contiguous"})
+# Hand out memory that may be written to without a trace.
+_MEMORY_METHODS = frozenset({"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage"})
 _MOVE_METHODS = frozenset({"to", "cuda", "cpu", "half", "bfloat16", "float", "double", "type_as"})
 
 
 def _is_metadata(function: Callable[..., Any]) -> bool:
-    name = getattr(function, "__name__", "")
-    if name in ("__get__", "__set__"):
-        owner = getattr(function, "__self__", None)
-        return getattr(owner, "__name__", "") not in _DATA_PROPERTIES
-    return name in _METADATA_METHODS
+    if (name := _property_of(function)) is not None:
+        return name not in _DATA_PROPERTIES
+    return getattr(function, "__name__", "") in _METADATA_METHODS
+
+
+def _property_of(function: Callable[..., Any]) -> str | None:
+    """Returns the name of the property that a function gets or sets; None if it is a method."""
+    if getattr(function, "__name__", "") not in ("__get__", "__set__"):
+        return None
+    return getattr(getattr(function, "__self__", None), "__name__", "")
 
 
 class RaggedMask(torch.Tensor):
@@ -175,7 +220,7 @@ class RaggedMask(torch.Tensor):
             cls, (spec.batch_size, 1, spec.q_length, spec.kv_length), dtype=dtype, device=device
         )
         mask.spec = spec
-        mask._lazy_layout = _LazyLayout(spec) if layout is None else layout
+        mask._lazy_layout = _LazyLayout(spec, device) if layout is None else layout
         mask._dense = None
         mask._dense_version = 0
         return mask
@@ -206,7 +251,10 @@ class RaggedMask(torch.Tensor):
 
     @property
     def has_holes(self) -> bool:
-        """Whether padding splits a row in which distances matter, so that ragged neighbours are not true ones."""
+        """Whether ragged neighbours are not true ones.
+
+        Padding then splits a row in which distances matter, or tokens of another packed sequence split one.
+        """
         return self._lazy_layout.has_holes
 
     @property
@@ -219,8 +267,7 @@ class RaggedMask(torch.Tensor):
         if self._dense is None:
             with torch._C.DisableTorchFunctionSubclass():
                 dtype, device = self.dtype, self.device
-            # Contiguous memory of its own: transformers may return an expanded view, where an in-place write fails.
-            self._dense = self.spec.densify(dtype, device).contiguous()
+            self._dense = self._lazy_layout.dense(dtype, device)
             self._dense_version = self._dense._version
         return self._dense
 
@@ -248,8 +295,15 @@ class RaggedMask(torch.Tensor):
                 return func(*args, **kwargs)
         mask = args[0] if args and isinstance(args[0], RaggedMask) else None
         name = getattr(func, "__name__", "")
+        if mask is not None and _property_of(func) == "data" and name == "__set__":
+            raise UnsupportedAttentionError(
+                "assigning to the data of a lazy mask", "Write in place: mask.copy_(values)."
+            )
+        if mask is not None and name in _MEMORY_METHODS:
+            torch.autograd.graph.increment_version(mask.dense())
         if mask is not None and not mask.was_modified:
-            if name in _NO_OP_METHODS:
+            # `data` as well: of a plain tensor it would be an alias whose writes are not counted.
+            if name in _NO_OP_METHODS or _property_of(func) == "data":
                 return mask
             if name in _MOVE_METHODS and (moved := _move(mask, func, args, kwargs)) is not None:
                 return moved

@@ -8,10 +8,11 @@ probe positions and recognised by what they answer, whichever of the many spelli
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from types import FunctionType
+from types import CodeType, FunctionType
 
 import torch
 from transformers import masking_utils
@@ -147,7 +148,8 @@ def _structure(mask_function: object) -> Hashable | None:
         return None if None in parts else parts
     if not isinstance(mask_function, FunctionType):
         return None
-    if not mask_function.__module__.startswith("transformers.") or mask_function.__defaults__:
+    defaults = mask_function.__defaults__ or mask_function.__kwdefaults__
+    if not mask_function.__module__.startswith("transformers.") or defaults:
         return None
     closed = tuple(_structure(value) for value in _closure(mask_function).values())
     return None if None in closed else (mask_function.__code__, *closed)
@@ -167,36 +169,73 @@ class _Unhashed:
 
 
 def _numbers(structure: Hashable) -> Iterator[int]:
+    """The whole numbers that a structure closes over or spells out in its code."""
     if isinstance(structure, int):
         yield int(structure)
+    elif isinstance(structure, CodeType):
+        yield from _numbers(structure.co_consts)
     elif isinstance(structure, tuple):
         for part in structure:
             yield from _numbers(part)
 
 
+# Up to this reach every distance is probed.
+_EXHAUSTIVE_REACH = 4096
+# A function of so many numbers that it would take more is left unknown.
+_MOST_PROBES = 1 << 21
+
+
 @functools.lru_cache(maxsize=256)
 def _probe(structure: Hashable, term: _Unhashed) -> Pattern | None:
-    """Evaluates a function around every position where it could change its mind; None if it is no band."""
+    """Evaluates a function around every position where it could change its mind; None if it is no band.
+
+    That these are the positions at multiples of its numbers, and the distances at sums of few of them, is an assumption
+    about transformers' code. Where an answer contradicts it, by an edge in between, nothing is known.
+    """
     numbers = {abs(number) for number in _numbers(structure)}
     reach = 2 * max(numbers, default=0) + 8
-    # Positions next to multiples of its numbers tell a band from blocks, which start at such multiples.
-    anchors = {0, 1, 2, 3, reach, reach + 1}
+    if reach > torch.iinfo(torch.long).max // 10_000:
+        return None
+    # Positions next to multiples of its numbers tell a band from blocks, which start at such multiples, and far ones
+    # tell it from what grows with the position.
+    anchors = {0, 1, 2, 3, reach, reach + 1, 17 * reach + 5, 1000 * reach + 3}
     for number in numbers:
-        anchors |= {multiple * number + step for multiple in range(1, 5) for step in (-1, 0, 1)}
+        anchors |= {multiple * number + step for multiple in range(1, 5) for step in (*range(-3, 4), number // 2)}
     queries = torch.tensor(sorted(anchor for anchor in anchors if anchor >= 0), device="cpu")[:, None]
-    distances = torch.arange(-reach, reach + 1, device="cpu")
+    distances = _distances(numbers, reach)
+    if queries.numel() * distances.numel() > _MOST_PROBES:
+        return None
     keys = queries + distances
     zero = torch.zeros((), dtype=torch.long, device="cpu")
     answers = term.function(zero, zero, queries, keys).broadcast_to(keys.shape)
     real = keys >= 0
     visible = (answers & real).any(0)
-    if not torch.equal(answers & real, visible & real) or not visible[reach]:
+    if not torch.equal(answers & real, visible & real) or not visible[distances == 0]:
         return None
-    seen = distances[visible]
+    seen = visible.nonzero().flatten()
     first, last = int(seen[0]), int(seen[-1])
     if last - first + 1 != len(seen):
         return None
-    return band(None if first == -reach else -first, None if last == reach else last)
+    left, right = -int(distances[first]), int(distances[last])
+    # The nearest distances that a query does not see must be known, not lie somewhere between two probes.
+    if (left < reach and distances[first - 1] != -left - 1) or (right < reach and distances[last + 1] != right + 1):
+        return None
+    return band(None if left == reach else left, None if right == reach else right)
+
+
+def _distances(numbers: set[int], reach: int) -> torch.Tensor:
+    """Returns the distances to probe, ascending int64 on the host, from `-reach` to `reach`."""
+    if reach <= _EXHAUSTIVE_REACH:
+        return torch.arange(-reach, reach + 1, device="cpu")
+    multiples = {times * number for number in numbers for times in range(-2, 3)}
+    sums = {one + other for one in multiples for other in multiples}
+    # The next multiples of another number: what repeats shows there, far from zero as well.
+    sums |= {total // number * number + step for total in sums for number in numbers - {0} for step in (0, number)}
+    # Small distances are all there: short periods show in them.
+    known = {-reach, reach, *range(-512, 513), *(total + step for total in sums for step in range(-4, 5))}
+    around = sorted(distance for distance in known if abs(distance) <= reach)
+    between = ((before + after) // 2 for before, after in itertools.pairwise(around))
+    return torch.tensor(sorted({*around, *between}), device="cpu")
 
 
 def _describe(mask_function: object) -> str:

@@ -17,11 +17,20 @@ _NO_WINDOW = ((-1, -1), (None, None), None)
 def _refuse(window_size: object, softcap: float, alibi_slopes: object) -> None:
     if tuple(window_size) not in _NO_WINDOW if isinstance(window_size, (tuple, list)) else window_size is not None:
         raise UnsupportedAttentionError(
-            f"window_size={window_size} in a direct flash-attention call", "Call the model through transformers' masks."
+            f"window_size={window_size} in a direct flash-attention call, expected (-1, -1) or None",
+            "Call the model through transformers' masks.",
         )
-    if softcap or alibi_slopes is not None:
+    if softcap:
         raise UnsupportedAttentionError(
-            "softcap or alibi_slopes in a direct flash-attention call", "Use attn_implementation='eager'."
+            f"softcap={softcap} in a direct flash-attention call, expected 0", "Use attn_implementation='eager'."
+        )
+    if alibi_slopes is not None:
+        given = (
+            f"of shape {tuple(alibi_slopes.shape)}" if isinstance(alibi_slopes, torch.Tensor) else repr(alibi_slopes)
+        )
+        raise UnsupportedAttentionError(
+            f"alibi_slopes {given} in a direct flash-attention call, expected None",
+            "Use attn_implementation='eager'.",
         )
 
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hf_flashinfer_attn
 from hf_flashinfer_attn.accuracy import measure_kernel_error
 from hf_flashinfer_attn.backends import dense, flashinfer, reference
 from hf_flashinfer_attn.bias import LogitsBias
@@ -221,3 +224,41 @@ def test_learned_queries_that_come_once_for_all_rows() -> None:
     key, value = torch.randn(4, 2, 5, 8), torch.randn(4, 2, 5, 8)
     expected = F.scaled_dot_product_attention(query.expand(4, -1, -1, -1), key, value).transpose(1, 2)
     torch.testing.assert_close(attention_forward(_Layer(), query, key, value, None)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"window_size": (4, 0)}, r"window_size=\(4, 0\).*expected \(-1, -1\)"),
+        ({"window_size": 7}, "window_size=7.*transformers' masks"),
+        ({"softcap": 30.0}, "softcap=30.0.*expected 0"),
+        ({"alibi_slopes": torch.ones(2)}, r"alibi_slopes of shape \(2,\).*expected None"),
+    ],
+    ids=lambda options: "-".join(options) if isinstance(options, dict) else "",
+)
+def test_a_direct_call_names_the_value_that_it_refuses(options, named: str) -> None:
+    tensors = torch.randn(3, 1, 5, 2, 8)
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=named):
+        flash_attn_func(*tensors, **options)
+    offsets = torch.tensor([0, 2, 5])
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=named):
+        flash_attn_varlen_func(*tensors[:, 0], offsets, offsets, **options)
+
+
+def test_a_capture_without_a_plan_says_on_which_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    key = flashinfer._PlanKey(
+        "fa2", 2, 2, 64, torch.float16, False, -1, 0.125, 0.0, torch.device("cuda", 1), stream=0x7F00
+    )
+    layout = RaggedLayout.from_lengths([3, 4])
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match="stream 0x7f00 of cuda:1, nor on another"):
+        flashinfer._planned(layout, key)
+    layout.plans = {
+        dataclasses.replace(key, stream=0): None,
+        dataclasses.replace(key, stream=0x10): None,
+        dataclasses.replace(key, stream=0x20, head_dim=128): None,
+    }
+    with pytest.raises(
+        hf_flashinfer_attn.UnsupportedAttentionError, match=r"0x7f00 of cuda:1, only on 0x0, 0x10\. Run"
+    ):
+        flashinfer._planned(layout, key)

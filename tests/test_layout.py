@@ -48,8 +48,9 @@ def test_uniform_layouts_are_shared_and_hold_no_tensor() -> None:
 
 
 def test_a_padded_side_needs_its_mask() -> None:
-    with pytest.raises(ValueError, match=r"3 tokens in .* need a mask"):
+    with pytest.raises(ValueError, match=r"3 tokens in \(2, 2\) slots.*Pass valid=.*padded_shape=\(1, 3\)"):
         RaggedSide([1, 2], (2, 2), None)
+    assert RaggedSide([1, 2], (1, 3), None).is_full
 
 
 def test_layouts_are_counted() -> None:

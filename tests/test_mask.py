@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from accelerate.utils import send_to_device
 from transformers.masking_utils import (
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     eager_mask,
+    packed_sequence_mask_function,
     sliding_window_causal_mask_function,
 )
 
-from hf_flashinfer_attn.integration import attention_mask
+import hf_flashinfer_attn
+from hf_flashinfer_attn.integration import attention_forward, attention_mask
 from hf_flashinfer_attn.mask import RaggedMask
 from hf_flashinfer_attn.pattern import PatternKind
 
@@ -80,6 +84,7 @@ def test_arithmetic_gives_the_eager_values(operation, mask_function) -> None:
         lambda mask: mask.half(),
         lambda mask: mask.contiguous(),
         lambda mask: mask.detach(),
+        lambda mask: mask.data,
         lambda mask: mask.expand(3, -1, 4, 4),
         lambda mask: mask.type_as(torch.ones(1, dtype=torch.bfloat16)),
         lambda mask: send_to_device({"attention_mask": mask}, "cpu")["attention_mask"],
@@ -103,16 +108,21 @@ def test_moving_to_another_device_keeps_the_layout() -> None:
     assert moved.spec is mask.spec
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda mask: mask.add_(1.0),
-        lambda mask: mask.masked_fill_(torch.ones(3, 1, 4, 4, dtype=torch.bool), -1.0),
-        lambda mask: mask.__setitem__((slice(None), slice(None), 0), 7.0),
-        lambda mask: mask[:, :, 1].fill_(3.0),
-        lambda mask: torch.clamp_(mask, min=-5.0),
-    ],
-)
+CHANGES = [
+    lambda mask: mask.add_(1.0),
+    lambda mask: mask.masked_fill_(torch.ones(3, 1, 4, 4, dtype=torch.bool), -1.0),
+    lambda mask: mask.__setitem__((slice(None), slice(None), 0), 7.0),
+    lambda mask: mask[:, :, 1].fill_(3.0),
+    lambda mask: torch.clamp_(mask, min=-5.0),
+    lambda mask: mask.data.fill_(2.0),
+    lambda mask: mask.data[:, :, 1].fill_(3.0),
+    lambda mask: mask.detach().data.mul_(0.5),
+    lambda mask: mask.numpy().fill(4.0),
+    lambda mask: torch.from_dlpack(mask).fill_(4.0),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_in_place_change_is_kept(change) -> None:
     mask, expected = make(), reference().contiguous()
     change(mask)
@@ -123,10 +133,75 @@ def test_an_in_place_change_is_kept(change) -> None:
     assert torch.equal(mask[:] + 0, expected)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_in_place_change_stays_with_the_copy_that_was_written_to(change) -> None:
+    mask = make()
+    before, other = mask.half(), mask.half()
+    assert torch.equal(before + 0, reference(dtype=torch.float16))
+    change(other)
+    after, expected = mask.half(), reference(dtype=torch.float16).contiguous()
+    assert [copied.was_modified for copied in (before, other, after)] == [False, True, False]
+    for copied in (before, after):
+        assert torch.equal(copied + 0, expected)
+    change(before)
+    assert torch.equal(mask.half() + 0, expected)
+    change(expected)
+    assert torch.equal(other + 0, expected)
+    assert torch.equal(before + 0, expected)
+    assert not mask.was_modified
+
+
+@pytest.mark.parametrize("order", [("cpu", "meta"), ("meta", "cpu"), ("meta", "meta"), ("cpu", "cpu")], ids="-".join)
+def test_dense_values_are_made_once_where_the_mask_function_has_its_tensors(order) -> None:
+    asked: list[tuple[torch.dtype, torch.device]] = []
+    blocks = torch.tensor([[0, 0, 1, 1]]).expand(3, -1)
+
+    def same_block(row, head, query, key):
+        return blocks[row, query] == blocks[row, key]
+
+    mask = make(same_block)
+    densify = mask.spec.densify
+
+    def counted(dtype, device):
+        asked.append((dtype, device))
+        return densify(dtype, device)
+
+    spec = dataclasses.replace(mask.spec, densify=counted)
+    mask = RaggedMask(spec, torch.float32, torch.device("cpu"))
+    for device in order:
+        copied = mask.to(torch.float16).to(device)
+        dense = copied.dense()
+        assert (dense.dtype, dense.device.type) == (torch.float16, device)
+        if device == "cpu":
+            assert torch.equal(dense, reference(same_block, dtype=torch.float16))
+    assert asked == [(torch.float16, torch.device("cpu"))]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_seen_in_inference_mode(change) -> None:
+    with torch.inference_mode():
+        mask, expected = make(valid=VALID.clone()), reference().contiguous()
+        assert torch.equal(mask + 0, expected)
+        assert not mask.was_modified
+        change(mask)
+        change(expected)
+        assert mask.was_modified
+        assert torch.equal(mask + 0, expected)
+
+
 def test_reading_is_no_change() -> None:
     mask = make()
-    _ = mask + 1
+    _ = mask + 1, mask.data + 1, mask.data.shape
     assert not mask.was_modified
+
+
+def test_other_data_is_refused() -> None:
+    mask = make()
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"data of a lazy mask.*mask\.copy_"):
+        mask.data = torch.zeros(3, 1, 4, 4)
+    mask.copy_(torch.zeros(3, 1, 4, 4))
+    assert mask.was_modified
+    assert torch.equal(mask + 0, torch.zeros(3, 1, 4, 4))
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -171,6 +246,32 @@ def test_windows_know_of_holes() -> None:
     assert not make(window, valid=VALID[:2].repeat(2, 1)[:3]).has_holes
     assert not make(window, valid=None).has_holes
     assert not make(causal_mask_function).has_holes
+
+
+PACKED = [[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 0, 0], [5, 4, 3, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_packed_sequences_in_pieces_are_joined_as_transformers_does(pieces: bool) -> None:
+    ids = torch.tensor(PACKED)
+    if pieces:
+        ids[1] = torch.tensor([0, 0, 1, 1, 0, 0])
+    function = and_masks(causal_mask_function, packed_sequence_mask_function(ids))
+    mask = attention_mask(batch_size=3, q_length=6, kv_length=6, mask_function=function)
+    assert mask.has_holes == pieces
+    query, key, value = torch.randn(3, 3, 2, 6, 8)
+    with hf_flashinfer_attn.trace() as trace:
+        output, _ = attention_forward(torch.nn.Module(), query, key, value, mask)
+    (call,) = trace.calls
+    assert (call.kernel, call.reason) == (
+        ("dense", "a window over padding with holes, packed sequences in pieces") if pieces else ("torch", None)
+    )
+    allowed = (ids[:, None, :, None] == ids[:, None, None, :]) & torch.ones(6, 6, dtype=torch.bool).tril()
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+    if not pieces:
+        layout = mask.layout_of_forward(keep_padded_queries=False)
+        assert layout.query.lengths == (2, 3, 1, 4, 2, 1, 1, 1, 1, 1, 1)
 
 
 def test_unknown_patterns_are_dense() -> None:

@@ -343,16 +343,31 @@ class _WrapperPool:
 
 _pools: dict[tuple[_Module, torch.device, int], _WrapperPool] = {}
 _pools_lock = threading.Lock()
+# Layouts whose plans captured graphs read, kept for good: see `_planned`.
 _captured: set[RaggedLayout] = set()
 
 
+def _not_planned(layout: RaggedLayout, key: _PlanKey) -> str:
+    """Says where a layout has a plan and where not; streams by their handles, as `cuda_stream` gives them."""
+    plans = [plan for plan in list(layout.plans) if isinstance(plan, _PlanKey)]
+    streams = sorted({f"{plan.stream:#x}" for plan in plans if replace(plan, stream=key.stream) == key})
+    missing = f"these lengths have no plan on the capturing stream {key.stream:#x} of {key.device}"
+    return f"{missing}, only on {', '.join(streams)}" if streams else f"{missing}, nor on another stream"
+
+
 def _planned(layout: RaggedLayout, key: _PlanKey) -> _Wrapper:
-    """Returns a wrapper planned for `key` on `layout`, planning at most once per layout."""
+    """Returns a wrapper planned for `key` on `layout`, planning at most once per layout.
+
+    A plan that a CUDA graph is captured with must outlive the graph, and nobody tells which graph that is, or when it
+    is gone. It is therefore kept until the process ends, at 8 MiB on the device and 8 MiB pinned for each. Another
+    capture on the same stream takes the same plan while the layout of its shape is cached. So a graph per shape costs
+    one plan each, and capturing anew all the time, with many shapes in between, costs one each time.
+    """
     wrapper: _Wrapper | None = layout.plans.get(key)
     if torch.cuda.is_current_stream_capturing():
         if wrapper is None:
             raise UnsupportedAttentionError(
-                "planning FlashInfer attention while a CUDA graph is captured",
+                f"planning FlashInfer attention while a CUDA graph is captured: {_not_planned(layout, key)}",
                 "Run the model once on the same shapes, without padding, on the capturing stream before the capture.",
             )
         # The graph will read this plan at every replay: its buffers must never serve another.
