@@ -21,7 +21,7 @@ from .hooks import weights_are_collected
 from .layout import LengthsRead, RaggedLayout, packed_layout, uniform_layout
 from .mask import MaskSpec, RaggedMask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern, recognise
-from .prepared import PreparedAttention, prepare
+from .prepared import NativeAttention, PreparedAttention, native, prepare
 from .settings import current_settings
 from .trace import AttentionCall, is_tracing, record_call, record_host_copy
 
@@ -237,7 +237,7 @@ def _store_of(
     sliding_window: int | None,
     offsets: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-) -> dict[Hashable, PreparedAttention] | None:
+) -> dict[Hashable, PreparedAttention | NativeAttention] | None:
     """Returns where the layers of a forward keep prepared attention; None where each must be looked at."""
     if offsets is not None or needs_grad(query, key, value) or torch.cuda.is_current_stream_capturing():
         return None
@@ -360,10 +360,14 @@ def _attend(
         layout = _layout_of_2d_mask(mask, query, key)
     sinks = None if s_aux is None else s_aux.reshape(-1)
     if decision.path is Path.FLASHINFER:
-        prepared = prepare(
-            query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap, biased=bias is not None,
-            sinks=sinks is not None,
-        )  # fmt: skip
+        prepared: PreparedAttention | NativeAttention | None = None
+        if current_settings().backend == "auto" and bias is None and sinks is None:
+            prepared = native(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap)
+        if prepared is None:
+            prepared = prepare(
+                query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap, biased=bias is not None,
+                sinks=sinks is not None,
+            )  # fmt: skip
         store = _store_of(module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids)
         if store is not None and bias is None and sinks is None:
             store[_signature(module, query, key, value, scaling, is_causal, softcap)] = prepared

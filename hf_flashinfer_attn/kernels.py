@@ -1,9 +1,14 @@
 """Triton kernels that move data between padded and ragged tensors. Imported by `movement` alone, where Triton is there.
 
-A slot is a place in a padded batch, row by row; a token is a place in a ragged tensor.
+A slot is a place in a padded batch, row by row; a token is a place in a ragged tensor. Kernels are launched on the
+current device and stream.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +20,7 @@ __all__ = ["number_tokens", "pack", "unpack"]
 _TILE_BYTES = 8192
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _number_tokens_kernel(valid, ranks, slots, tokens, num_slots, BLOCK: tl.constexpr):
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < num_slots
@@ -41,11 +46,11 @@ def _copy_heads(
     tl.store(target + token.to(tl.int64)[:, None] * (num_heads * SIZE) + (head * SIZE + dim)[None, :], values, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "query_width", "num_keys", "key_width"])
 def _pack_kernel(
-    query, query_row, query_slot, query_head, packed_query, query_slots, num_queries, query_width, query_heads,
-    key, key_row, key_slot, key_head, packed_key,
-    value, value_row, value_slot, value_head, packed_value, key_slots, num_keys, key_width, key_heads,
+    query, key, value, packed_query, packed_key, packed_value, query_slots, key_slots,
+    query_row, query_slot, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
+    num_queries, query_width, num_keys, key_width, query_heads: tl.constexpr, key_heads: tl.constexpr,
     HAS_QUERY_SLOTS: tl.constexpr, HAS_KEY_SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_HEAD_DIM: tl.constexpr,
     SIZE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -77,9 +82,9 @@ def _pack_kernel(
                         (part - query_parts - key_parts) * HEADS, key_heads, VALUE_HEAD_DIM, SIZE, HEADS)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def _unpack_kernel(
-    packed, tokens, padded, num_slots, num_heads, HAS_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    packed, tokens, padded, num_slots, num_heads: tl.constexpr, HAS_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
@@ -116,10 +121,40 @@ def number_tokens(valid: torch.Tensor, ranks: torch.Tensor, total_tokens: int) -
     return slots, tokens
 
 
+@functools.lru_cache(maxsize=64)
 def _tile(columns: int, num_heads: int, itemsize: int) -> tuple[int, int]:
     """Returns how many tokens and heads one program moves."""
     heads = min(triton.next_power_of_2(num_heads), max(1, 512 // columns))
     return max(1, _TILE_BYTES // (heads * columns * itemsize)), heads
+
+
+_compiled: dict[Hashable, Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[torch.Tensor, ...],
+    strides: tuple[int, ...],
+    sizes: tuple[int, ...],
+    constants: tuple[Hashable, ...],
+) -> None:
+    """Launches a kernel whose parameters are, in this order, tensors, strides, sizes and constants.
+
+    Triton looks at every argument of every launch to find the compiled kernel that fits, 3 us each. What it looks at
+    is this key: dtypes and constants, and of pointers and strides whether 16 divides them. Sizes are not specialised.
+    """
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    fits: list[int] = [pointer & 15 == 0 for pointer in pointers]
+    fits += [-1 if stride == 1 else 2 if stride > 0x7FFFFFFF else stride & 15 == 0 for stride in strides]
+    key = (kernel, tensors[0].device, tensors[0].dtype, constants, *fits)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        # None where kernels are interpreted.
+        if (compiled := kernel[grid](*tensors, *strides, *sizes, *constants)) is not None:
+            _compiled[key] = compiled
+    else:
+        compiled[grid](*pointers, *strides, *sizes, *constants)
 
 
 def pack(
@@ -144,19 +179,32 @@ def pack(
         Query, key and value, contiguous, shape `(tokens, heads, size)`.
     """
     batch, query_heads, query_width, head_dim = query.shape
-    key_heads, key_width, value_head_dim = key.shape[1], key.shape[2], value.shape[3]
-    num_queries = batch * query_width if query_slots is None else len(query_slots)
-    num_keys = batch * key_width if key_slots is None else len(key_slots)
-    packed_query = query.new_empty(num_queries, query_heads, size)
-    packed_key, packed_value = key.new_empty(2, num_keys, key_heads, size)
+    _, key_heads, key_width, value_head_dim = value.shape
+    num_queries = batch * query_width if query_slots is None else query_slots.shape[0]
+    num_keys = batch * key_width if key_slots is None else key_slots.shape[0]
+    dtype, device = query.dtype, query.device
+    packed_query = torch.empty((num_queries, query_heads, size), dtype=dtype, device=device)
+    packed_key = torch.empty((num_keys, key_heads, size), dtype=dtype, device=device)
+    packed_value = torch.empty((num_keys, key_heads, size), dtype=dtype, device=device)
     tokens, heads = _tile(size, query_heads, query.element_size())
-    parts = triton.cdiv(query_heads, heads) + 2 * triton.cdiv(key_heads, heads)
-    _pack_kernel[(triton.cdiv(max(num_queries, num_keys), tokens), parts)](
-        query, query.stride(0), query.stride(2), query.stride(1), packed_query, query_slots, num_queries, query_width,
-        query_heads, key, key.stride(0), key.stride(2), key.stride(1), packed_key, value, value.stride(0),
-        value.stride(2), value.stride(1), packed_value, key_slots, num_keys, key_width, key_heads,
-        HAS_QUERY_SLOTS=query_slots is not None, HAS_KEY_SLOTS=key_slots is not None, HEAD_DIM=head_dim,
-        VALUE_HEAD_DIM=value_head_dim, SIZE=size, TOKENS=tokens, HEADS=heads,
+    parts = -(-query_heads // heads) + 2 * -(-key_heads // heads)
+    row, head, slot, _ = query.stride()
+    key_row, key_head, key_slot, _ = key.stride()
+    value_row, value_head, value_slot, _ = value.stride()
+    _launch(
+        _pack_kernel,
+        (-(-max(num_queries, num_keys) // tokens), parts, 1),
+        (
+            query, key, value, packed_query, packed_key, packed_value,
+            # A pointer that is not used, where all slots are taken.
+            query if query_slots is None else query_slots, key if key_slots is None else key_slots,
+        ),
+        (row, slot, head, key_row, key_slot, key_head, value_row, value_slot, value_head),
+        (num_queries, query_width, num_keys, key_width),
+        (
+            query_heads, key_heads, query_slots is not None, key_slots is not None, head_dim, value_head_dim, size,
+            tokens, heads,
+        ),
     )  # fmt: skip
     return packed_query, packed_key, packed_value
 
@@ -173,12 +221,16 @@ def unpack(packed: torch.Tensor, tokens: torch.Tensor | None, num_slots: int, he
     Returns:
         Shape `(num_slots, heads, head_dim)`, contiguous.
     """
-    num_heads, size = packed.shape[1:]
-    padded = packed.new_empty(num_slots, num_heads, head_dim)
+    _, num_heads, size = packed.shape
+    padded = torch.empty((num_slots, num_heads, head_dim), dtype=packed.dtype, device=packed.device)
     columns = triton.next_power_of_2(head_dim)
     slots, heads = _tile(columns, num_heads, packed.element_size())
-    _unpack_kernel[(triton.cdiv(num_slots, slots), triton.cdiv(num_heads, heads))](
-        packed, tokens, padded, num_slots, num_heads, HAS_TOKENS=tokens is not None, HEAD_DIM=head_dim, COLUMNS=columns,
-        SIZE=size, SLOTS=slots, HEADS=heads,
-    )  # fmt: skip
+    _launch(
+        _unpack_kernel,
+        (-(-num_slots // slots), -(-num_heads // heads), 1),
+        (packed, packed if tokens is None else tokens, padded),
+        (),
+        (num_slots,),
+        (num_heads, tokens is not None, head_dim, columns, size, slots, heads),
+    )
     return padded

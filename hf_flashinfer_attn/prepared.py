@@ -10,15 +10,16 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from .backends import flashinfer
 from .bias import LogitsBias
 from .layout import RaggedLayout
 from .movement import pack, unpack
-from .pattern import Pattern
+from .pattern import CAUSAL, FULL, Pattern
 from .trace import AttentionCall, is_tracing, record_call
 
-__all__ = ["PreparedAttention", "prepare"]
+__all__ = ["NativeAttention", "PreparedAttention", "native", "prepare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,79 @@ class PreparedAttention:
         Returns:
             Shape `(batch, q_length, heads, value_head_dim)`, contiguous, zero in padding.
         """
+        if torch.cuda.current_device() != query.get_device():
+            # Kernels run on the current device, whatever device their tensors are on.
+            with torch.cuda.device(query.device):
+                return self(query, key, value, layer, bias, sinks)
         packed = pack(query, key, value, self.query_slots, self.key_slots, self.plan.size)
         output = unpack(self.plan.run(*packed, bias, sinks), self.query_tokens, self.shape, self.value_head_dim)
         if is_tracing():
             record_call(replace(self.record, layer=layer))
         return output
+
+
+@dataclass(frozen=True, slots=True)
+class NativeAttention:
+    """torch's own attention for a batch without padding, of a head_dim that FlashInfer's kernels would have to pad.
+
+    There is nothing to save then, and torch's fused kernels take such heads as they are.
+    """
+
+    is_causal: bool
+    sm_scale: float
+    record: AttentionCall
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: str,
+        bias: LogitsBias | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Computes attention; shapes as those of [`PreparedAttention`]. There is neither bias nor sinks."""
+        output = F.scaled_dot_product_attention(
+            query, key, value, is_causal=self.is_causal, scale=self.sm_scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        if is_tracing():
+            record_call(replace(self.record, layer=layer))
+        return output.transpose(1, 2).contiguous()
+
+
+def native(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: RaggedLayout,
+    pattern: Pattern,
+    *,
+    sm_scale: float,
+    softcap: float | None,
+) -> NativeAttention | None:
+    """Returns torch's own attention where it is the faster choice, and the very same function.
+
+    Arguments are those of [`prepare`].
+    """
+    head_dim = query.shape[-1]
+    same_length = query.shape[2] == key.shape[2]
+    fits = (
+        layout.query.is_full
+        and layout.key.is_full
+        # Not packed sequences, which are rows of a layout but not of the tensors.
+        and layout.query.lengths == (query.shape[2],) * query.shape[0]
+        and layout.key.lengths == (key.shape[2],) * key.shape[0]
+        and (pattern == FULL or (pattern == CAUSAL and same_length))
+        and softcap is None
+        and head_dim == value.shape[-1]
+        and head_dim % 8 == 0
+        and head_dim not in flashinfer.KERNEL_HEAD_DIMS["auto"]
+    )
+    if not fits:
+        return None
+    return NativeAttention(
+        pattern == CAUSAL, sm_scale, AttentionCall("", pattern.name, "sdpa", head_dim, head_dim, None)
+    )
 
 
 def prepare(
@@ -103,7 +172,7 @@ def prepare(
     value_head_dim = value.shape[-1]
     head_dim = max(query.shape[-1], value_head_dim)
     if kernel is None:
-        kernel = flashinfer.choose_kernel(device, head_dim, biased=biased, sinks=sinks)
+        kernel = flashinfer.choose_kernel(device, head_dim, biased=biased, sinks=sinks, reach=_reach(layout, pattern))
     plan = flashinfer.make_plan(
         layout,
         num_heads=query.shape[1],
@@ -122,6 +191,15 @@ def prepare(
     record = AttentionCall("", pattern.name, f"flashinfer-{kernel}", head_dim, plan.size, None)
     shape = (query.shape[0], query.shape[2])
     return PreparedAttention(plan, query_slots, query_tokens, key_slots, shape, value_head_dim, record)
+
+
+def _reach(layout: RaggedLayout, pattern: Pattern) -> float:
+    """Returns how many keys a query sees on average, causality aside."""
+    total = layout.query.total_tokens
+    keys = sum(q * k for q, k in zip(layout.query.lengths, layout.key.lengths)) / total if total else 0.0
+    if pattern.left is None or pattern.right is None:
+        return keys
+    return min(keys, pattern.left + pattern.right + 1)
 
 
 _Places = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]

@@ -173,13 +173,27 @@ def test_head_dims_above_256_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_dim", "kernel"),
-    [((9, 0), 32, "fa3"), ((9, 0), 160, "fa3"), ((9, 0), 256, "fa3"), ((8, 0), 64, "fa2"), ((7, 5), 64, "fa2"),
-     ((10, 0), 128, "auto"), ((10, 0), 64, "fa2"), ((12, 0), 128, "fa2")],
+    ("capability", "head_dim", "options", "kernel"),
+    [((9, 0), 32, {}, "fa3"), ((9, 0), 160, {}, "fa3"), ((9, 0), 256, {}, "fa3"), ((8, 0), 64, {}, "fa2"),
+     ((7, 5), 64, {}, "fa2"), ((10, 0), 128, {}, "auto"), ((10, 0), 64, {}, "fa2"), ((12, 0), 128, {}, "fa2"),
+     ((9, 0), 64, {"reach": 100.0}, "fa2"), ((9, 0), 64, {"reach": 300.0}, "fa3"), ((9, 0), 64, {"biased": True}, "fa2"),
+     ((9, 0), 64, {"sinks": True}, "fa3"), ((10, 0), 128, {"sinks": True}, "fa2")],
 )  # fmt: skip
-def test_the_kernel_by_gpu(monkeypatch: pytest.MonkeyPatch, capability, head_dim: int, kernel: str) -> None:
+def test_the_kernel_by_gpu(monkeypatch: pytest.MonkeyPatch, capability, head_dim: int, options, kernel: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert flashinfer.choose_kernel.__wrapped__(torch.device("cuda"), head_dim) == kernel
+    assert flashinfer.choose_kernel(torch.device("cuda"), head_dim, **options) == kernel
+
+
+@pytest.mark.parametrize("masked", ["float", "bool"])
+def test_queries_that_see_no_key_average_in_half_precision_too(masked: str) -> None:
+    query, key, value = torch.randn(3, 2, 4, 5, 8).bfloat16()
+    seen = torch.rand(2, 1, 5, 5) < 0.6
+    seen[0, 0, 2:4] = False
+    additive = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+    output, _ = dense.attend(query, key, value, additive if masked == "float" else seen, sm_scale=1.0)
+    logits = (query @ key.transpose(2, 3)) + additive
+    expected = (logits.softmax(-1, dtype=torch.float32) @ value.float()).transpose(1, 2)
+    torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -130,7 +130,6 @@ def test_import_needs_neither_flashinfer_nor_triton() -> None:
         "sys.modules['flashinfer'] = None\n"
         "import torch, hf_flashinfer_attn\n"
         "from transformers import BertConfig, BertModel\n"
-        "assert 'triton' not in sys.modules or torch.version.cuda\n"
         "loaded = set(sys.modules)\n"
         "sys.modules['triton'] = None\n"
         "config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)\n"

@@ -45,6 +45,7 @@ def attend(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if softcap is None and sinks is None and not return_weights:
+        query, mask = _average_where_blind(query, mask)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(query.dtype)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=sm_scale)
@@ -67,3 +68,18 @@ def attend(
     weights = F.dropout(weights, dropout)
     output = torch.matmul(weights, value).transpose(1, 2).contiguous()
     return output, weights if return_weights else None
+
+
+def _average_where_blind(query: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Makes queries that see no key average all values, as eager attention does, and some models rely on it.
+
+    There the mask is as large as numbers get, and swallows the logits it is added to. Kernels add it in float32, where
+    the logits survive half precision's largest number: such queries would attend to padding as if there were no mask.
+    """
+    if mask is None or (mask.is_floating_point() and query.dtype.itemsize > 2):
+        return query, mask
+    if mask.is_floating_point():
+        blind = mask.amax(-1, keepdim=True) <= torch.finfo(mask.dtype).min / 2
+        return query.masked_fill(blind, 0), mask.masked_fill(blind, 0)
+    blind = ~mask.any(-1, keepdim=True)
+    return query.masked_fill(blind, 0), mask | blind

@@ -122,21 +122,28 @@ def padded_head_dim(head_dim: int, kernel: Kernel) -> int:
     raise ValueError(f"head_dim={head_dim} is not supported; expected at most {MAX_HEAD_DIM}. Use backend='torch'.")
 
 
-@functools.lru_cache(maxsize=64)
-def choose_kernel(device: torch.device, head_dim: int, *, biased: bool = False, sinks: bool = False) -> Kernel:
-    """Returns the kernel to use on `device`: fa3 on Hopper, fa2 elsewhere, FlashInfer's own choice on Blackwell.
+# Below this many keys per query fa2's smaller tiles win over fa3's speed: benchmarks/results/attention_alone.json.
+_FA3_REACH = 256
+
+
+def choose_kernel(
+    device: torch.device, head_dim: int, *, biased: bool = False, sinks: bool = False, reach: float | None = None
+) -> Kernel:
+    """Returns the kernel to use: on Hopper fa3, or fa2 where queries see few keys; elsewhere fa2, or what FlashInfer
+    chooses on Blackwell.
 
     Args:
         device: A CUDA device.
         head_dim: The widest of the query's and the value's.
         biased: Whether a bias is added to the logits; fa3 tells its variants neither row nor head.
         sinks: Whether there are attention sinks, which need the kernel's logsumexp.
+        reach: How many keys a query sees on average; None for many.
     """
     if biased:
         return "fa2"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) == (9, 0):
-        return "fa3"
+        return "fa2" if reach is not None and reach < _FA3_REACH else "fa3"
     if major in (10, 11) and padded_head_dim(head_dim, "auto") == 128 and not sinks:
         return "auto"
     return "fa2"
