@@ -61,7 +61,7 @@ SELECTED = (
 )
 
 # Mixins of other subjects, whose modules import packages that attention has no use for (datasets, exporters); and the
-# helpers of distributed tests, which the source distributions since 5.23 import but do not have.
+# helpers of distributed tests, which the source distribution of 5.23 imports but does not have.
 STUBS = {
     "tests.test_pipeline_mixin": ("PipelineTesterMixin",),
     "tests.exporters.test_export": ("ExportTesterMixin", "ExportGenerateTesterMixin"),
