@@ -528,10 +528,14 @@ _OWN_SEQUENCE = frozenset(
     }
 )  # fmt: skip
 # SigLIP's text tower pools the last position, padding or not; Conformers, and adapters on speech models, convolve over
-# the hidden states of padding; recurrent layers carry them on.
+# the hidden states of padding; recurrent layers carry them on. Without a mask from the user, T5Gemma's encoder masks
+# its pad tokens by itself, and its decoder attends to all of them.
 _PADDING_IS_READ = frozenset(
-    {"SiglipAttention", "Siglip2Attention", "RecurrentGemmaAttention", "RecurrentGemmaSdpaAttention"}
-)
+    {
+        "SiglipAttention", "Siglip2Attention", "RecurrentGemmaAttention", "RecurrentGemmaSdpaAttention",
+        "T5GemmaSelfAttention",
+    }
+)  # fmt: skip
 _PACKED_IMAGES = frozenset({"PixtralAttention"})
 # Takes for a second sequence that these encoder-only models never give.
 _SECOND_SEQUENCE = frozenset({"key_value_states", "encoder_hidden_states", "encoder_attention_mask"})

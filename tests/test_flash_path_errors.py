@@ -224,14 +224,14 @@ def test_restarting_positions_that_are_not_packed(switch: str) -> None:
 # A window to both sides: the flash path makes it one narrower on either side.
 
 
-def t5gemma_config(window: int) -> Any:
+def t5gemma_config(window: int, *, is_encoder_decoder: bool = False) -> Any:
     module = decoder_config(
         transformers.T5GemmaModuleConfig, query_pre_attn_scalar=8, attn_logit_softcapping=None, sliding_window=window,
         layer_types=["sliding_attention", "full_attention"],
     ).to_dict()  # fmt: skip
     return transformers.T5GemmaConfig(
         encoder=module, decoder=module, vocab_size=VOCAB_SIZE, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
-        is_encoder_decoder=False,
+        is_encoder_decoder=is_encoder_decoder,
     )  # fmt: skip
 
 
@@ -249,6 +249,30 @@ def test_window_to_both_sides(window: int, padding: str) -> None:
         lambda: eager(**inputs).last_hidden_state[valid],
         lambda: model(**inputs).last_hidden_state[valid],
         lambda: narrower(**inputs).last_hidden_state[valid],
+    )
+
+
+@pytest.mark.parametrize("decoder_length", [13, 4])
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_padding_that_only_the_encoder_masks(padding: str, decoder_length: int) -> None:
+    """Without a mask T5Gemma's encoder masks its pad tokens, and its decoder attends to what became of them."""
+    eager, model = pair_of(transformers.T5GemmaModel, t5gemma_config(4, is_encoder_decoder=True))
+    tokens, mask = (left_padded if padding == "left" else right_padded)((13, 6, 10))
+    decoder_tokens, _ = right_padded((decoder_length,) * len(tokens), seed=1)
+    inputs = {"input_ids": tokens, "decoder_input_ids": decoder_tokens, "use_cache": False}
+
+    def wrong() -> Tensor:
+        removes = [drop_queries(layer.self_attn, mask) for layer in eager.encoder.layers]
+        hidden: Tensor = eager(**inputs).last_hidden_state
+        for remove in removes:
+            remove()
+        return hidden
+
+    assert_right(
+        lambda: eager(**inputs).last_hidden_state,
+        lambda: model(**inputs).last_hidden_state,
+        wrong,
+        calls=3 * LAYERS,
     )
 
 

@@ -3,9 +3,12 @@
     python tests/upstream/run.py                            # the default families, four minutes on one core
     python tests/upstream/run.py --families bert,llama
     python tests/upstream/run.py --checkout ~/transformers  # takes the checkout that is there, or else clones to there
+    python tests/upstream/run.py --json result.json         # writes the numbers, and what they were measured on
 
 The tests are those of the installed version of transformers. They are in its repository alone (the source distribution
 has the common test classes, but not the tests of the models), so the tag of that version is cloned, without sources.
+A checkout of another revision needs the common test classes of the installed version: `tests/test_*.py` of its source
+distribution. The JSON has the commit, and the files that are not those of the commit.
 
 pytest runs in a subprocess with the plugin `stand_in.py`: every test that asks for "sdpa", or for nothing where sdpa is
 the default, gets our attention function and mask function. What fails there runs once more on sdpa itself, with the
@@ -35,18 +38,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
-from expected_failures import expected_failure
 from packaging.version import Version
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(ROOT))
+from expected_failures import expected_failure
+
+from hf_flashinfer_attn.environment import describe_environment
 
 REPOSITORY = "https://github.com/huggingface/transformers"
 # What the tests of models import, besides each other.
 DIRECTORIES = ("tests", "utils/test_module")
 PACKAGES = {"parameterized": "parameterized", "requests": "requests", "timeout_decorator": "timeout-decorator"}
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
 
 FAMILIES = (
     "albert", "bart", "bert", "clip", "dinov2", "distilbert", "electra", "esm", "eurobert", "gemma2", "gemma3", "gpt2",
@@ -55,6 +62,8 @@ FAMILIES = (
 )  # fmt: skip
 # The version of transformers that brought a family to the attention interface.
 SINCE = {"t5": Version("5.15")}
+
+COLUMNS = ("passed", "through ours", "skipped", "fails on sdpa too", "failed as expected", "failed")
 
 
 @dataclass(frozen=True)
@@ -155,17 +164,66 @@ def column_of(result: Result, fail_too: set[str]) -> str:
     return "failed as expected" if result.outcome == "failed" else "passed unexpectedly"
 
 
-def print_table(families: Sequence[str], results: Sequence[Result], fail_too: set[str]) -> None:
-    header = ("passed", "through ours", "skipped", "fails on sdpa too", "failed as expected", "failed")
-    rows: list[tuple[str, ...]] = [("family", *header)]
+def count(families: Sequence[str], results: Sequence[Result], fail_too: set[str]) -> dict[str, Counter[str]]:
+    """Counts the tests of each family, and of "all", by column; "calls" are those of our function."""
+    counts: dict[str, Counter[str]] = {}
     for name in [*families, "all"]:
         tests = [result for result in results if name in (result.family, "all")]
-        counts = Counter(column_of(result, fail_too) for result in tests)
-        counts["through ours"] = sum(result.outcome == "passed" and result.calls > 0 for result in tests)
-        rows.append((name, *(str(counts[column]) for column in header)))
+        counts[name] = Counter(column_of(result, fail_too) for result in tests)
+        counts[name]["through ours"] = sum(result.outcome == "passed" and result.calls > 0 for result in tests)
+        counts[name]["calls"] = sum(result.calls for result in tests)
+    return counts
+
+
+def print_table(counts: dict[str, Counter[str]]) -> None:
+    rows: list[tuple[str, ...]] = [("family", *COLUMNS)]
+    rows += [(name, *(str(numbers[column]) for column in COLUMNS)) for name, numbers in counts.items()]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+
+
+def describe_checkout(checkout: Path) -> dict[str, Any] | None:
+    """Returns the commit of a checkout, its date, and the files that differ from it; None if git does not have it."""
+    if not (checkout / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(checkout), *arguments], check=True, capture_output=True, text=True
+        ).stdout
+
+    commit, date = git("log", "-1", "--format=%H %cs").split()
+    changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=all", "--", "tests").splitlines()]
+    return {"commit": commit, "date": date, "not_of_the_commit": changed}
+
+
+def summarise(
+    counts: dict[str, Counter[str]],
+    results: Sequence[Result],
+    fail_too: set[str],
+    problems: Sequence[str],
+    left_out: Sequence[str],
+    tests: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Puts everything into plain values for JSON."""
+    columns = (*COLUMNS, "calls")
+    numbers = {
+        name: {column.replace(" ", "_"): of_family[column] for column in columns} for name, of_family in counts.items()
+    }
+    expected = {result.test: expected_failure(result.test) for result in results if result.outcome == "failed"}
+    return {
+        "passed": not problems,
+        "transformers": transformers.__version__,
+        "all": numbers.pop("all"),
+        "problems": list(problems),
+        "failed_as_expected": {test: entry.reason for test, entry in expected.items() if entry is not None},
+        "fails_on_sdpa_too": [result.test for result in results if result.node in fail_too],
+        "left_out": list(left_out),
+        "families": numbers,
+        "tests": tests,
+        "environment": describe_environment(),
+    }
 
 
 def find_problems(families: Sequence[str], results: Sequence[Result], fail_too: set[str]) -> list[str]:
@@ -181,6 +239,7 @@ def main() -> int:
     parser.add_argument("--checkout", type=Path, help="a checkout of transformers; used as it is, made if missing")
     parser.add_argument("--repository", default=REPOSITORY, help="where to clone from")
     parser.add_argument("--revision", default=f"v{transformers.__version__}", help="tag or branch to clone")
+    parser.add_argument("--json", type=Path, help="a file that gets the numbers")
     arguments = parser.parse_args()
     if missing := [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]:
         parser.error(f"the tests of transformers import what is not installed: pip install {' '.join(missing)}")
@@ -193,20 +252,28 @@ def main() -> int:
                 parser.error(f"cannot clone {arguments.revision} of {arguments.repository}: {error}; see --checkout")
         checkout = checkout.resolve()
         families: list[str] = []
+        left_out: list[str] = []
         for family in arguments.families.split(","):
             if Version(transformers.__version__) < SINCE.get(family, Version("0")):
-                print(f"left out: {family} is on the attention interface since transformers {SINCE[family]}")
+                left_out.append(f"{family} is on the attention interface since transformers {SINCE[family]}")
+                print(f"left out: {left_out[-1]}")
             elif not (checkout / test_file(family)).exists():
                 parser.error(f"there is no {test_file(family)} in {checkout}; see --families")
             else:
                 families.append(family)
         results = run_pytest(checkout, [test_file(family) for family in families], Path(scratch))
         fail_too = fail_on_sdpa_too(checkout, results, Path(scratch))
+        tests = describe_checkout(checkout)
     print(f"\ntransformers {transformers.__version__}, our attention in the place of sdpa")
-    print_table(families, results, fail_too)
+    counts = count(families, results, fail_too)
+    print_table(counts)
     problems = find_problems(families, results, fail_too)
     for problem in problems:
         print(problem)
+    if arguments.json is not None:
+        summary = summarise(counts, results, fail_too, problems, left_out, tests)
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(summary, indent=1) + "\n")
     return 1 if problems else 0
 
 
