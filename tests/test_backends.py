@@ -176,8 +176,9 @@ def test_head_dims_above_256_are_refused() -> None:
     ("capability", "head_dim", "options", "kernel"),
     [((9, 0), 32, {}, "fa3"), ((9, 0), 160, {}, "fa3"), ((9, 0), 256, {}, "fa3"), ((8, 0), 64, {}, "fa2"),
      ((7, 5), 64, {}, "fa2"), ((10, 0), 128, {}, "auto"), ((10, 0), 64, {}, "fa2"), ((12, 0), 128, {}, "fa2"),
-     ((9, 0), 64, {"reach": 100.0}, "fa2"), ((9, 0), 64, {"reach": 300.0}, "fa3"), ((9, 0), 64, {"biased": True}, "fa2"),
-     ((9, 0), 64, {"sinks": True}, "fa3"), ((10, 0), 128, {"sinks": True}, "fa2")],
+     ((9, 0), 64, {"reach": 100.0}, "fa2"), ((9, 0), 64, {"reach": 300.0}, "fa3"),
+     ((9, 0), 64, {"biased": True}, "fa2"), ((9, 0), 64, {"sinks": True}, "fa3"),
+     ((10, 0), 128, {"sinks": True}, "fa2")],
 )  # fmt: skip
 def test_the_kernel_by_gpu(monkeypatch: pytest.MonkeyPatch, capability, head_dim: int, options, kernel: str) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
