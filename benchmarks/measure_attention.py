@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from hf_flashinfer_attn.backends import flashinfer, reference
 from hf_flashinfer_attn.environment import describe_environment
 from hf_flashinfer_attn.layout import RaggedLayout, uniform_layout
-from hf_flashinfer_attn.movement import pack, unpack
 from hf_flashinfer_attn.pattern import CAUSAL, FULL, band
 from hf_flashinfer_attn.prepared import prepare
 
@@ -114,15 +113,11 @@ def contenders_of(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, Call], to
     for kernel in ("fa3", "fa2"):
         contenders[f"ours, {kernel}"] = ours(kernel)
     prepared = prepare(query, key, value, layout, pattern, sm_scale=scale, softcap=None)
-    packed = pack(query, key, value, prepared.query_slots, prepared.key_slots, prepared.plan.size)
+    packed = prepared.pack(query, key, value)
     output = prepared.plan.run(*packed)
-    contenders["ours, gather alone"] = lambda: pack(
-        query, key, value, prepared.query_slots, prepared.key_slots, prepared.plan.size
-    )[0]
+    contenders["ours, gather alone"] = lambda: prepared.pack(query, key, value)[0]
     contenders["ours, kernel alone"] = lambda: prepared.plan.run(*packed)
-    contenders["ours, scatter alone"] = lambda: unpack(
-        output, prepared.query_tokens, prepared.shape, prepared.value_head_dim
-    )
+    contenders["ours, scatter alone"] = lambda: prepared.unpack(output)
 
     def naive() -> torch.Tensor:
         ragged = [

@@ -30,12 +30,12 @@ from hf_flashinfer_attn.environment import describe_environment
 GTE_SMALL = BertConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536)
 # Parts of the attention function, by the place where their caller looks them up; those of other versions are left out.
 PARTS = {
-    "gather": ("hf_flashinfer_attn.prepared:pack", "hf_flashinfer_attn.layout:RaggedSide.gather"),
+    "gather": ("hf_flashinfer_attn.movement:Packer.__call__", "hf_flashinfer_attn.layout:RaggedSide.gather"),
     "kernel": (
         "hf_flashinfer_attn.backends.flashinfer:KernelPlan.run",
         "hf_flashinfer_attn.attention:flashinfer.attend",
     ),
-    "scatter": ("hf_flashinfer_attn.prepared:unpack", "hf_flashinfer_attn.layout:RaggedSide.scatter"),
+    "scatter": ("hf_flashinfer_attn.movement:Unpacker.__call__", "hf_flashinfer_attn.layout:RaggedSide.scatter"),
 }
 
 

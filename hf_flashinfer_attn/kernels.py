@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from packaging.version import Version
 
-__all__ = ["number_tokens", "pack", "unpack"]
+__all__ = ["Packer", "Unpacker", "number_tokens"]
 
 # Bytes that one program moves for one tensor: enough in flight for the memory, enough programs for a small batch.
 _TILE_BYTES = 8192
@@ -115,9 +116,8 @@ def number_tokens(valid: torch.Tensor, ranks: torch.Tensor, total_tokens: int) -
     """
     num_slots, block = valid.numel(), 1024
     slots, tokens = (torch.empty(size, dtype=torch.int32, device=valid.device) for size in (total_tokens, num_slots))
-    _number_tokens_kernel[(triton.cdiv(num_slots, block),)](
-        valid.view(torch.uint8), ranks, slots, tokens, num_slots, BLOCK=block
-    )
+    grid = (triton.cdiv(num_slots, block), 1, 1)
+    _Launch(_number_tokens_kernel, grid, (valid.view(torch.uint8), ranks, slots, tokens), (), (num_slots,), (block,))
     return slots, tokens
 
 
@@ -129,108 +129,175 @@ def _tile(columns: int, num_heads: int, itemsize: int) -> tuple[int, int]:
 
 
 _compiled: dict[Hashable, Any] = {}
+# Their compiled kernels are known to be run with these arguments; others are asked to arrange them.
+_KNOWN_TRITON = Version("3.4") <= Version(triton.__version__) < Version("3.8")
 
 
-def _launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    tensors: tuple[torch.Tensor, ...],
-    strides: tuple[int, ...],
-    sizes: tuple[int, ...],
-    constants: tuple[Hashable, ...],
-) -> None:
-    """Launches a kernel whose parameters are, in this order, tensors, strides, sizes and constants.
+class _Launch:
+    """A compiled kernel and its arguments but for the pointers.
 
     Triton looks at every argument of every launch to find the compiled kernel that fits, 3 us each. What it looks at
-    is this key: dtypes and constants, and of pointers and strides whether 16 divides them. Sizes are not specialised.
+    is the key here: dtypes and constants, and of pointers and strides whether 16 divides them. Sizes are not
+    specialised.
+
+    Args:
+        kernel: Takes, in this order, tensors, strides, sizes and constants.
+        grid: Programs along three axes.
+        tensors: The first launch is theirs.
+        strides: Of any of the tensors.
+        sizes: Of any of the tensors.
+        constants: Known when the kernel is compiled.
     """
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    fits: list[int] = [pointer & 15 == 0 for pointer in pointers]
-    fits += [-1 if stride == 1 else 2 if stride > 0x7FFFFFFF else stride & 15 == 0 for stride in strides]
-    key = (kernel, tensors[0].device, tensors[0].dtype, constants, *fits)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        # None where kernels are interpreted.
-        if (compiled := kernel[grid](*tensors, *strides, *sizes, *constants)) is not None:
-            _compiled[key] = compiled
-    else:
-        compiled[grid](*pointers, *strides, *sizes, *constants)
+
+    __slots__ = ("_compiled", "_grid", "_rest")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        tensors: tuple[torch.Tensor, ...],
+        strides: tuple[int, ...],
+        sizes: tuple[int, ...],
+        constants: tuple[Hashable, ...],
+    ) -> None:
+        fits: list[int] = [tensor.data_ptr() & 15 == 0 for tensor in tensors]
+        fits += [-1 if stride == 1 else 2 if stride > 0x7FFFFFFF else stride & 15 == 0 for stride in strides]
+        key = (kernel, tensors[0].device, tensors[0].dtype, constants, *fits)
+        self._grid = grid
+        self._rest = (*strides, *sizes, *constants)
+        self._compiled: Any = _compiled.get(key)
+        if self._compiled is None:
+            # None where kernels are interpreted.
+            self._compiled = kernel[grid](*tensors, *self._rest)
+            if self._compiled is not None:
+                _compiled[key] = self._compiled
+        else:
+            self(*(tensor.data_ptr() for tensor in tensors))
+
+    @property
+    def can_repeat(self) -> bool:
+        return self._compiled is not None
+
+    def __call__(self, *pointers: int) -> None:
+        """Launches the kernel on other tensors, whose pointers are as divisible by 16 as the first ones were."""
+        compiled = self._compiled
+        if not _KNOWN_TRITON:
+            compiled[self._grid](*pointers, *self._rest)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+        compiled.run(
+            *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *pointers, *self._rest
+        )
 
 
-def pack(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_slots: torch.Tensor | None,
-    key_slots: torch.Tensor | None,
-    size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class Packer:
     """Gathers query, key and value of a layer from padded tensors of any strides, in one launch.
 
     Args:
-        query: Shape `(batch, heads, q_length, head_dim)`, the last stride 1.
-        key: Shape `(batch, kv_heads, kv_length, head_dim)`, the last stride 1.
-        value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, the last stride 1.
         query_slots: Slots to take, int32, shape `(query_tokens,)`; None for all.
         key_slots: The same of keys and values.
         size: The head_dim to write, a power of two, with zeros beyond that of the input.
-
-    Returns:
-        Query, key and value, contiguous, shape `(tokens, heads, size)`.
     """
-    batch, query_heads, query_width, head_dim = query.shape
-    _, key_heads, key_width, value_head_dim = value.shape
-    num_queries = batch * query_width if query_slots is None else query_slots.shape[0]
-    num_keys = batch * key_width if key_slots is None else key_slots.shape[0]
-    dtype, device = query.dtype, query.device
-    packed_query = torch.empty((num_queries, query_heads, size), dtype=dtype, device=device)
-    packed_key = torch.empty((num_keys, key_heads, size), dtype=dtype, device=device)
-    packed_value = torch.empty((num_keys, key_heads, size), dtype=dtype, device=device)
-    tokens, heads = _tile(size, query_heads, query.element_size())
-    parts = -(-query_heads // heads) + 2 * -(-key_heads // heads)
-    row, head, slot, _ = query.stride()
-    key_row, key_head, key_slot, _ = key.stride()
-    value_row, value_head, value_slot, _ = value.stride()
-    _launch(
-        _pack_kernel,
-        (-(-max(num_queries, num_keys) // tokens), parts, 1),
-        (
-            query, key, value, packed_query, packed_key, packed_value,
-            # A pointer that is not used, where all slots are taken.
-            query if query_slots is None else query_slots, key if key_slots is None else key_slots,
-        ),
-        (row, slot, head, key_row, key_slot, key_head, value_row, value_slot, value_head),
-        (num_queries, query_width, num_keys, key_width),
-        (
-            query_heads, key_heads, query_slots is not None, key_slots is not None, head_dim, value_head_dim, size,
-            tokens, heads,
-        ),
-    )  # fmt: skip
-    return packed_query, packed_key, packed_value
+
+    def __init__(self, query_slots: torch.Tensor | None, key_slots: torch.Tensor | None, size: int) -> None:
+        self._slots = query_slots, key_slots
+        self._size = size
+        self._known: tuple[Hashable, _Launch] | None = None
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Packs; all calls of one packer take tensors of the same shapes.
+
+        Args:
+            query: Shape `(batch, heads, q_length, head_dim)`, the last stride 1.
+            key: Shape `(batch, kv_heads, kv_length, head_dim)`, the last stride 1.
+            value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, the last stride 1.
+
+        Returns:
+            Query, key and value, contiguous, shape `(tokens, heads, size)`.
+        """
+        query_slots, key_slots = self._slots
+        batch, query_heads, query_width, head_dim = query.shape
+        _, key_heads, key_width, value_head_dim = value.shape
+        num_queries = batch * query_width if query_slots is None else query_slots.shape[0]
+        num_keys = batch * key_width if key_slots is None else key_slots.shape[0]
+        size, dtype, device = self._size, query.dtype, query.device
+        packed_query = torch.empty((num_queries, query_heads, size), dtype=dtype, device=device)
+        packed_key = torch.empty((num_keys, key_heads, size), dtype=dtype, device=device)
+        packed_value = torch.empty((num_keys, key_heads, size), dtype=dtype, device=device)
+        # A pointer that is not used, where all slots are taken.
+        first = query if query_slots is None else query_slots
+        second = key if key_slots is None else key_slots
+        tensors = (query, key, value, packed_query, packed_key, packed_value, first, second)
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        seen = (query.stride(), key.stride(), value.stride(), (pointers[0] | pointers[1] | pointers[2]) & 15)
+        if self._known is not None and self._known[0] == seen:
+            self._known[1](*pointers)
+            return packed_query, packed_key, packed_value
+        tokens, heads = _tile(size, query_heads, query.element_size())
+        parts = -(-query_heads // heads) + 2 * -(-key_heads // heads)
+        row, head, slot, _ = query.stride()
+        key_row, key_head, key_slot, _ = key.stride()
+        value_row, value_head, value_slot, _ = value.stride()
+        launch = _Launch(
+            _pack_kernel,
+            (-(-max(num_queries, num_keys) // tokens), parts, 1),
+            tensors,
+            (row, slot, head, key_row, key_slot, key_head, value_row, value_slot, value_head),
+            (num_queries, query_width, num_keys, key_width),
+            (
+                query_heads, key_heads, query_slots is not None, key_slots is not None, head_dim, value_head_dim, size,
+                tokens, heads,
+            ),
+        )  # fmt: skip
+        # Of tensors that start between multiples of 16 only the sum of misalignments is seen; those are looked at anew.
+        if launch.can_repeat and seen[3] == 0:
+            self._known = seen, launch
+        return packed_query, packed_key, packed_value
 
 
-def unpack(packed: torch.Tensor, tokens: torch.Tensor | None, num_slots: int, head_dim: int) -> torch.Tensor:
+class Unpacker:
     """Spreads ragged output over the slots of a padded batch, cropped, with zeros in padding, in one launch.
 
     Args:
-        packed: Shape `(total_tokens, heads, size)`, contiguous.
         tokens: The token of each slot, -1 for padding, int32, shape `(num_slots,)`; None where slots are tokens.
-        num_slots: Of the padded batch.
-        head_dim: At most `size`.
-
-    Returns:
-        Shape `(num_slots, heads, head_dim)`, contiguous.
+        shape: Rows and slots of the padded batch.
+        head_dim: To keep.
     """
-    _, num_heads, size = packed.shape
-    padded = torch.empty((num_slots, num_heads, head_dim), dtype=packed.dtype, device=packed.device)
-    columns = triton.next_power_of_2(head_dim)
-    slots, heads = _tile(columns, num_heads, packed.element_size())
-    _launch(
-        _unpack_kernel,
-        (-(-num_slots // slots), -(-num_heads // heads), 1),
-        (packed, packed if tokens is None else tokens, padded),
-        (),
-        (num_slots,),
-        (num_heads, tokens is not None, head_dim, columns, size, slots, heads),
-    )
-    return padded
+
+    def __init__(self, tokens: torch.Tensor | None, shape: tuple[int, int], head_dim: int) -> None:
+        self._tokens = tokens
+        self._shape = shape
+        self._head_dim = head_dim
+        self._launch: _Launch | None = None
+
+    def __call__(self, packed: torch.Tensor) -> torch.Tensor:
+        """Unpacks; all calls of one unpacker take tensors of the same shape.
+
+        Args:
+            packed: Shape `(total_tokens, heads, size)`, contiguous, fresh memory.
+
+        Returns:
+            Shape `(*shape, heads, head_dim)`, contiguous.
+        """
+        _, num_heads, size = packed.shape
+        head_dim, tokens = self._head_dim, packed if self._tokens is None else self._tokens
+        padded = torch.empty((*self._shape, num_heads, head_dim), dtype=packed.dtype, device=packed.device)
+        if self._launch is not None and packed.data_ptr() & 15 == 0:
+            self._launch(packed.data_ptr(), tokens.data_ptr(), padded.data_ptr())
+            return padded
+        num_slots = self._shape[0] * self._shape[1]
+        columns = triton.next_power_of_2(head_dim)
+        slots, heads = _tile(columns, num_heads, packed.element_size())
+        launch = _Launch(
+            _unpack_kernel,
+            (-(-num_slots // slots), -(-num_heads // heads), 1),
+            (packed, tokens, padded),
+            (),
+            (num_slots,),
+            (num_heads, self._tokens is not None, head_dim, columns, size, slots, heads),
+        )
+        if launch.can_repeat and packed.data_ptr() & 15 == 0:
+            self._launch = launch
+        return padded

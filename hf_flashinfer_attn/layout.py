@@ -96,6 +96,11 @@ class RaggedSide:
         """Offsets of the rows on the host, int32, shape `(batch + 1,)`."""
         return torch.tensor(self.offsets, dtype=torch.int32)
 
+    @functools.cached_property
+    def lengths_host(self) -> torch.Tensor:
+        """Tokens of the rows on the host, int32, shape `(batch,)`."""
+        return torch.tensor(self.lengths, dtype=torch.int32)
+
     def token_map(self, device: torch.device) -> TokenMap | None:
         """Where the tokens are on `device`; None when no slot is padding."""
         if self._valid is None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["TokenMap", "pack", "unpack"]
+if TYPE_CHECKING:
+    from . import kernels
+
+__all__ = ["Packer", "TokenMap", "Unpacker"]
 
 
 @functools.cache
@@ -46,15 +50,10 @@ class TokenMap:
         if _use_triton(valid):
             from . import kernels
 
-            return cls(*kernels.number_tokens(flat.contiguous(), ranks, total_tokens))
+            with torch.cuda.device(valid.device):
+                return cls(*kernels.number_tokens(flat.contiguous(), ranks, total_tokens))
         tokens = torch.where(flat, ranks - 1, -1)
         return cls(_inverse(tokens, total_tokens), tokens)
-
-    def reordered(self, order: torch.Tensor) -> TokenMap:
-        """Returns the map after tokens were put in another order: the new token `i` is the old `order[i]`."""
-        slots = self.slots[order]
-        places = torch.arange(len(order), dtype=torch.int32, device=slots.device)
-        return TokenMap(slots, torch.full_like(self.tokens, -1).index_copy_(0, slots.long(), places))
 
 
 def _inverse(tokens: torch.Tensor, total_tokens: int) -> torch.Tensor:
@@ -64,69 +63,92 @@ def _inverse(tokens: torch.Tensor, total_tokens: int) -> torch.Tensor:
     return slots.new_empty(total_tokens + 1).scatter_(0, destination, slots)[:total_tokens]
 
 
-def pack(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_slots: torch.Tensor | None,
-    key_slots: torch.Tensor | None,
-    size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class Packer:
     """Gathers query, key and value of a layer and pads their head_dim with zeros.
 
     Args:
-        query: Shape `(batch, heads, q_length, head_dim)`, any strides.
-        key: Shape `(batch, kv_heads, kv_length, head_dim)`, any strides.
-        value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, any strides.
         query_slots: Slots to take, int32, shape `(query_tokens,)`; None for all.
         key_slots: The same of keys and values.
-        size: The head_dim to return.
-
-    Returns:
-        Query, key and value, shape `(tokens, heads, size)`; where all slots are taken and head_dim fits, views.
+        size: The head_dim to return, a power of two.
     """
-    if query_slots is None and key_slots is None and query.shape[-1] == value.shape[-1] == size:
-        sides = (query, key, value)
-        if all(_is_one_run(side) for side in sides):
-            return (_flat(query), _flat(key), _flat(value))
-    if _use_triton(query):
-        from . import kernels
 
-        query, key, value = (side if side.stride(-1) == 1 else side.contiguous() for side in (query, key, value))
-        return kernels.pack(query, key, value, query_slots, key_slots, size)
-    return (
-        _pack_one(query, query_slots, size),
-        _pack_one(key, key_slots, size),
-        _pack_one(value, key_slots, size),
-    )
+    def __init__(self, query_slots: torch.Tensor | None, key_slots: torch.Tensor | None, size: int) -> None:
+        self._slots = query_slots, key_slots
+        self._size = size
+        self._fused: kernels.Packer | None = None
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Packs; all calls of one packer take tensors of the same shapes, on the current device if that is a GPU.
+
+        Args:
+            query: Shape `(batch, heads, q_length, head_dim)`, any strides.
+            key: Shape `(batch, kv_heads, kv_length, head_dim)`, any strides.
+            value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, any strides.
+
+        Returns:
+            Query, key and value, shape `(tokens, heads, size)`; where all slots are taken and head_dim fits, views.
+        """
+        query_slots, key_slots = self._slots
+        size = self._size
+        if query_slots is None and key_slots is None and query.shape[-1] == value.shape[-1] == size:
+            sides = (query, key, value)
+            if all(_is_one_run(side) for side in sides):
+                return (_flat(query), _flat(key), _flat(value))
+        if self._fused is None and _use_triton(query):
+            from . import kernels
+
+            self._fused = kernels.Packer(query_slots, key_slots, size)
+        if self._fused is None:
+            return (
+                _pack_one(query, query_slots, size), _pack_one(key, key_slots, size), _pack_one(value, key_slots, size),
+            )  # fmt: skip
+        if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+            query, key, value = (side.contiguous() for side in (query, key, value))
+        return self._fused(query, key, value)
 
 
-def unpack(packed: torch.Tensor, tokens: torch.Tensor | None, shape: tuple[int, int], head_dim: int) -> torch.Tensor:
+class Unpacker:
     """Spreads ragged output over a padded batch and crops its head_dim; zeros in padding.
 
     Args:
-        packed: Shape `(total_tokens, heads, size)`, contiguous.
-        tokens: The token of each slot, -1 for padding; None where slots are tokens.
+        tokens: The token of each slot, -1 for padding, int32; None where slots are tokens.
         shape: Rows and slots of the padded batch.
-        head_dim: At most `size`.
-
-    Returns:
-        Shape `(*shape, heads, head_dim)`, contiguous.
+        head_dim: To keep.
     """
-    size = packed.shape[-1]
-    if tokens is None and head_dim == size:
-        return packed.view(*shape, *packed.shape[1:])
-    if _use_triton(packed):
-        from . import kernels
 
-        return kernels.unpack(packed, tokens, shape[0] * shape[1], head_dim).view(*shape, -1, head_dim)
-    cropped = packed[..., :head_dim]
-    if tokens is None:
-        return cropped.reshape(*shape, *cropped.shape[1:]).contiguous()
-    if not len(packed):
-        return packed.new_zeros(*shape, packed.shape[1], head_dim)
-    padded = cropped.index_select(0, tokens.clamp(min=0)).masked_fill_((tokens < 0)[:, None, None], 0)
-    return padded.view(*shape, *cropped.shape[1:])
+    def __init__(self, tokens: torch.Tensor | None, shape: tuple[int, int], head_dim: int) -> None:
+        self._tokens = tokens
+        self._shape = shape
+        self._head_dim = head_dim
+        self._fused: kernels.Unpacker | None = None
+
+    def __call__(self, packed: torch.Tensor) -> torch.Tensor:
+        """Unpacks; all calls of one unpacker take tensors of the same shape, on the current device if that is a GPU.
+
+        Args:
+            packed: Shape `(total_tokens, heads, size)`, contiguous.
+
+        Returns:
+            Shape `(*shape, heads, head_dim)`, contiguous.
+        """
+        tokens, head_dim = self._tokens, self._head_dim
+        if tokens is None and head_dim == packed.shape[-1]:
+            return packed.view(*self._shape, *packed.shape[1:])
+        if self._fused is None and _use_triton(packed):
+            from . import kernels
+
+            self._fused = kernels.Unpacker(tokens, self._shape, head_dim)
+        if self._fused is not None:
+            return self._fused(packed)
+        cropped = packed[..., :head_dim]
+        if tokens is None:
+            return cropped.reshape(*self._shape, *cropped.shape[1:]).contiguous()
+        if not len(packed):
+            return packed.new_zeros(*self._shape, packed.shape[1], head_dim)
+        padded = cropped.index_select(0, tokens.clamp(min=0)).masked_fill_((tokens < 0)[:, None, None], 0)
+        return padded.view(*self._shape, *cropped.shape[1:])
 
 
 def _is_one_run(side: torch.Tensor) -> bool:

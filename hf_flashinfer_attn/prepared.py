@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .backends import flashinfer
 from .bias import LogitsBias
 from .layout import RaggedLayout
-from .movement import pack, unpack
+from .movement import Packer, Unpacker
 from .pattern import CAUSAL, FULL, Pattern
 from .trace import AttentionCall, is_tracing, record_call
 
@@ -28,20 +28,14 @@ class PreparedAttention:
 
     Args:
         plan: The kernels, planned.
-        query_slots: Slots of the queries in the order of the plan, int32; None for all slots in order.
-        query_tokens: The query of each slot, -1 for padding, int32; None where slots are queries.
-        key_slots: Slots of the keys in the order of the plan, int32; None for all slots in order.
-        shape: Rows and query slots of the padded batch.
-        value_head_dim: Of the output.
+        pack: Takes query, key and value to the order of the plan.
+        unpack: Takes the output back.
         record: What a trace says of a call, but for the layer.
     """
 
     plan: flashinfer.KernelPlan
-    query_slots: torch.Tensor | None
-    query_tokens: torch.Tensor | None
-    key_slots: torch.Tensor | None
-    shape: tuple[int, int]
-    value_head_dim: int
+    pack: Packer
+    unpack: Unpacker
     record: AttentionCall
 
     def __call__(
@@ -70,8 +64,8 @@ class PreparedAttention:
             # Kernels run on the current device, whatever device their tensors are on.
             with torch.cuda.device(query.device):
                 return self(query, key, value, layer, bias, sinks)
-        packed = pack(query, key, value, self.query_slots, self.key_slots, self.plan.size)
-        output = unpack(self.plan.run(*packed, bias, sinks), self.query_tokens, self.shape, self.value_head_dim)
+        query, key, value = self.pack(query, key, value)
+        output = self.unpack(self.plan.run(query, key, value, bias, sinks))
         if is_tracing():
             record_call(replace(self.record, layer=layer))
         return output
@@ -185,12 +179,17 @@ def prepare(
         sm_scale=sm_scale,
         softcap=softcap,
         biased=biased,
+        sinks=sinks,
         kernel=kernel,
     )
-    query_slots, query_tokens, key_slots = _places(layout, pattern, plan, device)
-    record = AttentionCall("", pattern.name, f"flashinfer-{kernel}", head_dim, plan.size, None)
-    shape = (query.shape[0], query.shape[2])
-    return PreparedAttention(plan, query_slots, query_tokens, key_slots, shape, value_head_dim, record)
+    with torch.cuda.device(device):
+        query_slots, query_tokens, key_slots = _places(layout, pattern, plan, device)
+    return PreparedAttention(
+        plan,
+        Packer(query_slots, key_slots, plan.size),
+        Unpacker(query_tokens, (query.shape[0], query.shape[2]), value_head_dim),
+        AttentionCall("", pattern.name, f"flashinfer-{kernel}", head_dim, plan.size, None),
+    )
 
 
 def _reach(layout: RaggedLayout, pattern: Pattern) -> float:

@@ -263,7 +263,19 @@ def test_a_direct_call_names_the_value_that_it_refuses(options, named: str) -> N
 def test_a_capture_without_a_plan_says_on_which_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     key = flashinfer._PlanKey(
-        "fa2", 2, 2, 64, torch.float16, False, -1, 0.125, 0.0, torch.device("cuda", 1), 0x7F00, biased=False
+        "fa2",
+        2,
+        2,
+        64,
+        torch.float16,
+        False,
+        -1,
+        0.125,
+        0.0,
+        torch.device("cuda", 1),
+        0x7F00,
+        biased=False,
+        sinks=False,
     )
     layout = RaggedLayout.from_lengths([3, 4])
     with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match="stream 0x7f00 of cuda:1, nor on another"):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flashinfer_attn.movement import TokenMap, pack, unpack
+from hf_flashinfer_attn.movement import Packer, TokenMap, Unpacker
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -70,16 +70,15 @@ def test_tokens_go_where_indexing_puts_them_and_back(through: str, kernels, vali
             slots, tokens = kernels.number_tokens(side.flatten(), ranks, int(side.sum()))
             assert torch.equal(slots, found.slots)
             assert torch.equal(tokens, found.tokens)
-    move = pack if through == "torch" else kernels.pack
-    packed = move(query, key, value, maps[0].slots, maps[1].slots, size)
+    pack = (Packer if through == "torch" else kernels.Packer)(maps[0].slots, maps[1].slots, size)
+    pack(torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value))  # the second call is the quick one
+    packed = pack(query, key, value)
     for side, tokens, where in zip((query, key, value), packed, (query_valid, key_valid, key_valid)):
         assert torch.equal(tokens, plain_pack(side, where, size))
     output = torch.randn(len(maps[0].slots), heads[0], size, dtype=torch.float16, device=DEVICE)
-    if through == "torch":
-        padded = unpack(output, maps[0].tokens, tuple(query_valid.shape), dims[1])
-    else:
-        padded = kernels.unpack(output, maps[0].tokens, query_valid.numel(), dims[1])
-        padded = padded.view(*query_valid.shape, heads[0], dims[1])
+    unpack = (Unpacker if through == "torch" else kernels.Unpacker)(maps[0].tokens, tuple(query_valid.shape), dims[1])
+    unpack(torch.zeros_like(output))
+    padded = unpack(output)
     assert padded.is_contiguous()
     assert torch.equal(padded[query_valid], output[..., : dims[1]])
     assert not padded[~query_valid].any()
@@ -90,28 +89,24 @@ def test_tokens_go_where_indexing_puts_them_and_back(through: str, kernels, vali
 def test_without_padding_only_head_dim_changes(through: str, kernels, dims: tuple[int, int, int]) -> None:
     query, key, value = sides(3, [(4, 5, dims[0]), (2, 7, dims[0]), (2, 7, dims[1])], torch.bfloat16)
     everything = torch.ones(3, 7, dtype=torch.bool, device=DEVICE)
-    move = pack if through == "torch" else kernels.pack
-    packed = move(query, key, value, None, None, dims[2])
+    packed = (Packer if through == "torch" else kernels.Packer)(None, None, dims[2])(query, key, value)
     for side, tokens, width in zip((query, key, value), packed, (5, 7, 7)):
         assert torch.equal(tokens, plain_pack(side, everything[:, :width], dims[2]))
     output = torch.randn(15, 4, dims[2], dtype=torch.bfloat16, device=DEVICE)
-    if through == "torch":
-        padded = unpack(output, None, (3, 5), dims[1])
-    else:
-        padded = kernels.unpack(output, None, 15, dims[1]).view(3, 5, 4, dims[1])
+    padded = (Unpacker if through == "torch" else kernels.Unpacker)(None, (3, 5), dims[1])(output)
     assert torch.equal(padded.flatten(0, 1), output[..., : dims[1]])
 
 
 def test_what_fits_is_not_copied() -> None:
     whole = torch.randn(3, 5, 3 * 4, 64)
     query, key, value = whole.transpose(1, 2).chunk(3, dim=1)  # out of one fused projection
-    packed = pack(query, key, value, None, None, 64)
+    packed = Packer(None, None, 64)(query, key, value)
     for side, tokens in zip((query, key, value), packed):
         assert tokens.data_ptr() == side.data_ptr()
         assert torch.equal(tokens, side.transpose(1, 2).flatten(0, 1))
     output = torch.randn(15, 4, 64)
-    assert unpack(output, None, (3, 5), 64).data_ptr() == output.data_ptr()
+    assert Unpacker(None, (3, 5), 64)(output).data_ptr() == output.data_ptr()
     # Rows that are further apart than their slots are long are no single run.
     some = whole[:, :4].transpose(1, 2).chunk(3, dim=1)
-    for side, tokens in zip(some, pack(*some, None, None, 64)):
+    for side, tokens in zip(some, Packer(None, None, 64)(*some)):
         assert torch.equal(tokens, side.transpose(1, 2).flatten(0, 1))

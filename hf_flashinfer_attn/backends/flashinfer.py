@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 
 from ..bias import LogitsBias
 from ..errors import UnsupportedAttentionError
@@ -163,6 +164,7 @@ class _PlanKey:
     device: torch.device
     stream: int
     biased: bool
+    sinks: bool
 
 
 # Adds a bias to the logits, read from where the model left it: by slot of the padded batch, through its own strides.
@@ -221,11 +223,7 @@ def biased_module_arguments(dtype: torch.dtype, head_dim: int) -> list[Any]:
 
 
 class _Recorder:
-    """Stands before FlashInfer's compiled module and keeps the arguments of the last call.
-
-    `run` of a wrapper checks and assembles the same two dozen arguments at every call, about 30 us of host time. All
-    layers of a forward differ in nothing but their tensors, so the next ones repeat what `run` handed over.
-    """
+    """Stands before FlashInfer's compiled module and keeps the arguments of the last call."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -237,6 +235,36 @@ class _Recorder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+@dataclass(slots=True)
+class _Replay:
+    """A call of FlashInfer's module as a wrapper's `run` made it, for other tensors and other lengths.
+
+    `run` checks and assembles the same two dozen arguments at every call, about 30 us of host time, and `plan` as much
+    again around the planner. All layers of a forward differ in nothing but their tensors, and forwards in lengths.
+    """
+
+    module: Any
+    # Without the tensors, whose memory would live as long as the plan.
+    arguments: list[Any]
+    tensors: tuple[int, int, int, int]
+    plan: int
+    offsets: tuple[int, int]
+
+
+def _find(arguments: Sequence[Any], wanted: Sequence[Any]) -> tuple[int, ...] | None:
+    """Returns where each of some objects is among arguments; None unless all are, at places of their own."""
+    places = [next((at for at, found in enumerate(arguments) if found is one), -1) for one in wanted]
+    return None if -1 in places or len(set(places)) < len(places) else tuple(places)
+
+
+@functools.cache
+def _planner_is_known() -> bool:
+    """Whether this FlashInfer's planner is known to take the arguments of `_Wrapper._plan_again`."""
+    import flashinfer
+
+    return Version(flashinfer.__version__).release[:3] == (0, 7, 2)
 
 
 class _Wrapper:
@@ -254,60 +282,93 @@ class _Wrapper:
             float_workspace, "NHD", backend=module.kernel, jit_args=jit_args
         )
         self.event = torch.cuda.Event()
-        self._replay: tuple[Any, list[Any], list[int]] | None = None
+        self.key: _PlanKey | None = None
+        self._replay: _Replay | None = None
 
     def plan(self, key: _PlanKey, layout: RaggedLayout) -> None:
         self.event.synchronize()
-        self._replay = None
-        self.prefill.plan(
-            # On the host, so that FlashInfer need not copy them back.
-            layout.query.cu_seqlens_host,
-            layout.key.cu_seqlens_host,
-            key.num_heads,
-            key.num_kv_heads,
-            key.head_dim,
-            causal=key.causal,
-            window_left=key.window_left,
-            sm_scale=key.sm_scale,
-            logits_soft_cap=key.softcap,
-            q_data_type=key.dtype,
-            # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream #4972).
-            disable_split_kv=True,
-        )
+        if self._replay is not None and self.key == key and _planner_is_known():
+            self._plan_again(key, layout, self._replay)
+        else:
+            self.key, self._replay = None, None
+            self.prefill.plan(
+                # On the host, so that FlashInfer need not copy them back.
+                layout.query.cu_seqlens_host,
+                layout.key.cu_seqlens_host,
+                key.num_heads,
+                key.num_kv_heads,
+                key.head_dim,
+                causal=key.causal,
+                window_left=key.window_left,
+                sm_scale=key.sm_scale,
+                logits_soft_cap=key.softcap,
+                q_data_type=key.dtype,
+                # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream
+                # #4972).
+                disable_split_kv=True,
+            )
+            self.key = key
         self.event.record(torch.cuda.current_stream(key.device))
         record_plan()
 
+    def _plan_again(self, key: _PlanKey, layout: RaggedLayout, replay: _Replay) -> None:
+        prefill = self.prefill
+        arguments = [
+            prefill._float_workspace_buffer,
+            prefill._int_workspace_buffer,
+            prefill._pin_memory_int_workspace_buffer,
+            layout.query.cu_seqlens_host,
+            layout.key.cu_seqlens_host,
+            layout.key.lengths_host,
+            layout.query.total_tokens,
+            len(layout.query.lengths),
+            key.num_heads,
+            key.num_kv_heads,
+            1,  # tokens of a page
+            False,  # a plan for CUDA graphs
+            key.head_dim,
+            key.head_dim,
+            key.causal,
+            key.window_left,
+        ]
+        if key.kernel == "fa2":
+            arguments += [-1, True, 0, 0]  # no fixed split, no split at all, no other CTAs, no promise of equal lengths
+        replay.arguments[replay.plan] = replay.module.plan(*arguments)
+        query_offsets = layout.query.cu_seqlens_host.to(key.device, non_blocking=True)
+        key_offsets = query_offsets
+        if layout.key is not layout.query:
+            key_offsets = layout.key.cu_seqlens_host.to(key.device, non_blocking=True)
+        replay.arguments[replay.offsets[0]], replay.arguments[replay.offsets[1]] = query_offsets, key_offsets
+
     def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
         """Runs the planned kernel on contiguous ragged tensors, and writes to `output`."""
-        if self._replay is not None:
-            module, template, places = self._replay
-            arguments = template.copy()
-            for place, tensor in zip(places, (query, key, value, output)):
+        replay = self._replay
+        if replay is not None:
+            arguments = replay.arguments.copy()
+            for place, tensor in zip(replay.tensors, (query, key, value, output)):
                 arguments[place] = tensor
-            module.ragged_run(*arguments)
+            replay.module.ragged_run(*arguments)
             return
-        module = getattr(self.prefill, "_cached_module", None)
+        prefill = self.prefill
+        module = getattr(prefill, "_cached_module", None)
         if module is None or not hasattr(module, "ragged_run"):
-            self.prefill.run(query, key, value, out=output)
+            prefill.run(query, key, value, out=output)
             return
         if isinstance(module, _Recorder):  # another thread's, whose first call of this plan is under way
             module = module.module
         recorder = _Recorder(module)
-        self.prefill._cached_module = recorder
+        prefill._cached_module = recorder
         try:
-            self.prefill.run(query, key, value, out=output)
+            prefill.run(query, key, value, out=output)
         finally:
-            self.prefill._cached_module = module
+            prefill._cached_module = module
         if (recorded := recorder.arguments) is None:
             return
-        places = [
-            next((at for at, argument in enumerate(recorded) if argument is tensor), -1)
-            for tensor in (query, key, value, output)
-        ]
-        if -1 not in places and len(set(places)) == 4:
-            # Without the tensors, whose memory would live as long as the plan.
-            template = [None if at in places else argument for at, argument in enumerate(recorded)]
-            self._replay = module, template, places
+        tensors = _find(recorded, (query, key, value, output))
+        planned = _find(recorded, (prefill._plan_info, prefill._qo_indptr_buf, prefill._kv_indptr_buf))
+        if tensors is not None and planned is not None:
+            arguments = [None if at in tensors else argument for at, argument in enumerate(recorded)]
+            self._replay = _Replay(module, arguments, tensors, planned[0], planned[1:])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,11 +392,18 @@ class _WrapperPool:
         self._free: deque[_Wrapper] = deque()
         self._made = 0
 
-    def take(self) -> _Wrapper:
+    def take(self, key: _PlanKey) -> _Wrapper:
+        # Planned for the same before, or else the one that came back first: the copy of its last plan is the likeliest
+        # to be over. Wrappers come back whenever garbage is collected, so nothing here may be locked.
         wrapper: _Wrapper | None = None
+        others: list[_Wrapper] = []
         with suppress(IndexError):
-            # The one that came back first: the copy of its last plan is the likeliest to be over.
-            wrapper = self._free.popleft()
+            while (free := self._free.popleft()).key != key:
+                others.append(free)
+            wrapper = free
+        if wrapper is None and others:
+            wrapper = others.pop(0)
+        self._free.extendleft(reversed(others))
         if wrapper is not None:
             if self._made >= _RING or wrapper.event.query():
                 return wrapper
@@ -388,7 +456,7 @@ def _planned(layout: RaggedLayout, key: _PlanKey) -> _Wrapper:
                     pool = _pools.get((module, key.device, key.stream))
                     if pool is None:
                         pool = _pools[module, key.device, key.stream] = _WrapperPool(module, key.device)
-                wrapper = pool.take()
+                wrapper = pool.take(key)
                 try:
                     wrapper.plan(key, layout)
                 except BaseException:
@@ -492,6 +560,7 @@ def make_plan(
     sm_scale: float,
     softcap: float | None = None,
     biased: bool = False,
+    sinks: bool = False,
     kernel: Kernel,
 ) -> KernelPlan:
     """Plans attention on the current stream; once per layout, whatever is asked for again.
@@ -508,6 +577,7 @@ def make_plan(
         sm_scale: What logits are multiplied with.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
         biased: Whether a bias is added to the logits; with "fa2" alone, and neither a window nor softcap.
+        sinks: Whether there are attention sinks.
         kernel: "fa2", "fa3" or "auto".
 
     Raises:
@@ -537,6 +607,7 @@ def make_plan(
             device=device,
             stream=torch.cuda.current_stream(device).cuda_stream,
             biased=biased,
+            sinks=sinks,
         )
         order, parts = None, []
         if layout.query.total_tokens and layout.key.total_tokens:
@@ -601,6 +672,7 @@ def attend(
         sm_scale=sm_scale,
         softcap=softcap,
         biased=bias is not None,
+        sinks=sinks is not None,
         kernel=kernel,
     )
     query, key, value = (_pad(side, plan.size) for side in (query, key, value))
