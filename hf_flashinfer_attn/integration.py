@@ -220,11 +220,11 @@ def _signature(
     softcap: float | None,
 ) -> Hashable:
     """All that the choice of a path and a plan depends on, besides the mask or layout that keeps what was chosen."""
-    stream = torch.cuda.current_stream(query.device).cuda_stream
+    device = query.get_device()
     return (
         # The configuration lives longer than the forward.
         type(module), id(getattr(module, "config", None)), query.shape, key.shape, value.shape, query.dtype, key.dtype,
-        scaling, is_causal, softcap, query.device, stream, current_settings(),
+        scaling, is_causal, softcap, device, torch._C._cuda_getCurrentRawStream(device), current_settings(),
     )  # fmt: skip
 
 
