@@ -224,7 +224,7 @@ def _varlen_attention(
     from torch.nn.attention import varlen
 
     # Its parameters differ from version to version.
-    attend: Callable[..., torch.Tensor] = varlen.varlen_attn
+    attend: Any = varlen.varlen_attn
     unknown = softcap is not None or s_aux is not None or position_bias is not None
     if unknown or cu_seq_lens_q is None or max_length_q is None or max_length_k is None:
         raise BenchError(f"torch's varlen_attn cannot serve {type(module).__name__}; take varlen out of --against.")

@@ -225,16 +225,14 @@ def run_bench(
     on_step("measuring this machine's rates")
     name = str(dtype).removeprefix("torch.")
     report = BenchReport(describe_environment(), device.type, name, plan.repeats, measure_rates(device, dtype))
-    with torch.inference_mode():
-        for subject in _subjects(plan, device, dtype, on_step):
-            for lengths, batch_size, batches in _request_batches(plan, subject, device, report.skipped):
-                cell = _measure_cell(subject, lengths, batch_size, batches, contenders, report.rates, plan, on_step)
-                report.cells.append(cell)
-                on_cell(report)
-            # Before the next model is loaded.
-            subject.prepared.clear()
-            del subject
-            _free(device)
+    for subject in _subjects(plan, device, dtype, on_step):
+        for lengths, batch_size, batches in _request_batches(plan, subject, device, report.skipped):
+            cell = _measure_cell(subject, lengths, batch_size, batches, contenders, report.rates, plan, on_step)
+            report.cells.append(cell)
+            on_cell(report)
+        # Before the next model is loaded.
+        subject.prepared.clear()
+        _free(device)
     if not report.cells:
         raise BenchError(f"nothing was measured: {'; '.join(report.skipped)}.")
     return report
@@ -305,7 +303,7 @@ def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _random_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.random.fork_rng(), device:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), device:
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModel.from_config(
             shape_config(name, layers), attn_implementation=BASELINE, dtype=dtype
@@ -435,8 +433,9 @@ def _warm_up(entry: _Entry, subject: _Subject, batches: Sequence[PaddedBatch]) -
 def _run_pass(entry: _Entry) -> torch.Tensor:
     """Runs all batches; the mean-pooled outputs, on the host, end the pass."""
     contender, model = entry.contender, entry.model
-    pooled = [contender.pool(contender.run(model, batch), batch) for batch in entry.batches]
-    return torch.cat(pooled).cpu()
+    with torch.inference_mode():
+        pooled = [contender.pool(contender.run(model, batch), batch) for batch in entry.batches]
+        return torch.cat(pooled).cpu()
 
 
 def _timed_pass(entry: _Entry, device: torch.device) -> None:

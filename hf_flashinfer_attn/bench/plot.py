@@ -67,7 +67,12 @@ def draw_chart(reports: Sequence[dict[str, Any]], file: Path, *, description: st
     figure = Figure(figsize=size, dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     figure.text(
-        0.25 / size[0], 1 - 0.3 / size[1], "Tokens per second, higher is better", size=13, weight="bold", color=_INK
+        0.25 / size[0],
+        1 - 0.3 / size[1],
+        f"Tokens per second, and times that of {BASELINE}",
+        size=13,
+        weight="bold",
+        color=_INK,
     )
     environment = reports[0]["environment"]
     where = environment["gpu"] or environment["cpu"]
