@@ -23,7 +23,7 @@ BLOCK = re.compile(r"(?<=<!-- bench -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
 
 
 def machines(folder: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
-    """Returns the reports by machine and dtype, oldest first; of a cell that was measured twice, the later one stays."""
+    """Returns the reports by machine and dtype, oldest first; of a cell measured twice, the later one stays."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for report in sorted(load_reports(sorted(folder.glob("bench_*.json"))), key=lambda r: r["environment"]["date_utc"]):
         where = report["environment"]["gpu"] or report["environment"]["cpu"]
@@ -56,10 +56,11 @@ def block(grouped: dict[str, list[dict[str, Any]]]) -> str:
     parts = []
     for machine, reports in grouped.items():
         environment, repeats = reports[-1]["environment"], reports[-1]["repeats"]
+        picture = chart_file(machine).relative_to(ROOT)
         parts.append(
             f"{machine}, torch {environment['torch']}, transformers {environment['transformers']}: seconds for all "
-            f"requests with sdpa and with ours, and how many times faster; best of {repeats} passes.\n\n{_table(reports)}\n"
-            f"\n![Tokens per second]({chart_file(machine).relative_to(ROOT)})\n"
+            f"requests with sdpa and with ours, and how many times faster; best of {repeats} passes.\n\n"
+            f"{_table(reports)}\n\n![Tokens per second]({picture})\n"
         )
     return "\n".join(parts)
 

@@ -120,10 +120,10 @@ def _twin_with(implementation: str) -> Callable[[PreTrainedModel], PreTrainedMod
     return functools.partial(twin, implementation=implementation)
 
 
-def _compiled(model: PreTrainedModel) -> Any:
+def _compiled(model: PreTrainedModel, backend: str = "inductor") -> Any:
     # What was compiled for another model counts against the number of times that a layer may be compiled.
     torch.compiler.reset()
-    return torch.compile(twin(model, BASELINE), dynamic=True)
+    return torch.compile(twin(model, BASELINE), dynamic=True, backend=backend)
 
 
 @dataclass(frozen=True, slots=True)

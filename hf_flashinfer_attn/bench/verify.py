@@ -21,6 +21,7 @@ FLOAT32_ERROR = 1e-6
 WORST_REQUEST = 10.0
 SAMPLE_REQUESTS = 32
 SAMPLE_SLOTS = 65_536
+GOLDEN = 0.618034
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,9 @@ def _sample(batches: Sequence[PaddedBatch]) -> list[tuple[int, PaddedBatch]]:
     count = min(len(rows), max(4, min(SAMPLE_REQUESTS, len(rows) // 8)))
     chosen: list[tuple[int, PaddedBatch]] = []
     slots = 0
-    for request in sorted({at * len(rows) // count for at in range(count)}):
+    # One from each stretch, at a place that shifts, so that no period of the lengths is met at one phase alone.
+    stretch = len(rows) / count
+    for request in sorted({int((at + at * GOLDEN % 1) * stretch) for at in range(count)}):
         batch, row = rows[request]
         alone = batch.row(row)
         slots += alone.slots

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import (
@@ -174,31 +173,34 @@ def parse_request_set(text: str) -> RequestSet:
     )
 
 
-def _bert(layers: int, hidden: int, heads: int) -> Callable[[], PreTrainedConfig]:
-    def config() -> PreTrainedConfig:
-        made: PreTrainedConfig = BertConfig(
-            vocab_size=VOCABULARY,
-            num_hidden_layers=layers,
-            hidden_size=hidden,
-            num_attention_heads=heads,
-            intermediate_size=4 * hidden,
-        )
-        return made
-
+def _bert(layers: int, hidden: int, heads: int) -> PreTrainedConfig:
+    config: PreTrainedConfig = BertConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+    )
     return config
 
 
-def _modernbert() -> PreTrainedConfig:
-    made: PreTrainedConfig = ModernBertConfig(
-        vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
-    )
-    return made
-
-
-def _qwen3_embedding() -> PreTrainedConfig:
-    made: PreTrainedConfig = Qwen3Config(
+def _modernbert(layers: int) -> PreTrainedConfig:
+    config: PreTrainedConfig = ModernBertConfig(
         vocab_size=VOCABULARY,
-        num_hidden_layers=28,
+        num_hidden_layers=layers,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    )
+    return config
+
+
+def _qwen3(layers: int) -> PreTrainedConfig:
+    config: PreTrainedConfig = Qwen3Config(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=layers,
         hidden_size=1024,
         num_attention_heads=16,
         num_key_value_heads=8,
@@ -207,16 +209,16 @@ def _qwen3_embedding() -> PreTrainedConfig:
         max_position_embeddings=32_768,
         pad_token_id=0,
     )
-    return made
+    return config
 
 
-# Shapes of known checkpoints; the weights are random.
-SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "gte-small": _bert(12, 384, 12),
-    "bge-base": _bert(12, 768, 12),
-    "bge-large": _bert(24, 1024, 16),
-    "modernbert-base": _modernbert,
-    "qwen3-embedding": _qwen3_embedding,
+# Shapes of known checkpoints, by a number of layers and what makes a configuration of them; the weights are random.
+SHAPES: dict[str, tuple[int, Callable[[int], PreTrainedConfig]]] = {
+    "gte-small": (12, lambda layers: _bert(layers, 384, 12)),
+    "bge-base": (12, lambda layers: _bert(layers, 768, 12)),
+    "bge-large": (24, lambda layers: _bert(layers, 1024, 16)),
+    "modernbert-base": (22, _modernbert),
+    "qwen3-embedding": (28, _qwen3),
 }
 
 
@@ -227,12 +229,8 @@ def shape_config(name: str, layers: int | None = None) -> PreTrainedConfig:
         name: Of `SHAPES`.
         layers: Instead of the shape's own number, for small machines.
     """
-    config = SHAPES[name]()
-    if layers is not None:
-        values: dict[str, Any] = {**config.to_dict(), "num_hidden_layers": layers}
-        # Derived from the number of layers.
-        values.pop("layer_types", None)
-        config = type(config)(**values)
+    own_layers, make = SHAPES[name]
+    config = make(own_layers if layers is None else layers)
     # Queries and keys of unit variance: at the usual 0.02, attention of random weights is all but uniform, and a check
     # of the outputs would see less.
     config.initializer_range = config.hidden_size**-0.5
