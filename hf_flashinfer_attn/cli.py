@@ -14,6 +14,8 @@ from .errors import FlashInferAttentionError
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .bench import RequestSet
+
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 __all__ = ["main"]
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf_flashinfer_attn {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -91,6 +94,138 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         _write_json(arguments.json, demo.report_figures(report))
     return 0
+
+
+def _add_bench(commands: Subparsers) -> None:
+    summary = "time whole models with us and without, on your texts or on named workloads; outputs are checked first"
+    parser = commands.add_parser(
+        "bench",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. Prints a table per model and request set, and one line of "
+        "JSON last. The exit status is 1 if a contender failed or its outputs were wrong; such a one is not timed.",
+    )
+    parser.set_defaults(run=_run_bench)
+    what = parser.add_argument_group("what to run")
+    models = what.add_mutually_exclusive_group(required=True)
+    models.add_argument("--model", metavar="PATH_OR_ID", help="a model of yours")
+    models.add_argument(
+        "--shape",
+        action="append",
+        metavar="NAME,...",
+        help="named shapes with random weights: gte-small, bge-base, bge-large, modernbert-base, qwen3-embedding",
+    )
+    what.add_argument("--texts", type=_texts, metavar="FILE", help="with --model: what to embed, one text a line")
+    what.add_argument(
+        "--lengths",
+        type=_request_sets,
+        metavar="SET,...",
+        help="request sets of random tokens: chat, bulk, sorted, single, uniform, full, long; a length (128); lengths "
+        "that take turns (16+32+128); uniform:LOW:HIGH (default, without --texts: chat)",
+    )
+    what.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="rows per forward (default: the request set's, 64)"
+    )
+    what.add_argument(
+        "--requests", type=_positive, metavar="N", help="at most so many per request set, for small machines"
+    )
+    what.add_argument("--layers", type=_positive, metavar="N", help="with --shape: layers, for small machines")
+    what.add_argument("--sort", action="store_true", help="with --texts: the longest first")
+    what.add_argument("--max-length", type=_positive, metavar="N", help="with --texts: cut them at N tokens")
+    how = parser.add_argument_group("how to run it")
+    how.add_argument(
+        "--against",
+        type=_names,
+        default="sdpa",
+        metavar="NAME,...",
+        help="sdpa, eager, flex_attention, varlen, compile (default: sdpa, which always takes part)",
+    )
+    how.add_argument("--ours", type=_names, metavar="NAME,...", help="which of ours (default: all)")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    how.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="(default: float16 on a GPU, float32 on a CPU)",
+    )
+    how.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed passes of each (default: 3)")
+    how.add_argument(
+        "--seconds",
+        type=_positive,
+        metavar="N",
+        help="per request set and model, after which no further round of passes starts (default: no limit)",
+    )
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--json", type=_writable_file, metavar="FILE", help="write everything to FILE, after each table"
+    )
+    results.add_argument("--plot", type=_writable_file, metavar="FILE.png", help="draw a bar chart")
+
+
+def _run_bench(arguments: argparse.Namespace) -> int:
+    from . import bench
+    from .bench.progress import Progress
+
+    if arguments.plot is not None:
+        bench.require_matplotlib()
+    request_sets = arguments.lengths or (() if arguments.texts is not None else _request_sets("chat"))
+    plan = bench.Plan(
+        shapes=_names(",".join(arguments.shape or ())),
+        model=arguments.model,
+        texts=arguments.texts,
+        request_sets=request_sets,
+        against=arguments.against,
+        ours=arguments.ours,
+        batch_size=arguments.batch_size,
+        requests=arguments.requests,
+        layers=arguments.layers,
+        sort=arguments.sort,
+        max_length=arguments.max_length,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        repeats=arguments.repeats,
+        seconds=arguments.seconds,
+    )
+    progress = Progress()
+
+    def show(report: bench.BenchReport) -> None:
+        progress.print(bench.format_cell(report.cells[-1]) + "\n")
+        # After each, so that an interrupted benchmark keeps what it has.
+        if arguments.json is not None:
+            _write_json(arguments.json, bench.report_figures(report))
+
+    try:
+        report = bench.run_bench(plan, on_step=progress.step, on_cell=show)
+    finally:
+        progress.close()
+    for reason in report.skipped:
+        print(f"skipped: {reason}", file=sys.stderr)
+    if arguments.json is not None:
+        _write_json(arguments.json, bench.report_figures(report))
+    if arguments.plot is not None:
+        bench.draw_chart([bench.report_figures(report)], arguments.plot)
+    print(bench.format_summary(report))
+    return 0 if report.passed else 1
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _request_sets(text: str) -> tuple[RequestSet, ...]:
+    from .bench.workload import parse_request_set
+
+    try:
+        return tuple(parse_request_set(name) for name in _names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    try:
+        lines = Path(text).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error.strerror}") from error
+    return tuple(line for line in lines if line.strip())
 
 
 def _write_json(file: Path, figures: dict[str, object]) -> None:

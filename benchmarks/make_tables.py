@@ -1,0 +1,112 @@
+"""Writes README's benchmark table, between its markers, and its charts from results/bench_*.json.
+
+    python benchmarks/make_tables.py
+
+Those files are written by `python -m hf_flashinfer_attn bench --json` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_flashinfer_attn.bench import draw_chart, load_reports
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(?<=<!-- bench -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
+
+
+def machines(folder: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
+    """Returns the reports by machine and dtype, oldest first; of a cell measured twice, the later one stays."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for report in sorted(load_reports(sorted(folder.glob("bench_*.json"))), key=lambda r: r["environment"]["date_utc"]):
+        where = report["environment"]["gpu"] or report["environment"]["cpu"]
+        group = grouped.setdefault(f"{where}, {report['dtype']}", [])
+        measured = {_key(cell) for cell in report["cells"]}
+        for earlier in group:
+            earlier["cells"] = [cell for cell in earlier["cells"] if _key(cell) not in measured]
+        group.append(report)
+    return grouped
+
+
+def _key(cell: dict[str, Any]) -> tuple[Any, ...]:
+    return cell["shape"], cell["lengths"], cell["batch_size"], cell["layers"]
+
+
+def chart_file(machine: str, folder: Path = RESULTS) -> Path:
+    """Returns where the chart of a machine lies."""
+    return folder / f"bench_{re.sub(r'[^a-z0-9]+', '_', machine.lower()).strip('_')}.png"
+
+
+def digest(reports: list[dict[str, Any]]) -> str:
+    """Returns what tells, in a chart's metadata, which results it shows."""
+    return hashlib.sha256(json.dumps(reports, sort_keys=True).encode()).hexdigest()
+
+
+def block(grouped: dict[str, list[dict[str, Any]]]) -> str:
+    """Returns what belongs between the markers."""
+    if not grouped:
+        return "No results yet.\n"
+    parts = []
+    for machine, reports in grouped.items():
+        environment, repeats = reports[-1]["environment"], reports[-1]["repeats"]
+        picture = chart_file(machine).relative_to(ROOT)
+        parts.append(
+            f"{machine}, torch {environment['torch']}, transformers {environment['transformers']}: seconds for all "
+            f"requests with sdpa and with ours, and how many times faster; best of {repeats} passes.\n\n"
+            f"{_table(reports)}\n\n![Tokens per second]({picture})\n"
+        )
+    return "\n".join(parts)
+
+
+def _table(reports: list[dict[str, Any]]) -> str:
+    cells = [cell for report in reports for cell in report["cells"]]
+    shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
+    ours = list(dict.fromkeys(outcome["name"] for cell in cells for outcome in cell["contenders"] if outcome["ours"]))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for cell in cells:
+        outcomes = {outcome["name"]: outcome for outcome in cell["contenders"]}
+        title = (
+            f"{cell['lengths']}: {cell['requests']:,} in {cell['batch_size']}s, {cell['padded_fraction']:.0%} padding"
+        )
+        for name in ours:
+            if name in outcomes:
+                label = f"{title}, {name}" if len(ours) > 1 else title
+                rows.setdefault((label, name), {})[cell["shape"]] = _figures(outcomes["sdpa"], outcomes[name])
+    lines = [f"| requests | {' | '.join(shapes)} |", "|---" * (len(shapes) + 1) + "|"]
+    for (label, _), columns in rows.items():
+        lines.append(f"| {label} | {' | '.join(columns.get(shape, '') for shape in shapes)} |")
+    return "\n".join(lines)
+
+
+def _figures(sdpa: dict[str, Any], ours: dict[str, Any]) -> str:
+    text = f"{_best(sdpa)} → {_best(ours)}"
+    ratio = ours["speedup_over_sdpa"]
+    return text if ratio is None else f"{text} ({ratio:.2f}x)"
+
+
+def _best(outcome: dict[str, Any]) -> str:
+    seconds = outcome["best_seconds"]
+    return outcome["status"] if seconds is None else f"{seconds:.3g}"
+
+
+def main() -> int:
+    grouped = machines()
+    for machine, reports in grouped.items():
+        draw_chart(reports, chart_file(machine), description=digest(reports))
+    text, found = BLOCK.subn(lambda _: block(grouped), README.read_text(encoding="utf-8"))
+    if found != 1:
+        print("error: README.md has no block between <!-- bench --> and <!-- /bench -->", file=sys.stderr)
+        return 1
+    README.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

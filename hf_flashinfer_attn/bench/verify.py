@@ -1,0 +1,151 @@
+"""Whether a contender's outputs may be timed: its error against a wider reference, beside sdpa's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .contenders import BASELINE, pool_padded, run_padded, twin
+from .workload import PaddedBatch
+
+__all__ = ["Reference", "Verdict", "judge", "make_reference"]
+
+# Our error may be this many times sdpa's, in the same dtype on the same input.
+BUDGET = 1.25
+# Errors of float32 are so small that another order of a sum multiplies them.
+FLOAT32_ERROR = 1e-6
+# At any one request, the distance from sdpa may be this many times sdpa's own worst error in the sample.
+WORST_REQUEST = 10.0
+SAMPLE_REQUESTS = 32
+SAMPLE_SLOTS = 65_536
+GOLDEN = 0.618034
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Mean-pooled outputs of a sample of requests, each computed alone.
+
+    Args:
+        summary: What computed it.
+        requests: Their indices, evenly spread over all batches.
+        exact: Float64 on the host, shape `(sample, hidden_size)`.
+        yardstick: sdpa's on the same requests, in the dtype that is measured, each alone.
+    """
+
+    summary: str
+    requests: torch.Tensor
+    exact: torch.Tensor
+    yardstick: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the check of one contender found.
+
+    Args:
+        error: `norm(output - exact) / norm(exact)` over the sample.
+        sdpa_error: The same of sdpa.
+        difference: `norm(output - sdpa) / norm(sdpa)` over all requests; None where sdpa has no output.
+        reason: Why the outputs are wrong; None if they are right.
+    """
+
+    error: float
+    sdpa_error: float
+    difference: float | None
+    reason: str | None
+
+
+def _sample(batches: Sequence[PaddedBatch]) -> list[tuple[int, PaddedBatch]]:
+    rows = [(batch, row) for batch in batches for row in range(len(batch.lengths))]
+    count = min(len(rows), max(4, min(SAMPLE_REQUESTS, len(rows) // 8)))
+    chosen: list[tuple[int, PaddedBatch]] = []
+    slots = 0
+    # One from each stretch, at a place that shifts, so that no period of the lengths is met at one phase alone.
+    stretch = len(rows) / count
+    for request in sorted({int((at + at * GOLDEN % 1) * stretch) for at in range(count)}):
+        batch, row = rows[request]
+        alone = batch.row(row)
+        slots += alone.slots
+        if chosen and slots > SAMPLE_SLOTS:
+            break
+        chosen.append((request, alone))
+    return chosen
+
+
+def make_reference(model: PreTrainedModel, batches: Sequence[PaddedBatch]) -> Reference:
+    """Computes the sample in float32 with eager attention, or a float32 model's in float64 with sdpa.
+
+    Args:
+        model: With sdpa, in the dtype that is measured.
+        batches: Of the whole request set.
+    """
+    sample = _sample(batches)
+
+    def outputs(runner: PreTrainedModel) -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.cat([pool_padded(run_padded(runner, row), row).double().cpu() for _, row in sample])
+
+    dtype = torch.float32 if model.dtype.itemsize == 2 else torch.float64
+    # Not eager in float64: its additive mask overflows to -inf, and rows without any key become NaN.
+    implementation = "eager" if dtype == torch.float32 else BASELINE
+    exact = None
+    try:
+        exact = outputs(twin(model, implementation, dtype))
+    except torch.OutOfMemoryError:
+        if implementation == BASELINE:
+            raise
+    if exact is None:
+        implementation = BASELINE
+        exact = outputs(twin(model, implementation, dtype))
+    name = str(dtype).removeprefix("torch.")
+    return Reference(
+        f"{implementation} in {name}, {len(sample)} requests one by one",
+        torch.tensor([request for request, _ in sample]),
+        exact,
+        outputs(model),
+    )
+
+
+def _relative(output: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((output.double() - truth.double()).norm() / truth.double().norm())
+
+
+def judge(output: torch.Tensor, sdpa: torch.Tensor | None, reference: Reference, dtype: torch.dtype) -> Verdict:
+    """Compares a contender's pooled outputs with the reference and with sdpa's.
+
+    Args:
+        output: Of all requests, shape `(requests, hidden_size)`, on the host.
+        sdpa: sdpa's, the same; None if it has none, and then only the sample is checked.
+        reference: Of the sample.
+        dtype: The one measured.
+
+    Returns:
+        With a reason if any of these holds: a value is not finite; the error over the sample is above `BUDGET` times
+        sdpa's; the difference from sdpa over all requests is above the sum of both allowed errors; the difference at
+        one request is above `WORST_REQUEST` times sdpa's worst error of the sample.
+    """
+    smallest = 0.0 if dtype.itemsize == 2 else FLOAT32_ERROR
+    sample = reference.requests
+    yardstick = reference.yardstick if sdpa is None else sdpa[sample]
+    error, sdpa_error = _relative(output[sample], reference.exact), _relative(yardstick, reference.exact)
+    allowed = max(BUDGET * sdpa_error, smallest)
+    difference = None if sdpa is None else _relative(output, sdpa)
+    reason = None
+    if not bool(output.isfinite().all()):
+        reason = "an output is not finite"
+    elif not error <= allowed:
+        reason = f"error {error:.1e}, expected at most {allowed:.1e} where sdpa has {sdpa_error:.1e}"
+    elif difference is not None and not difference <= allowed + max(sdpa_error, smallest):
+        reason = f"{difference:.1e} from sdpa over all requests, where sdpa's own error is {sdpa_error:.1e}"
+    elif sdpa is not None:
+        distance = (output.double() - sdpa.double()).norm(dim=1) / sdpa.double().norm(dim=1)
+        exact = reference.exact
+        worst = float(((yardstick.double() - exact).norm(dim=1) / exact.norm(dim=1)).max())
+        limit = WORST_REQUEST * max(worst, smallest)
+        at = int(distance.argmax())
+        if not float(distance[at]) <= limit:
+            reason = f"request {at} is {float(distance[at]):.1e} from sdpa, expected at most {limit:.1e}"
+    return Verdict(error, sdpa_error, difference, reason)

@@ -1,0 +1,535 @@
+"""The benchmark on tiny models: what it runs, what it checks before it times, and what it writes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+from benchmarks import make_tables
+from hf_flashinfer_attn import bench, cli
+from hf_flashinfer_attn.backends import reference
+from hf_flashinfer_attn.bench import contenders, floors, measure, verify, workload
+from hf_flashinfer_attn.bench.contenders import CONTENDERS, twin
+from hf_flashinfer_attn.bench.progress import Progress
+from hf_flashinfer_attn.layout import RaggedLayout
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+WORDS = ["attention", "padding", "a", "short", "text", "batch", "of", "tokens", "row", "long"]
+TINY = BertConfig(
+    vocab_size=5 + len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+    max_position_embeddings=40, initializer_range=0.2,
+)  # fmt: skip
+SMALL = ["--device", "cpu", "--requests", "8", "--batch-size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "measure_rates", functools.partial(floors.measure_rates, seconds=0.01))
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    BertModel(TINY).save_pretrained(folder)
+    vocabulary = {word: at for at, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    rows = [" ".join(WORDS[(row + at) % len(WORDS)] for at in range(1 + row * 7 % 60)) for row in range(13)]
+    file.write_text("\n\n".join(rows) + "\n")
+    return file
+
+
+def shape_model(shape: str, layers: int = 3) -> PreTrainedModel:
+    config = workload.shape_config(shape, layers)
+    narrow: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
+    if hasattr(config, "head_dim"):
+        narrow |= {"head_dim": 32, "num_key_value_heads": 1}
+    config = type(config)(**{**config.to_dict(), **narrow})
+    return bench.measure.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+
+
+def last_json(output: str) -> dict[str, Any]:
+    return json.loads(output.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "requests", "padding"),
+    [("chat", 10_000, 0.81), ("bulk", 10_000, 0.84), ("sorted", 10_000, 0.08), ("single", 2_000, 0.64),
+     ("uniform", 2_500, 0.50), ("full", 1_280, 0.0), ("long", 160, 0.46)],
+)  # fmt: skip
+def test_named_request_sets(name: str, requests: int, padding: float) -> None:
+    chosen = workload.REQUEST_SETS[name]
+    lengths = chosen.lengths()
+    assert len(lengths) == requests
+    assert max(lengths) <= chosen.longest
+    slots = 0
+    for start in range(0, requests, chosen.batch_size):
+        rows = lengths[start : start + chosen.batch_size]
+        slots += max(rows) * len(rows)
+    assert 1 - sum(lengths) / slots == pytest.approx(padding, abs=0.01)
+    assert chosen.lengths(20) == (lengths[:20] if name != "sorted" else sorted(chosen.lengths(20), reverse=True))
+
+
+@pytest.mark.parametrize("text", ["chats", "0", "16+", "1.5", "uniform:9:4", "uniform:4", "normal:1:4", "uniform:0:4"])
+def test_no_request_set(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no request set; expected one of \['chat'"):
+        workload.parse_request_set(text)
+
+
+@pytest.mark.parametrize("shape", list(workload.SHAPES))
+def test_shapes(shape: str) -> None:
+    layers, hidden, heads, intermediate = {
+        "gte-small": (12, 384, 12, 1536),
+        "bge-base": (12, 768, 12, 3072),
+        "bge-large": (24, 1024, 16, 4096),
+        "modernbert-base": (22, 768, 12, 1152),
+        "qwen3-embedding": (28, 1024, 16, 3072),
+    }[shape]
+    config = workload.shape_config(shape)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, hidden, heads)
+    assert (config.intermediate_size, config.vocab_size) == (intermediate, 30_522)
+    assert workload.shape_config(shape, 3).num_hidden_layers == 3
+
+
+def test_batches_hold_the_lengths_and_no_padding_inside() -> None:
+    lengths = [3, 7, 1, 5, 2]
+    batches = workload.synthetic_batches(lengths, 2, TINY, CPU)
+    assert [length for batch in batches for length in batch.lengths] == lengths
+    assert [tuple(batch.padding.shape) for batch in batches] == [(2, 7, 1), (2, 5, 1), (1, 2, 1)]
+    for batch in batches:
+        assert torch.equal(batch.inputs["input_ids"] == TINY.pad_token_id, batch.padding[:, :, 0])
+        assert torch.equal(batch.inputs["attention_mask"] == 0, batch.padding[:, :, 0])
+
+
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (3, 3), (2, 0)], ids=str)
+@pytest.mark.parametrize("length", [1, 2, 7, 20])
+def test_pairs_of_a_band(length: int, band: tuple[int | None, int | None]) -> None:
+    left, right = (length if side is None else side for side in band)
+    distance = torch.arange(length) - torch.arange(length)[:, None]
+    assert floors._pairs(length, *band) == int(((distance >= -left) & (distance <= right)).sum())
+
+
+def test_work_of_bert() -> None:
+    model = BertModel(TINY)
+    lengths = [3, 7, 1]
+    work = floors.count_work(model, workload.synthetic_batches(lengths, 2, TINY, CPU))
+    assert work is not None
+    embedding_norm = 2 * 32
+    layer = 4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 4 * 32
+    weights = embedding_norm + 2 * layer
+    assert work.flops == 2 * weights * 11 + 4 * 32 * (9 + 49 + 1) * 2
+    assert work.bytes == 2 * 4 * weights + 11 * 32 * 4
+    rates = floors.MachineRates(work.flops / 2, work.bytes / 3)
+    assert work.floor_seconds(rates) == pytest.approx(3)
+
+
+def test_windows_and_causality_count() -> None:
+    assert floors._bands(shape_model("modernbert-base").config, 3, False) == [(None, None), (64, 64), (64, 64)]
+    assert floors._bands(shape_model("qwen3-embedding").config, 3, True) == [(None, 0)] * 3
+
+
+def test_twin_shares_weights_and_wider_one_does_not() -> None:
+    model = shape_model("modernbert-base").half()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    same, wide = twin(model, "flashinfer"), twin(model, "eager", torch.float32)
+    assert (same.config._attn_implementation, wide.config._attn_implementation) == ("flashinfer", "eager")
+    for name, parameter in model.named_parameters():
+        assert same.get_parameter(name) is parameter
+        assert wide.get_parameter(name).dtype == torch.float32
+        assert torch.equal(parameter, before[name])
+        assert torch.equal(wide.get_parameter(name), before[name].float())
+
+
+def test_pooling_ignores_padding() -> None:
+    batch = workload.synthetic_batches([3, 5], 2, TINY, CPU)[0]
+    hidden = torch.randn(2, 5, 4)
+    hidden[0, 3:] = float("nan")
+    expected = torch.stack([hidden[0, :3].mean(0), hidden[1].mean(0)])
+    torch.testing.assert_close(contenders.pool_padded(hidden, batch), expected)
+
+
+def varlen_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    assert int(cu_seq_q.diff().max()) == max_q
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    layout = RaggedLayout.from_offsets(cu_seq_q, cu_seq_k, (1, len(query)), (1, len(key)))
+    left, right = (None if side < 0 else side for side in window_size)
+    return reference.attend(query, key, value, layout, left=left, right=right, sm_scale=scale)
+
+
+@pytest.mark.parametrize("shape", ["bge-base", "modernbert-base", "qwen3-embedding", "roberta"])
+def test_packed_input_gives_the_padded_numbers(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_stand_in)
+    if shape == "roberta":
+        config = RobertaConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+        model = RobertaModel._from_config(config, attn_implementation="sdpa").eval()
+    else:
+        model = shape_model(shape)
+    batch = workload.synthetic_batches([30, 200, 1, 77], 4, model.config, CPU)[0]
+    pooled = []
+    for name in ("sdpa", "varlen"):
+        contender = CONTENDERS[name]
+        prepared = contender.prepare_batch(batch, model)
+        with torch.no_grad():
+            pooled.append(contender.pool(contender.run(contender.prepare_model(model), prepared), prepared))
+    torch.testing.assert_close(*pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_model_and_texts(
+    model_folder: Path, texts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    file, chart = tmp_path / "out.json", tmp_path / "out.png"
+    status = cli.main(
+        ["bench", "--model", str(model_folder), "--texts", str(texts_file), "--batch-size", "4", "--device", "cpu",
+         "--against", "eager", "--repeats", "2", "--json", str(file), "--plot", str(chart)]
+    )  # fmt: skip
+    captured = capsys.readouterr()
+    assert status == 0
+    assert chart.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "13 requests in batches of 4" in captured.out
+    assert "warm-up and check" in captured.err
+    summary = last_json(captured.out)
+    assert summary["passed"] is True
+    figures = json.loads(file.read_text())
+    assert set(figures) == {
+        "format", "environment", "device", "dtype", "repeats", "rates", "passed", "cells", "skipped"
+    }  # fmt: skip
+    assert (figures["device"], figures["dtype"], figures["environment"]["gpu"]) == ("cpu", "float32", None)
+    assert min(figures["rates"].values()) > 0
+    (cell,) = figures["cells"]
+    assert set(cell) == {field.name for field in dataclasses.fields(bench.Cell)}
+    # Tokens of each text with [CLS] and [SEP], cut at the 40 positions that the model has.
+    assert cell["tokens"] == sum(min(1 + row * 7 % 60 + 2, 40) for row in range(13))
+    assert (cell["lengths"], cell["requests"], cell["batches"], cell["layers"]) == ("texts", 13, 4, 2)
+    assert 0 < cell["padded_fraction"] < 1
+    assert [outcome["name"] for outcome in cell["contenders"]] == ["sdpa", "eager", "flashinfer"]
+    for outcome in cell["contenders"]:
+        assert set(outcome) == {field.name for field in dataclasses.fields(bench.Outcome)}
+        assert (outcome["status"], outcome["verified"], outcome["reason"]) == ("measured", True, None)
+        assert outcome["best_seconds"] == min(outcome["passes_seconds"]) > cell["floor_seconds"] > 0
+        assert len(outcome["passes_seconds"]) == 2
+        assert outcome["tokens_per_second"] == pytest.approx(cell["tokens"] / outcome["best_seconds"])
+        assert 0 < outcome["error"] < 1e-5
+        assert outcome["peak_memory_bytes"] is None
+    assert cell["contenders"][0]["speedup_over_sdpa"] == 1
+    assert cell["contenders"][2]["kernels"] == ["torch"]
+    assert summary["cells"][0]["best_seconds"]["flashinfer"] == pytest.approx(
+        cell["contenders"][2]["best_seconds"], rel=1e-3
+    )
+
+
+def test_sorted_texts_have_less_padding(model_folder: Path, texts_file: Path) -> None:
+    texts = tuple(line for line in texts_file.read_text().splitlines() if line)
+    cells = [
+        bench.run_bench(
+            bench.Plan(model=str(model_folder), texts=texts, batch_size=4, device="cpu", repeats=1, sort=sort)
+        ).cells[0]
+        for sort in (False, True)
+    ]
+    assert cells[0].tokens == cells[1].tokens
+    assert cells[1].padded_fraction < cells[0].padded_fraction
+
+
+def test_named_shapes(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+    # transformers 5.5 makes no ModernBERT without a local layer.
+    shapes = ["--shape", "gte-small,modernbert-base", "--shape", "qwen3-embedding", "--layers", "2"]
+    assert cli.main(["bench", *shapes, "--lengths", "4+20,uniform:3:9", *SMALL, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert [(cell["shape"], cell["lengths"]) for cell in figures["cells"]] == [
+        (shape, lengths)
+        for shape in ("gte-small", "modernbert-base", "qwen3-embedding")
+        for lengths in ("4+20", "uniform:3:9")
+    ]
+    assert {cell["layers"] for cell in figures["cells"]} == {2}
+    assert {outcome["status"] for cell in figures["cells"] for outcome in cell["contenders"]} == {"measured"}
+
+
+def test_what_a_model_is_too_short_for_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out.json"
+    arguments = ["bench", "--shape", "gte-small", "--layers", "1", "--lengths", "4,513", *SMALL]
+    assert cli.main([*arguments, "--json", str(file)]) == 0
+    reason = "513 has requests of 513 tokens, gte-small takes 512"
+    assert f"skipped: {reason}\n" in capsys.readouterr().err
+    figures = json.loads(file.read_text())
+    assert figures["skipped"] == [reason]
+    assert [cell["lengths"] for cell in figures["cells"]] == ["4"]
+
+
+def without_mask(model: Any, batch: workload.PaddedBatch) -> torch.Tensor:
+    """Attends to padding."""
+    return model(input_ids=batch.inputs["input_ids"]).last_hidden_state
+
+
+def rows_swapped(hidden: torch.Tensor, batch: workload.PaddedBatch) -> torch.Tensor:
+    """Right in every row but for the last two, which change places."""
+    pooled = contenders.pool_padded(hidden, batch)
+    return torch.cat([pooled[:-2], pooled[-2:].flip(0)])
+
+
+def not_a_number(hidden: torch.Tensor, batch: workload.PaddedBatch) -> torch.Tensor:
+    pooled = contenders.pool_padded(hidden, batch)
+    pooled[-1, -1] = float("nan")
+    return pooled
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": without_mask}, "where sdpa"),
+        ({"pool": rows_swapped}, "where sdpa"),
+        ({"pool": not_a_number}, "not finite"),
+        ({"prepare_model": lambda model: twin(model, "sdpa").bfloat16()}, "expected at most"),
+    ],
+    ids=["no-mask", "rows-swapped", "nan", "bfloat16"],
+)
+def test_wrong_outputs_are_not_timed(
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = dataclasses.replace(CONTENDERS["eager"], name="wrong", ours=True, **changes)
+    monkeypatch.setitem(CONTENDERS, "wrong", wrong)
+    arguments = ["bench", "--shape", "gte-small", "--layers", "1", "--lengths", "30+4+9+17", *SMALL]
+    assert cli.main([*arguments, "--requests", "64", "--batch-size", "16"]) == 1
+    output = capsys.readouterr().out
+    assert re.search(rf"  wrong +wrong: .*{message}", output)
+    summary = last_json(output)
+    assert summary["passed"] is False
+    assert summary["cells"][0]["best_seconds"]["wrong"] == "wrong"
+    assert summary["cells"][0]["best_seconds"]["flashinfer"] > 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda output: output, None),
+        (lambda output: output * 1.003, "error 3"),
+        # Outside of the sample, one request or all.
+        (lambda output: torch.cat([output[:50], output[50:] * 1.003]), "from sdpa over all requests"),
+        (lambda output: torch.cat([output[:-1], output[-1:] * 1.02]), "request 399 is 2"),
+    ],
+    ids=["right", "sample", "others", "one"],
+)
+def test_judgement(spoil: Any, reason: str | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(400, 64, generator=generator, dtype=torch.float64)
+    sdpa, output = (exact * (1 + 1e-3 * torch.randn(exact.shape, generator=generator)) for _ in range(2))
+    sample = torch.arange(0, 50, 2)
+    judged = verify.Reference("", sample, exact[sample], sdpa[sample])
+    verdict = verify.judge(spoil(output), sdpa, judged, torch.float16)
+    assert verdict.sdpa_error == pytest.approx(1e-3, rel=0.1)
+    assert verdict.reason is None if reason is None else reason in str(verdict.reason)
+
+
+def raiser(error: Exception) -> Any:
+    def run(model: Any, batch: Any) -> torch.Tensor:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "passed"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory", True),
+        (RuntimeError("no kernel\nfor this"), "failed", False),
+    ],
+    ids=["memory", "failure"],
+)
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_failure_is_a_value(
+    name: str, error: Exception, status: str, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONTENDERS, name, dataclasses.replace(CONTENDERS[name], run=raiser(error)))
+    plan = bench.Plan(
+        shapes=("gte-small",), layers=1, request_sets=(workload.parse_request_set("4+9"),), requests=8,
+        against=("eager",), device="cpu", repeats=1,
+    )  # fmt: skip
+    report = bench.run_bench(plan)
+    assert report.passed is passed
+    outcomes = {outcome.name: outcome for outcome in report.cells[0].contenders}
+    assert (outcomes[name].status, outcomes[name].best_seconds, outcomes[name].verified) == (status, None, None)
+    assert outcomes["flashinfer"].verified
+    assert (outcomes["flashinfer"].speedup_over_sdpa is None) == (name == "sdpa")
+    assert status in bench.format_cell(report.cells[0])
+    assert json.loads(bench.format_summary(report))["cells"][0]["best_seconds"][name] == status
+
+
+def test_compiled_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without inductor, which takes half a minute on a CPU.
+    traced = functools.partial(contenders._compiled, backend="eager")
+    monkeypatch.setitem(CONTENDERS, "compile", dataclasses.replace(CONTENDERS["compile"], prepare_model=traced))
+    plan = bench.Plan(
+        shapes=("gte-small",), layers=1, request_sets=(workload.parse_request_set("4+9"),), requests=8, batch_size=3,
+        against=("compile",), device="cpu", repeats=1,
+    )  # fmt: skip
+    assert bench.run_bench(plan).cells[0].contenders[1].status == "measured"
+
+
+def test_soft_budget_ends_after_a_whole_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = bench.Plan(
+        shapes=("gte-small",), layers=1, request_sets=(workload.parse_request_set("4"),), requests=4,
+        device="cpu", repeats=5, seconds=1e-9,
+    )  # fmt: skip
+    (cell,) = bench.run_bench(plan).cells
+    assert [len(outcome.passes_seconds) for outcome in cell.contenders] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "bert-huge"], "'bert-huge' is no shape"),
+        (["--shape", "gte-small", "--against", "flash_attention_9"], "'flash_attention_9' is no contender"),
+        (["--shape", "gte-small", "--texts", "{texts}"], "texts go with a model of yours"),
+        (["--model", "{texts}/none"], "cannot be loaded"),
+        (["--shape", "gte-small", "--lengths", "long"], "nothing was measured: long has requests of 8192 tokens"),
+    ],
+    ids=["shape", "contender", "texts", "model", "too-long"],
+)
+def test_what_cannot_be_measured(
+    arguments: list[str], message: str, texts_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [argument.replace("{texts}", str(texts_file)) for argument in arguments]
+    assert cli.main(["bench", "--layers", "1", "--device", "cpu", *filled]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_varlen_is_refused_by_name_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch.nn.attention.varlen")
+    assert cli.main(["bench", "--shape", "gte-small", "--device", "cpu", "--against", "varlen"]) == 1
+    assert "varlen cannot run: torch's varlen_attn runs on CUDA only, not on cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --model --shape is required"),
+        (["--shape", "gte-small", "--model", "x"], "not allowed with"),
+        (["--shape", "gte-small", "--lengths", "chats"], "'chats' is no request set"),
+        (["--model", "x", "--texts", "no/such/file"], "cannot be read"),
+        (["--shape", "gte-small", "--json", "no/such/folder/x.json"], "existing folder"),
+    ],
+    ids=["nothing", "both", "lengths", "texts", "json"],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", *arguments])
+    assert exit_.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_missing_matplotlib_is_known_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # None in sys.modules is how Python itself says that a module cannot be imported.
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["bench", "--shape", "gte-small", "--plot", str(tmp_path / "x.png")]) == 1
+    error = capsys.readouterr().err
+    assert 'pip install "hf_flashinfer_attn[bench]"' in error
+    assert "loading" not in error
+
+
+@pytest.mark.parametrize("has_tqdm", [True, False])
+def test_progress(has_tqdm: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if has_tqdm:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    progress = Progress(bar=True)
+    progress.step("loading")
+    progress.print("a table")
+    progress.close()
+    captured = capsys.readouterr()
+    assert captured.out == "a table\n"
+    assert "loading" in captured.err
+    assert ("\r" in captured.err) == has_tqdm
+
+
+def test_readme_has_the_results() -> None:
+    grouped = make_tables.machines()
+    found = make_tables.BLOCK.findall((ROOT / "README.md").read_text())
+    assert found == [make_tables.block(grouped)]
+    for machine, reports in grouped.items():
+        assert make_tables.digest(reports).encode() in make_tables.chart_file(machine).read_bytes()
+
+
+def test_readme_commands_are_understood() -> None:
+    commands = re.findall(r"^python -m hf_flashinfer_attn (bench .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        arguments = command.replace("FILE.txt", str(ROOT / "README.md")).split()
+        assert isinstance(cli._parser().parse_args(arguments), argparse.Namespace)
+
+
+def test_tables_of_two_runs(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plan = bench.Plan(
+        shapes=("gte-small",), layers=1, requests=4, device="cpu", repeats=1,
+        request_sets=tuple(map(workload.parse_request_set, ("4+8", "5"))),
+    )  # fmt: skip
+    first = bench.report_figures(bench.run_bench(plan))
+    second = json.loads(json.dumps(first))
+    second["environment"]["date_utc"] = "9999-01-01T00:00:00+00:00"
+    second["cells"] = [
+        {**first["cells"][0], "shape": "bge-base"},
+        {**first["cells"][1], "padded_fraction": 0.123},
+    ]
+    for name, figures in (("bench_b.json", first), ("bench_a.json", second)):
+        (tmp_path / name).write_text(json.dumps(figures))
+    assert make_tables.block(make_tables.machines(tmp_path / "empty")) == "No results yet.\n"
+    ((machine, reports),) = make_tables.machines(tmp_path).items()
+    assert machine.endswith(", float32")
+    table = make_tables.block({machine: reports})
+    assert "| requests | gte-small | bge-base |" in table
+    assert table.count("\n| 4+8: 4 in 64s, 25% padding |") == 1
+    # The later run of a cell replaces the earlier one.
+    assert table.count("\n| 5: 4 in 64s,") == 1
+    assert "12% padding" in table
+    best = first["cells"][0]["contenders"]
+    assert (
+        f"{best[0]['best_seconds']:.3g} → {best[1]['best_seconds']:.3g} ({best[1]['speedup_over_sdpa']:.2f}x)" in table
+    )
+    chart = tmp_path / "chart.png"
+    bench.draw_chart(reports, chart, description=make_tables.digest(reports))
+    assert make_tables.digest(reports).encode() in chart.read_bytes()
+
+
+def test_no_report(tmp_path: Path) -> None:
+    file = tmp_path / "bench_x.json"
+    file.write_text("[]")
+    with pytest.raises(bench.BenchError, match=r"is no report of hf_flashinfer_attn\.bench/1"):
+        bench.load_reports([file])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["gte-small", "modernbert-base", "qwen3-embedding"])
+def test_every_contender_on_a_gpu(shape: str) -> None:
+    plan = bench.Plan(
+        shapes=(shape,), layers=4, request_sets=(workload.REQUEST_SETS["chat"],), requests=256,
+        against=tuple(name for name, contender in CONTENDERS.items() if not contender.ours), repeats=1,
+    )  # fmt: skip
+    report = bench.run_bench(plan)
+    assert {outcome.name: outcome.reason for outcome in report.cells[0].contenders if outcome.reason} == {}
+    assert all(outcome.peak_memory_bytes > 0 for outcome in report.cells[0].contenders)
