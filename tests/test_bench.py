@@ -400,6 +400,15 @@ def test_soft_budget_ends_after_a_whole_round(monkeypatch: pytest.MonkeyPatch) -
     assert [len(outcome.passes_seconds) for outcome in cell.contenders] == [1, 1]
 
 
+def test_fallbacks_are_told() -> None:
+    outcome = bench.Outcome("flashinfer", True, "failed", "no kernel", fallbacks=("position_bias",))
+    cell = bench.Cell("t5", "4", 1, 1, 1, 1, 4, 0.0, None, None, None, "", None, (outcome,))
+    assert bench.format_cell(cell).splitlines()[2:] == [
+        "  flashinfer  failed: no kernel",
+        "  flashinfer: position_bias fell back",
+    ]
+
+
 @pytest.mark.parametrize("rate", [1.0, 1e15], ids=["too-slow", "fast"])
 def test_a_floor_that_was_beaten_is_none(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "measure_rates", lambda device, dtype: floors.MachineRates(rate, 1e15))

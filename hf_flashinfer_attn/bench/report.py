@@ -92,6 +92,7 @@ def format_cell(cell: Cell) -> str:
         if len(row) < len(_COLUMNS):
             cells = [cells[0], *row[1:]]
         lines.append("  " + "  ".join(cells).rstrip())
+    lines += [f"  {outcome.name}: {reason} fell back" for outcome in cell.contenders for reason in outcome.fallbacks]
     return "\n".join(lines)
 
 
