@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .workload import PaddedBatch
@@ -44,9 +45,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.3
     """Measures the two rates with random numbers, for about `seconds` each; the best of many samples."""
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 1024
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
-    matrix = _best_seconds(lambda: torch.mm(left, right, out=product), device, seconds)
+    # As a layer of a model does it: on a CPU, torch.mm may take another and far slower kernel.
+    tokens, weight = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    matrix = _best_seconds(lambda: F.linear(tokens, weight), device, seconds)
     source = torch.randint(256, (2**30 if on_gpu else 2**26,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = _best_seconds(lambda: target.copy_(source), device, seconds)

@@ -19,7 +19,7 @@ from ..environment import describe_environment
 from ..trace import Trace, trace
 from .contenders import BASELINE, CONTENDERS, Contender
 from .errors import BenchError
-from .floors import MachineRates, Work, count_work, measure_rates, synchronise
+from .floors import MachineRates, count_work, measure_rates, synchronise
 from .verify import Verdict, judge, make_reference
 from .workload import SHAPES, PaddedBatch, RequestSet, shape_config, synthetic_batches, text_batches
 
@@ -126,7 +126,8 @@ class Cell:
         padded_fraction: Of all slots.
         flops: Operations that no implementation can do without; see `count_work`.
         bytes: The same of memory traffic.
-        floor_seconds: The least time on this machine.
+        floor_seconds: The least time on this machine; None without a count, or where a pass beat it, so that the
+            measured rates cannot be the machine's best.
         reference: What the errors are measured against.
         sdpa_error: sdpa's, on the sample.
         contenders: sdpa first.
@@ -386,6 +387,10 @@ def _measure_cell(
                 _attempt(entry, device, functools.partial(_timed_pass, entry, device))
     tokens = sum(sum(batch.lengths) for batch in batches)
     work = count_work(subject.model, batches)
+    floor = None if work is None else work.floor_seconds(rates)
+    if floor is not None and floor > min((time for entry in entries for time in entry.passes), default=floor):
+        # The rates were no ceilings, and a fraction of such a floor would say nothing.
+        floor = None
     return Cell(
         shape=subject.name,
         lengths=lengths,
@@ -397,10 +402,10 @@ def _measure_cell(
         padded_fraction=1 - tokens / sum(batch.slots for batch in batches),
         flops=None if work is None else work.flops,
         bytes=None if work is None else work.bytes,
-        floor_seconds=None if work is None else work.floor_seconds(rates),
+        floor_seconds=floor,
         reference=reference.summary,
         sdpa_error=next((entry.verdict.sdpa_error for entry in entries if entry.verdict is not None), None),
-        contenders=tuple(_outcome(entry, entries[0], tokens, work, rates) for entry in entries),
+        contenders=tuple(_outcome(entry, entries[0], tokens, floor) for entry in entries),
     )
 
 
@@ -456,7 +461,7 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _outcome(entry: _Entry, baseline: _Entry, tokens: int, work: Work | None, rates: MachineRates) -> Outcome:
+def _outcome(entry: _Entry, baseline: _Entry, tokens: int, floor: float | None) -> Outcome:
     verdict, recorded = entry.verdict, entry.trace
     checked = Outcome(
         name=entry.contender.name,
@@ -480,6 +485,6 @@ def _outcome(entry: _Entry, baseline: _Entry, tokens: int, work: Work | None, ra
         spread=(max(entry.passes) - best) / median,
         tokens_per_second=tokens / best,
         speedup_over_sdpa=min(baseline.passes) / best if baseline.failure is None else None,
-        floor_fraction=None if work is None else work.floor_seconds(rates) / best,
+        floor_fraction=None if floor is None else floor / best,
         peak_memory_bytes=entry.peak,
     )

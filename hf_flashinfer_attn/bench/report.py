@@ -80,6 +80,8 @@ def format_cell(cell: Cell) -> str:
     )
     if cell.floor_seconds is not None:
         title += f", floor {_seconds(cell.floor_seconds)}"
+    elif cell.flops is not None:
+        title += ", no floor: a pass was faster than the measured rates allow"
     rows = [_COLUMNS, *(_row(outcome) for outcome in cell.contenders)]
     measured = [row for row in rows if len(row) == len(_COLUMNS)]
     widths = [max(len(row[column]) for row in measured) for column in range(len(_COLUMNS))]
@@ -90,6 +92,7 @@ def format_cell(cell: Cell) -> str:
         if len(row) < len(_COLUMNS):
             cells = [cells[0], *row[1:]]
         lines.append("  " + "  ".join(cells).rstrip())
+    lines += [f"  {outcome.name}: {reason} fell back" for outcome in cell.contenders for reason in outcome.fallbacks]
     return "\n".join(lines)
 
 
