@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
@@ -94,5 +95,9 @@ def join_compatible_implementations(name: str) -> None:
 
 def weights_are_collected() -> bool:
     """Whether transformers gathers attention weights in this forward; not every model tells its attention so."""
-    collected = output_capturing._active_collector.get()
+    collector = output_capturing._active_collector
+    if torch.compiler.is_compiling() and not collector.compiling:
+        # torch.compile cannot read the context variable of a forward that it entered midway; ops ask when they run.
+        return False
+    collected = collector.get()
     return bool(collected) and any("attentions" in name for name in collected)

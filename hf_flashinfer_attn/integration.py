@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .attention import RaggedCall, attend_ragged, needs_grad
 from .backends import dense
@@ -17,13 +17,14 @@ from .bias import LogitsBias
 from .compiled import ragged_attention
 from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
+from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
 from .layout import LengthsRead, RaggedLayout, packed_layout, uniform_layout
-from .mask import MaskSpec, RaggedMask
-from .pattern import CAUSAL, FULL, Pattern, dense_pattern, recognise
+from .mask import MaskSpec, RaggedMask, lazy_mask
+from .pattern import CAUSAL, FULL, Pattern, dense_pattern
 from .prepared import NativeAttention, PreparedAttention, native, prepare
 from .settings import current_settings
-from .trace import AttentionCall, is_tracing, record_call, record_host_copy
+from .trace import AttentionCall, is_tracing, record_call
 
 __all__ = ["NAME", "PAGED_NAME", "attention_forward", "attention_mask", "refuse_paged"]
 
@@ -43,7 +44,7 @@ def attention_mask(
     device: torch.device | str = "cpu",
     use_vmap: bool = False,
     **kwargs: Any,
-) -> RaggedMask | None:
+) -> RaggedMask | GraphMask | None:
     """Makes the lazy mask of one forward; called by transformers' mask helpers.
 
     Args:
@@ -60,77 +61,30 @@ def attention_mask(
 
     Returns:
         A mask of shape `(batch, 1, q_length, kv_length)` without memory. While torch.compile traces, None for full
-        attention without padding, so that the graph stays whole, and a graph break for any other mask.
+        attention without padding, a `GraphMask` for other bands, so that the graph stays whole, and a graph break for
+        any other mask.
     """
     if torch.compiler.is_compiling():
         # A causal mask must be a mask: not every decoder takes its absence for causality.
         if mask_function is bidirectional_mask_function and attention_mask is None:
             return None
+        # Some models hand a mask that they were given to a mask helper again.
+        if isinstance(attention_mask, GraphMask):
+            return attention_mask
+        traced = trace_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype, device, use_vmap
+        )
+        if traced is not None:
+            return traced
         return _untraced_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype, device, use_vmap
         )
-    return _make_mask(
+    return lazy_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype, device, use_vmap
     )
 
 
-def _make_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor,
-    kv_offset: int,
-    mask_function: Callable[..., torch.Tensor],
-    attention_mask: torch.Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    use_vmap: bool,
-) -> RaggedMask:
-    if isinstance(q_offset, torch.Tensor) and q_offset.is_cuda:
-        record_host_copy()
-    # A static cache counts its tokens on the device, and counts on in place before a layer asks for the dense mask.
-    first_query = int(q_offset)
-    padding_mask = attention_mask
-    if padding_mask is not None and (missing := kv_length + kv_offset - padding_mask.shape[-1]) > 0:
-        padding_mask = torch.nn.functional.pad(padding_mask, (0, missing))
-
-    def densify(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        mask: torch.Tensor = eager_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=first_query,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask if attention_mask is None else attention_mask.to(device),
-            dtype=dtype,
-            use_vmap=use_vmap,
-            device=device,
-        )
-        return mask
-
-    pattern, packed = recognise(mask_function)
-    if packed is not None and (padding_mask is not None or q_length != kv_length):
-        pattern, packed = dense_pattern("packed sequences with padding"), None
-    # Ragged attention aligns the last query with the last key; keys after a causal query are cut off before.
-    aligned = first_query + q_length == kv_offset + kv_length
-    if pattern.is_window and not pattern.is_causal and not aligned:
-        pattern = dense_pattern("a window over keys of another sequence")
-    spec = MaskSpec(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=first_query,
-        kv_offset=kv_offset,
-        padding_mask=padding_mask,
-        pattern=pattern,
-        packed=packed,
-        densify=densify,
-    )
-    return RaggedMask(spec, dtype, torch.device(device))
-
-
-_untraced_mask: Callable[..., RaggedMask] = torch.compiler.disable(_make_mask)
+_untraced_mask: Callable[..., RaggedMask] = torch.compiler.disable(lazy_mask)
 
 
 def attention_forward(
@@ -138,7 +92,7 @@ def attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | GraphMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -188,26 +142,35 @@ def attention_forward(
         raise UnsupportedAttentionError(
             "one of cu_seq_lens_q and cu_seq_lens_k without the other", "Pass both, or neither with a padding mask."
         )
-    if torch.compiler.is_compiling():
-        whole_mask = query.shape[0] != key.shape[0] or type(module).__name__ in _PACKED_IMAGES
-        whole_mask = (
-            whole_mask or dropout > 0 or bool(output_attentions) or position_bias is not None or s_aux is not None
-        )
-        if attention_mask is None and cache is None and not whole_mask and sliding_window is None:
-            offsets = cu_seq_lens_q, cu_seq_lens_k
-            if not needs_grad(query, key, value):
-                return _attend_traced(module, query, key, value, offsets, scaling, is_causal, softcap), None
-    elif query.is_cuda and not (output_attentions or dropout or cache) and s_aux is None and position_bias is None:
-        # Every layer but the first of its kind ends here, and the host does nothing but launch.
-        signature = _signature(module, query, key, value, scaling, is_causal, softcap)
-        store = _store_of(module, query, key, value, attention_mask, sliding_window, cu_seq_lens_q, position_ids)
-        if store is not None and (prepared := store.get(signature)) is not None:
-            return prepared(query, key, value, _layer_name(module) if is_tracing() else ""), None
-    attend = _untraced_attend if torch.compiler.is_compiling() else _attend
-    return attend(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window, softcap, s_aux,
-        position_bias, output_attentions, cu_seq_lens_q, cu_seq_lens_k, position_ids, cache,
+    rest = (
+        dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,
+        cu_seq_lens_k, position_ids, cache,
     )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        mask = _eager_mask(attention_mask)
+        if query.is_cuda and not (output_attentions or dropout or cache) and s_aux is None and position_bias is None:
+            # Every layer but the first of its kind ends here, and the host does nothing but launch.
+            store = _store_of(module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids)
+            if store:
+                prepared = store.get(_signature(module, query, key, value, scaling, is_causal, softcap))
+                if prepared is not None:
+                    return prepared(query, key, value, _layer_name(module) if is_tracing() else ""), None
+        return _attend(module, query, key, value, mask, *rest)
+    lazy = None
+    if isinstance(attention_mask, GraphMask):
+        if attention_mask.values is None and attention_mask.fits(query, key):
+            lazy = attention_mask
+        whole_mask = lazy is None
+    else:
+        whole_mask = attention_mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]
+    whole_mask = whole_mask or dropout > 0 or bool(output_attentions) or position_bias is not None or s_aux is not None
+    whole_mask = whole_mask or cache is not None or type(module).__name__ in _PACKED_IMAGES
+    if whole_mask or needs_grad(query, key, value):
+        untraced: tuple[torch.Tensor, torch.Tensor | None]
+        untraced = _untraced_attend(module, query, key, value, attention_mask, *rest)
+        return untraced
+    offsets = cu_seq_lens_q, cu_seq_lens_k
+    return _attend_traced(module, query, key, value, lazy, offsets, scaling, is_causal, softcap), None
 
 
 def _signature(
@@ -255,24 +218,29 @@ def _attend_traced(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    mask: GraphMask | None,
     offsets: tuple[torch.Tensor | None, torch.Tensor | None],
     scaling: float | None,
     is_causal: bool | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention without a mask, for torch.compile: nothing but an op and the moves of data around it."""
-    rows, q_length = query.shape[0], query.shape[2]
+    """Attention for torch.compile: nothing but an op and the moves of data around it."""
+    if _is_cast_as_flash(query):
+        query, key, value = _cast_as_flash(module, query, key, value)
+    band = _pattern_of(module, None, is_causal) if mask is None else mask
     output: torch.Tensor = ragged_attention(
-        query.transpose(1, 2).flatten(0, 1),
-        key.transpose(1, 2).flatten(0, 1),
-        value.transpose(1, 2).flatten(0, 1),
+        query.transpose(1, 2).contiguous(),
+        key.transpose(1, 2).contiguous(),
+        value.transpose(1, 2).contiguous(),
+        None if mask is None else mask.handle,
         *offsets,
-        rows,
-        _pattern_of(module, None, is_causal).is_causal,
+        band.left,
+        band.right,
+        mask is not None and mask.handle is not None and not _padded_queries_are_idle(module),
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         softcap,
     )
-    return output.view(rows, q_length, *output.shape[1:])
+    return output
 
 
 def _attend(
@@ -297,7 +265,7 @@ def _attend(
     if cache is not None:
         refuse_paged()
     sm_scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    if query.is_cuda and query.dtype == torch.float32:
+    if _is_cast_as_flash(query):
         query, key, value = _cast_as_flash(module, query, key, value)
     mask = attention_mask
     lazy = mask if isinstance(mask, RaggedMask) else None
@@ -388,7 +356,35 @@ def _attend(
     return layout.query.scatter(attend_ragged(call, decision)), None
 
 
-_untraced_attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = torch.compiler.disable(_attend)
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _untraced_attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | GraphMask | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+    output_attentions: bool | None,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    output_attentions = bool(output_attentions) or weights_are_collected()
+    return _attend(
+        module, query, key, value, _eager_mask(attention_mask), dropout, scaling, is_causal, sliding_window, softcap,
+        s_aux, position_bias, output_attentions, *rest,
+    )  # fmt: skip
+
+
+def _eager_mask(mask: torch.Tensor | GraphMask | None) -> torch.Tensor | None:
+    """Returns what an uncompiled forward gets for a mask, which a graph break may carry out of a graph."""
+    if not isinstance(mask, GraphMask):
+        return mask
+    return mask.lazy() if mask.values is None else mask.values
 
 
 def _pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bool | None) -> Pattern:
@@ -404,6 +400,10 @@ def _pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: b
         f"an attention mask of shape {tuple(mask.shape)}, expected 2 or 4 dimensions",
         "Use attn_implementation='eager' for this model.",
     )
+
+
+def _is_cast_as_flash(query: torch.Tensor) -> bool:
+    return query.is_cuda and query.dtype == torch.float32
 
 
 def _cast_as_flash(
@@ -547,8 +547,13 @@ _ENCODER_ONLY_LAYERS = frozenset(
 )  # fmt: skip
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _inputs_of(forward: Callable[..., Any]) -> frozenset[str]:
+    return _parameters_of(forward)
+
+
+@functools.cache
+def _parameters_of(forward: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
@@ -571,7 +576,7 @@ def _padded_queries_are_idle(module: torch.nn.Module) -> bool:
     if config is not None and not hasattr(config, "vocab_size"):
         # Vision towers and codecs pool, shuffle and convolve padding too.
         return False
-    inputs = _inputs_of(layer.forward)
+    inputs: frozenset[str] = _inputs_of(layer.forward)
     attends_across = getattr(config, "add_cross_attention", False) or getattr(config, "is_decoder", False)
     if name in _ENCODER_ONLY_LAYERS and not attends_across:
         inputs = inputs - _SECOND_SEQUENCE

@@ -85,6 +85,7 @@ class RaggedSide:
         self._valid = None if self.is_full else valid
         self._maps: dict[torch.device, TokenMap] = {}
         self._slots: dict[torch.device, torch.Tensor] = {}
+        self._cu_seqlens: dict[torch.device, torch.Tensor] = {}
         if not self.is_full and valid is None:
             raise ValueError(
                 f"{self.total_tokens} tokens in {padded_shape} slots need a mask of the valid slots. Pass valid=, "
@@ -95,6 +96,12 @@ class RaggedSide:
     def cu_seqlens_host(self) -> torch.Tensor:
         """Offsets of the rows on the host, int32, shape `(batch + 1,)`."""
         return torch.tensor(self.offsets, dtype=torch.int32)
+
+    def cu_seqlens(self, device: torch.device) -> torch.Tensor:
+        """Offsets of the rows on `device`, int32, shape `(batch + 1,)`, copied once per device."""
+        if (offsets := self._cu_seqlens.get(device)) is None:
+            offsets = self._cu_seqlens[device] = self.cu_seqlens_host.to(device, non_blocking=True)
+        return offsets
 
     @functools.cached_property
     def lengths_host(self) -> torch.Tensor:

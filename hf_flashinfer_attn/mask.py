@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
+from transformers.masking_utils import eager_mask
 
 from .errors import UnsupportedAttentionError
 from .layout import LengthsRead, RaggedLayout, RaggedSide, uniform_layout
-from .pattern import Pattern, PatternKind
+from .pattern import Pattern, PatternKind, dense_pattern, recognise
+from .trace import record_host_copy
 
-__all__ = ["MaskSpec", "RaggedMask"]
+__all__ = ["MaskSpec", "RaggedMask", "lazy_mask"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,3 +360,73 @@ def _keeps_everything(mask: RaggedMask, name: str, args: tuple[Any, ...], kwargs
         and part.indices(full) == (0, full, 1)
         for part, full in zip(index, shape)
     )
+
+
+def lazy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    use_vmap: bool,
+) -> RaggedMask:
+    """Makes the lazy mask of one forward from what transformers' mask helpers hand to a mask interface.
+
+    Args:
+        batch_size: Rows.
+        q_length: Query slots per row.
+        kv_length: Key slots per row.
+        q_offset: Position of the first query.
+        kv_offset: Position of the first key.
+        mask_function: Which keys a query may see, padding aside.
+        attention_mask: Valid positions, bool, shape `(batch, tokens seen so far)`.
+        dtype: Of the additive mask.
+        device: Of the additive mask.
+        use_vmap: Whether the mask function needs vmap to be evaluated.
+    """
+    if isinstance(q_offset, torch.Tensor) and q_offset.is_cuda:
+        record_host_copy()
+    # A static cache counts its tokens on the device, and counts on in place before a layer asks for the dense mask.
+    first_query = int(q_offset)
+    padding_mask = attention_mask
+    if padding_mask is not None and (missing := kv_length + kv_offset - padding_mask.shape[-1]) > 0:
+        padding_mask = torch.nn.functional.pad(padding_mask, (0, missing))
+
+    def densify(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        mask: torch.Tensor = eager_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=first_query,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask if attention_mask is None else attention_mask.to(device),
+            dtype=dtype,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        return mask
+
+    pattern, packed = recognise(mask_function)
+    if packed is not None and (padding_mask is not None or q_length != kv_length):
+        pattern, packed = dense_pattern("packed sequences with padding"), None
+    # Ragged attention aligns the last query with the last key; keys after a causal query are cut off before.
+    aligned = first_query + q_length == kv_offset + kv_length
+    if pattern.is_window and not pattern.is_causal and not aligned:
+        pattern = dense_pattern("a window over keys of another sequence")
+    spec = MaskSpec(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=first_query,
+        kv_offset=kv_offset,
+        padding_mask=padding_mask,
+        pattern=pattern,
+        packed=packed,
+        densify=densify,
+    )
+    return RaggedMask(spec, dtype, torch.device(device))

@@ -324,3 +324,31 @@ def test_head_dims_above_256_are_an_error_by_name() -> None:
     model = build(BertModel, config, "flashinfer")
     with torch.no_grad(), pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"head_dim 320.*256"):
         model(torch.ones(1, 3, dtype=torch.long, device="cuda"))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize(("model", "config"), [(BertModel, BERT), (Qwen3Model, QWEN)], ids=["bert", "qwen3"])
+@torch.no_grad()
+def test_a_compiled_model_plans_once_per_forward(model: type[PreTrainedModel], config, mode: str) -> None:
+    torch.compiler.reset()
+    built = build(model, config, "flashinfer")
+    compiled = torch.compile(built, fullgraph=True, mode=mode)
+    for rows, width in ((4, 50), (6, 30), (5, 40)):
+        inputs = batch(rows, width)
+        valid = inputs["attention_mask"].bool()
+        expected = built(**inputs).last_hidden_state[valid]
+        with hf_flashinfer_attn.trace() as trace:
+            result = compiled(**inputs).last_hidden_state[valid]
+        torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+        assert all(kernel.startswith("flashinfer") for kernel in trace.kernels)
+        assert (len(trace.calls), trace.layouts, trace.plans, trace.host_copies) == (config.num_hidden_layers, 1, 1, 1)
+
+
+@torch.no_grad()
+def test_a_compiled_model_casts_float32_as_flash_kernels_do() -> None:
+    torch.compiler.reset()
+    built = build(BertModel, BERT, "flashinfer", torch.float32)
+    compiled = torch.compile(built, fullgraph=True)
+    with torch.autocast("cuda", torch.bfloat16), hf_flashinfer_attn.trace() as trace:
+        compiled(**batch())
+    assert all(kernel.startswith("flashinfer") for kernel in trace.kernels)

@@ -1,0 +1,210 @@
+"""Which attention a mask function asks for, found by calling it with symbols; for torch.compile, which hides closures.
+
+`pattern.recognise` reads the closures of mask functions, and those made inside a traced graph have none to read. They
+can be called, though: with symbols in place of positions, a comparison of two positions answers with the band that it
+stands for. Whatever else a function does with a symbol makes its answer unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Visible", "interpret"]
+
+
+class _Symbol:
+    """Stands for a tensor that a mask function computes with; nothing is known of what operators make of it."""
+
+    device = None
+
+    def to(self, *args: Any, **kwargs: Any) -> _Symbol:
+        return self
+
+    def new_zeros(self, *args: Any, **kwargs: Any) -> _Symbol:
+        return _Symbol()
+
+    def new_ones(self, *args: Any, **kwargs: Any) -> _Symbol:
+        return Visible()
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask function that branches on a position is not known")
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> _Symbol:
+        return _Symbol()
+
+
+def _unknown(self: _Symbol, *others: object) -> _Symbol:
+    return _Symbol()
+
+
+for _name in (
+    "abs", "add", "and", "eq", "floordiv", "ge", "getitem", "gt", "invert", "le", "lt", "mod", "mul", "ne", "neg", "or",
+    "pow", "radd", "rand", "rfloordiv", "rmod", "rmul", "ror", "rsub", "rtruediv", "rxor", "sub", "truediv", "xor",
+):  # fmt: skip
+    setattr(_Symbol, f"__{_name}__", _unknown)
+
+
+class _Position(_Symbol):
+    """A query's or key's slot plus `shift`; or what `table`, shape `(batch, slots)`, holds for it."""
+
+    def __init__(self, is_query: bool, shift: int = 0, table: torch.Tensor | None = None) -> None:
+        self.is_query = is_query
+        self.shift = shift
+        self.table = table
+
+    def __add__(self, other: object) -> _Symbol:
+        return _Position(self.is_query, self.shift + other, self.table) if isinstance(other, int) else _Symbol()
+
+    def __sub__(self, other: object) -> _Symbol:
+        if isinstance(other, int):
+            return _Position(self.is_query, self.shift - other, self.table)
+        return _Distance(self.table) if _are_apart(self, other) else _Symbol()
+
+    def __le__(self, other: object) -> _Symbol:
+        return self._at_most(other, 0)
+
+    def __lt__(self, other: object) -> _Symbol:
+        return self._at_most(other, -1)
+
+    def __ge__(self, other: object) -> _Symbol:
+        if isinstance(other, int) and other == 0 and self.shift == 0 and self.table is None:
+            return Visible()
+        return other._at_most(self, 0) if isinstance(other, _Position) else _Symbol()
+
+    def __gt__(self, other: object) -> _Symbol:
+        return other._at_most(self, -1) if isinstance(other, _Position) else _Symbol()
+
+    def _at_most(self, other: object, slack: int) -> _Symbol:
+        """What `self <= other + slack` lets a query see."""
+        if not isinstance(other, _Position) or not _may_be_compared(self, other):
+            return _Symbol()
+        reach = other.shift - self.shift + slack
+        return Visible(left=reach, positions=self.table) if self.is_query else Visible(None, reach, None, self.table)
+
+    def __eq__(self, other: object) -> Any:
+        return Visible(packed=self.table) if self.table is not None and _are_apart(self, other) else _Symbol()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Distance(_Symbol):
+    """A query's position less a key's, or the other way round."""
+
+    def __init__(self, table: torch.Tensor | None, absolute: bool = False) -> None:
+        self.table = table
+        self.absolute = absolute
+
+    def __abs__(self) -> _Distance:
+        return _Distance(self.table, absolute=True)
+
+    def __le__(self, other: object) -> _Symbol:
+        if not self.absolute or not isinstance(other, int):
+            return _Symbol()
+        return Visible(other, other, None, self.table)
+
+
+class Visible(_Symbol):
+    """The keys that a query sees: a band, in one packed sequence.
+
+    Args:
+        left: How many keys before its own position; None for all.
+        right: How many keys after its own position; None for all, 0 for causal attention.
+        packed: The sequence of each slot, shape `(batch, slots)`; None unless packed.
+        positions: What the band counts in where it does not count slots, shape `(batch, slots)`.
+    """
+
+    def __init__(
+        self,
+        left: int | None = None,
+        right: int | None = None,
+        packed: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> None:
+        self.left = left
+        self.right = right
+        self.packed = packed
+        self.positions = positions
+
+    def __and__(self, other: object) -> _Symbol:
+        if not isinstance(other, Visible) or not (
+            _may_be_one(self.packed, other.packed) and _may_be_one(self.positions, other.positions)
+        ):
+            return _Symbol()
+        return Visible(
+            _least(self.left, other.left),
+            _least(self.right, other.right),
+            other.packed if self.packed is None else self.packed,
+            other.positions if self.positions is None else self.positions,
+        )
+
+
+def _may_be_compared(one: _Position, other: _Position) -> bool:
+    return one.is_query != other.is_query and one.table is other.table
+
+
+def _are_apart(one: _Position, other: object) -> bool:
+    """Whether two are a query's and a key's place in the same count."""
+    return isinstance(other, _Position) and _may_be_compared(one, other) and one.shift == 0 and other.shift == 0
+
+
+def _may_be_one(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is None or other is None or one is other
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
+
+
+class _Lookups(TorchFunctionMode):
+    """Lets a mask function index a tensor with symbols: `table[batch, position]`."""
+
+    def __init__(self, batch: _Symbol) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if len(args) == 2 and isinstance(args[1], tuple) and len(args[1]) == 2 and args[1][0] is self.batch:
+            table, position = args[0], args[1][1]
+            if isinstance(position, _Position) and position.shift == 0 and position.table is None and table.ndim == 2:
+                return _Position(position.is_query, 0, table)
+        for argument in args:
+            for part in argument if isinstance(argument, tuple) else (argument,):
+                if isinstance(part, _Symbol):
+                    return _Symbol()
+        return func(*args, **(kwargs or {}))
+
+
+def interpret(mask_function: Callable[..., Any]) -> Visible | None:
+    """Says what a mask function lets a query see; None if that is not a band in packed sequences for certain.
+
+    Args:
+        mask_function: As transformers' mask helpers hand it to a mask interface, and made by them alone.
+
+    Examples:
+        >>> from transformers.masking_utils import sliding_window_causal_mask_function
+        >>> visible = interpret(sliding_window_causal_mask_function(4))
+        >>> visible.left, visible.right
+        (3, 0)
+    """
+    batch = _Symbol()
+    try:
+        with _Lookups(batch):
+            visible = mask_function(batch, _Symbol(), _Position(is_query=True), _Position(is_query=False))
+    except (AttributeError, TypeError):
+        # It does with a position what no symbol can.
+        return None
+    if not isinstance(visible, Visible):
+        return None
+    # Counted positions restart where a sequence does; without sequences they mean something else.
+    if visible.positions is not None and visible.packed is None:
+        return None
+    return visible
