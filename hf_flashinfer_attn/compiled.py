@@ -22,6 +22,7 @@ from .hooks import weights_are_collected
 from .layout import RaggedLayout, packed_layout, uniform_layout
 from .mask import RaggedMask, lazy_mask
 from .pattern import MaskFunction, band
+from .prepared import prepared_on
 from .settings import current_settings
 from .trace import AttentionCall, is_tracing, record_call
 
@@ -247,6 +248,10 @@ def ragged_attention(
         layout = mask.layout_of_forward(keep_padded_queries=keep_padded_queries)
     else:
         layout = uniform_layout(query.shape[0], query.shape[1], key.shape[1])
+    if decision.path is Path.FLASHINFER:
+        sides = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        prepared = prepared_on(layout, *sides, pattern, sm_scale=sm_scale, softcap=softcap)
+        return prepared(*sides, "compiled")
     call = RaggedCall(
         query=layout.query.gather(query),
         key=layout.key.gather(key),

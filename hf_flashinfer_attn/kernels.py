@@ -33,31 +33,41 @@ def _number_tokens_kernel(valid, ranks, slots, tokens, num_slots, BLOCK: tl.cons
 
 @triton.jit
 def _copy_heads(
-    source, stride_row, stride_slot, stride_head, target, row, place, token, inside, first_head, num_heads,
-    HEAD_DIM: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr,
+    source, stride_row, stride_slot, stride_head, target, row, place, token, inside, first_head,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, HEADS * SIZE)
-    head = first_head + column // SIZE
-    dim = column % SIZE
-    there = inside[:, None] & (head < num_heads)[None, :]
+    column = tl.arange(0, HEADS * COLUMNS)
+    head = first_head + column // COLUMNS
+    dim = column % COLUMNS
+    kept = (head < NUM_HEADS) & (dim < WIDTH)
     address = row * stride_row + place * stride_slot
     offset = head.to(tl.int64) * stride_head + dim
     # Zeros beyond head_dim, not whatever is there: a NaN in a padded column would reach every logit.
-    values = tl.load(source + address[:, None] + offset[None, :], mask=there & (dim < HEAD_DIM)[None, :], other=0.0)
-    tl.store(target + token.to(tl.int64)[:, None] * (num_heads * SIZE) + (head * SIZE + dim)[None, :], values, there)
+    read = inside[:, None] & (kept & (dim < HEAD_DIM))[None, :]
+    values = tl.load(source + address[:, None] + offset[None, :], mask=read, other=0.0)
+    start = token.to(tl.int64)[:, None] * (NUM_HEADS * WIDTH + TAIL)
+    tl.store(target + start + (head * WIDTH + dim)[None, :], values, mask=inside[:, None] & kept[None, :])
+    if TAIL > 0:  # noqa: SIM102 - known when the kernel is compiled
+        if first_head + HEADS >= NUM_HEADS:
+            beyond = tl.arange(0, COLUMNS)
+            for begin in tl.static_range(0, TAIL, COLUMNS):
+                there = inside[:, None] & (begin + beyond < TAIL)[None, :]
+                zeros = tl.full([token.shape[0], COLUMNS], 0.0, dtype=target.dtype.element_ty)
+                tl.store(target + start + (NUM_HEADS * WIDTH + begin + beyond)[None, :], zeros, mask=there)
 
 
 @triton.jit(do_not_specialize=["num_queries", "query_width", "num_keys", "key_width"])
 def _pack_kernel(
     query, key, value, packed_query, packed_key, packed_value, query_slots, key_slots,
     query_row, query_slot, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
-    num_queries, query_width, num_keys, key_width, query_heads: tl.constexpr, key_heads: tl.constexpr,
+    num_queries, query_width, num_keys, key_width, QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     HAS_QUERY_SLOTS: tl.constexpr, HAS_KEY_SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_HEAD_DIM: tl.constexpr,
-    SIZE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    SIZE: tl.constexpr, KEY_WIDTH: tl.constexpr, KEY_COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
-    query_parts = (query_heads + HEADS - 1) // HEADS
-    key_parts = (key_heads + HEADS - 1) // HEADS
+    query_parts = (QUERY_HEADS + HEADS - 1) // HEADS
+    key_parts = (KEY_HEADS + HEADS - 1) // HEADS
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     if part < query_parts:
         inside = token < num_queries
@@ -67,7 +77,7 @@ def _pack_kernel(
         row = (slot // query_width).to(tl.int64)
         place = (slot % query_width).to(tl.int64)
         _copy_heads(query, query_row, query_slot, query_head, packed_query, row, place, token, inside, part * HEADS,
-                    query_heads, HEAD_DIM, SIZE, HEADS)  # fmt: skip
+                    QUERY_HEADS, HEAD_DIM, SIZE, SIZE, 0, HEADS)  # fmt: skip
     else:
         inside = token < num_keys
         slot = token
@@ -77,10 +87,12 @@ def _pack_kernel(
         place = (slot % key_width).to(tl.int64)
         if part < query_parts + key_parts:
             _copy_heads(key, key_row, key_slot, key_head, packed_key, row, place, token, inside,
-                        (part - query_parts) * HEADS, key_heads, HEAD_DIM, SIZE, HEADS)  # fmt: skip
+                        (part - query_parts) * HEADS, KEY_HEADS, HEAD_DIM, KEY_WIDTH, KEY_COLUMNS, SIZE - KEY_WIDTH,
+                        HEADS)  # fmt: skip
         else:
             _copy_heads(value, value_row, value_slot, value_head, packed_value, row, place, token, inside,
-                        (part - query_parts - key_parts) * HEADS, key_heads, VALUE_HEAD_DIM, SIZE, HEADS)  # fmt: skip
+                        (part - query_parts - key_parts) * HEADS, KEY_HEADS, VALUE_HEAD_DIM, KEY_WIDTH, KEY_COLUMNS,
+                        SIZE - KEY_WIDTH, HEADS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -215,7 +227,8 @@ class Packer:
             value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, the last stride 1.
 
         Returns:
-            Query, key and value, contiguous, shape `(tokens, heads, size)`.
+            Query, key and value, shape `(tokens, heads, size)`. Keys and values of a head_dim below `size` overlap: a
+            head goes on with the next head of its token, and the last one with zeros.
         """
         query_slots, key_slots = self._slots
         batch, query_heads, query_width, head_dim = query.shape
@@ -224,13 +237,19 @@ class Packer:
         num_keys = batch * key_width if key_slots is None else key_slots.shape[0]
         size, dtype, device = self._size, query.dtype, query.device
         packed_query = torch.empty((num_queries, query_heads, size), dtype=dtype, device=device)
-        packed_key = torch.empty((num_keys, key_heads, size), dtype=dtype, device=device)
-        packed_value = torch.empty((num_keys, key_heads, size), dtype=dtype, device=device)
+        # What a key has beyond head_dim meets the zeros of the query, and what a value has there is cropped: it need
+        # not be written, but be finite, and start where kernels can read 16 bytes at once.
+        width = head_dim if head_dim == value_head_dim and head_dim % (16 // dtype.itemsize) == 0 else size
+        stride = key_heads * width + size - width
+        both = torch.empty((2, num_keys * stride), dtype=dtype, device=device)
+        packed_key = both.as_strided((num_keys, key_heads, size), (stride, width, 1), 0)
+        packed_value = both.as_strided((num_keys, key_heads, size), (stride, width, 1), num_keys * stride)
         # A pointer that is not used, where all slots are taken.
         first = query if query_slots is None else query_slots
         second = key if key_slots is None else key_slots
         tensors = (query, key, value, packed_query, packed_key, packed_value, first, second)
         pointers = [tensor.data_ptr() for tensor in tensors]
+        # The value's part of their memory starts where it starts, for all calls of the same shapes.
         seen = (query.stride(), key.stride(), value.stride(), (pointers[0] | pointers[1] | pointers[2]) & 15)
         if self._known is not None and self._known[0] == seen:
             self._known[1](*pointers)
@@ -248,7 +267,7 @@ class Packer:
             (num_queries, query_width, num_keys, key_width),
             (
                 query_heads, key_heads, query_slots is not None, key_slots is not None, head_dim, value_head_dim, size,
-                tokens, heads,
+                width, triton.next_power_of_2(width), tokens, heads,
             ),
         )  # fmt: skip
         # Of tensors that start between multiples of 16 only the sum of misalignments is seen; those are looked at anew.

@@ -89,11 +89,12 @@ class _LazyLayout:
                 self._query_valid = self._key_valid.new_ones(spec.batch_size, spec.q_length)
             else:
                 self._query_valid = spec.padding_mask[:, spec.q_offset : spec.q_offset + spec.q_length]
-        counts = [side.sum(-1, dtype=torch.int32) for side in (self._query_valid, self._key_valid)]
+        sides = [self._key_valid] if self._query_valid is self._key_valid else [self._query_valid, self._key_valid]
+        counts = [side.sum(-1, dtype=torch.int32) for side in sides]
         if spec.pattern.is_window:
             starts = F.pad(self._key_valid, (1, 0)).to(torch.int8).diff(dim=1) == 1
             counts.append(starts.sum(-1, dtype=torch.int32))
-        self._read = LengthsRead(torch.stack(counts))
+        self._read = LengthsRead(torch.stack(counts) if len(counts) > 1 else counts[0][None])
 
     @functools.cached_property
     def has_holes(self) -> bool:
@@ -102,7 +103,7 @@ class _LazyLayout:
             return False
         if self._spec.packed is not None:
             return any(len({sequence for sequence, _ in row}) < len(row) for row in self._packed_runs)
-        return self._spec.pattern.is_window and max(self._read.values[2], default=0) > 1
+        return self._spec.pattern.is_window and max(self._read.values[-1], default=0) > 1
 
     @functools.cached_property
     def _packed_runs(self) -> list[list[tuple[int, int]]]:
@@ -170,8 +171,8 @@ class _LazyLayout:
             self._query_valid = torch.ones(spec.batch_size, spec.q_length, dtype=torch.bool)
             self._key_valid = torch.ones(spec.batch_size, self._seen_keys, dtype=torch.bool)
             return [spec.q_length] * spec.batch_size, [self._seen_keys] * spec.batch_size
-        query_counts, key_counts, *_ = self._read.values
-        return query_counts, key_counts
+        counts = self._read.values
+        return counts[0], counts[0 if self._query_valid is self._key_valid else 1]
 
 
 # Tensor methods that only read metadata, so that the mask may stay lazy.

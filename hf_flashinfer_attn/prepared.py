@@ -19,7 +19,7 @@ from .movement import Packer, Unpacker
 from .pattern import CAUSAL, FULL, Pattern
 from .trace import AttentionCall, is_tracing, record_call
 
-__all__ = ["NativeAttention", "PreparedAttention", "native", "prepare"]
+__all__ = ["NativeAttention", "PreparedAttention", "native", "prepare", "prepared_on"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,11 @@ class PreparedAttention:
             # Kernels run on the current device, whatever device their tensors are on.
             with torch.cuda.device(query.device):
                 return self(query, key, value, layer, bias, sinks)
-        query, key, value = self.pack(query, key, value)
-        output = self.unpack(self.plan.run(query, key, value, bias, sinks))
+        packed = self.pack(query, key, value)
+        output = self.plan.run(*packed, bias, sinks)
+        # Their memory serves the padded output.
+        del packed
+        output = self.unpack(output)
         if is_tracing():
             record_call(replace(self.record, layer=layer))
         return output
@@ -199,6 +202,26 @@ def _reach(layout: RaggedLayout, pattern: Pattern) -> float:
     if pattern.left is None or pattern.right is None:
         return keys
     return min(keys, pattern.left + pattern.right + 1)
+
+
+def prepared_on(
+    layout: RaggedLayout,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: Pattern,
+    *,
+    sm_scale: float,
+    softcap: float | None,
+) -> PreparedAttention:
+    """Returns attention that was prepared on a layout before, or prepares it; arguments are those of [`prepare`]."""
+    stream = torch.cuda.current_stream(query.device).cuda_stream
+    name = (query.shape, key.shape, value.shape, query.dtype, query.device, stream, pattern, sm_scale, softcap)
+    found: PreparedAttention | None = layout.prepared.get(name)
+    if found is None or torch.cuda.is_current_stream_capturing():
+        found = prepare(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap)
+        layout.prepared[name] = found
+    return found
 
 
 _Places = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]

@@ -37,6 +37,18 @@ def plain_pack(side: torch.Tensor, valid: torch.Tensor, size: int) -> torch.Tens
     return torch.cat([tokens, tokens.new_zeros(*tokens.shape[:2], size - tokens.shape[2])], dim=2)
 
 
+def check_packed(packed, sides: tuple[torch.Tensor, ...], valid: tuple[torch.Tensor, ...], size: int) -> None:
+    """Queries have zeros beyond head_dim; keys and values anything finite that is inside their memory."""
+    for name, side, tokens, where in zip(("query", "key", "value"), sides, packed, valid):
+        expected = plain_pack(side, where, size)
+        assert tokens.shape == expected.shape
+        kept = size if name == "query" else side.shape[-1]
+        assert torch.equal(tokens[..., :kept], expected[..., :kept])
+        assert tokens.isfinite().all()
+        assert tokens.data_ptr() % 16 == 0
+        assert all(stride * tokens.element_size() % 16 == 0 for stride in tokens.stride()[:-1])
+
+
 VALID = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)).flatmap(
     lambda sizes: st.tuples(
         *(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=sizes[0], max_size=sizes[0])
@@ -73,8 +85,7 @@ def test_tokens_go_where_indexing_puts_them_and_back(through: str, kernels, vali
     pack = (Packer if through == "torch" else kernels.Packer)(maps[0].slots, maps[1].slots, size)
     pack(torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value))  # the second call is the quick one
     packed = pack(query, key, value)
-    for side, tokens, where in zip((query, key, value), packed, (query_valid, key_valid, key_valid)):
-        assert torch.equal(tokens, plain_pack(side, where, size))
+    check_packed(packed, (query, key, value), (query_valid, key_valid, key_valid), size)
     output = torch.randn(len(maps[0].slots), heads[0], size, dtype=torch.float16, device=DEVICE)
     unpack = (Unpacker if through == "torch" else kernels.Unpacker)(maps[0].tokens, tuple(query_valid.shape), dims[1])
     unpack(torch.zeros_like(output))
@@ -90,8 +101,7 @@ def test_without_padding_only_head_dim_changes(through: str, kernels, dims: tupl
     query, key, value = sides(3, [(4, 5, dims[0]), (2, 7, dims[0]), (2, 7, dims[1])], torch.bfloat16)
     everything = torch.ones(3, 7, dtype=torch.bool, device=DEVICE)
     packed = (Packer if through == "torch" else kernels.Packer)(None, None, dims[2])(query, key, value)
-    for side, tokens, width in zip((query, key, value), packed, (5, 7, 7)):
-        assert torch.equal(tokens, plain_pack(side, everything[:, :width], dims[2]))
+    check_packed(packed, (query, key, value), (everything[:, :5], everything, everything), dims[2])
     output = torch.randn(15, 4, dims[2], dtype=torch.bfloat16, device=DEVICE)
     padded = (Unpacker if through == "torch" else kernels.Unpacker)(None, (3, 5), dims[1])(output)
     assert torch.equal(padded.flatten(0, 1), output[..., : dims[1]])
