@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
 from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
-from .layout import LengthsRead, RaggedLayout, packed_layout, uniform_layout
+from .layout import LengthsRead, PreparedStore, RaggedLayout, packed_layout, uniform_layout
 from .mask import MaskSpec, RaggedMask, lazy_mask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
 from .prepared import NativeAttention, PreparedAttention, native, prepare
@@ -151,9 +151,9 @@ def attention_forward(
         if query.is_cuda and not (output_attentions or dropout or cache) and s_aux is None and position_bias is None:
             # Every layer but the first of its kind ends here, and the host does nothing but launch.
             store = _store_of(module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids)
-            if store:
-                prepared = store.get(_signature(module, query, key, value, scaling, is_causal, softcap))
-                if prepared is not None:
+            if store is not None and store.last is not None:
+                signature = _signature(module, query, key, value, scaling, is_causal, softcap)
+                if (prepared := store.find(signature)) is not None:
                     return prepared(query, key, value, _layer_name(module) if is_tracing() else ""), None
         return _attend(module, query, key, value, mask, *rest)
     lazy = None
@@ -181,7 +181,7 @@ def _signature(
     scaling: float | None,
     is_causal: bool | None,
     softcap: float | None,
-) -> Hashable:
+) -> tuple[Any, ...]:
     """All that the choice of a path and a plan depends on, besides the mask or layout that keeps what was chosen."""
     device = query.get_device()
     return (
@@ -200,9 +200,11 @@ def _store_of(
     sliding_window: int | None,
     offsets: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-) -> dict[Hashable, PreparedAttention | NativeAttention] | None:
+) -> PreparedStore | None:
     """Returns where the layers of a forward keep prepared attention; None where each must be looked at."""
-    if offsets is not None or needs_grad(query, key, value) or torch.cuda.is_current_stream_capturing():
+    if offsets is not None or torch.cuda.is_current_stream_capturing():
+        return None
+    if torch.is_grad_enabled() and needs_grad(query, key, value):
         return None
     if isinstance(mask, RaggedMask):
         return None if mask.was_modified else mask.prepared
@@ -338,7 +340,7 @@ def _attend(
             )  # fmt: skip
         store = _store_of(module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids)
         if store is not None and bias is None and sinks is None:
-            store[_signature(module, query, key, value, scaling, is_causal, softcap)] = prepared
+            store.keep(_signature(module, query, key, value, scaling, is_causal, softcap), prepared)
         return prepared(query, key, value, layer, bias, sinks), None
     call = RaggedCall(
         query=layout.query.gather(query.transpose(1, 2)),
@@ -580,7 +582,7 @@ def _padded_queries_are_idle(module: torch.nn.Module) -> bool:
     attends_across = getattr(config, "add_cross_attention", False) or getattr(config, "is_decoder", False)
     if name in _ENCODER_ONLY_LAYERS and not attends_across:
         inputs = inputs - _SECOND_SEQUENCE
-    return inputs <= _OWN_SEQUENCE
+    return inputs.issubset(_OWN_SEQUENCE)
 
 
 def refuse_paged(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ class Packer:
     def __init__(self, query_slots: torch.Tensor | None, key_slots: torch.Tensor | None, size: int) -> None:
         self._slots = query_slots, key_slots
         self._size = size
-        self._known: tuple[Hashable, _Launch] | None = None
+        self._known: _KnownPack | None = None
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -230,30 +231,32 @@ class Packer:
             Query, key and value, shape `(tokens, heads, size)`. Keys and values of a head_dim below `size` overlap: a
             head goes on with the next head of its token, and the last one with zeros.
         """
+        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr())
+        seen = (query.stride(), key.stride(), value.stride())
+        known = self._known
+        if known is None or known.strides != seen or (pointers[0] | pointers[1] | pointers[2]) & 15:
+            return self._pack_anew(query, key, value)
+        packed = known.packed.make(query.dtype, query.device)
+        known.launch(
+            *pointers, packed[0].data_ptr(), packed[1].data_ptr(), packed[2].data_ptr(),
+            known.slots[0] or pointers[0], known.slots[1] or pointers[0],
+        )  # fmt: skip
+        return packed
+
+    def _pack_anew(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query_slots, key_slots = self._slots
         batch, query_heads, query_width, head_dim = query.shape
         _, key_heads, key_width, value_head_dim = value.shape
         num_queries = batch * query_width if query_slots is None else query_slots.shape[0]
         num_keys = batch * key_width if key_slots is None else key_slots.shape[0]
-        size, dtype, device = self._size, query.dtype, query.device
-        packed_query = torch.empty((num_queries, query_heads, size), dtype=dtype, device=device)
+        size = self._size
         # What a key has beyond head_dim meets the zeros of the query, and what a value has there is cropped: it need
         # not be written, but be finite, and start where kernels can read 16 bytes at once.
-        width = head_dim if head_dim == value_head_dim and head_dim % (16 // dtype.itemsize) == 0 else size
-        stride = key_heads * width + size - width
-        both = torch.empty((2, num_keys * stride), dtype=dtype, device=device)
-        packed_key = both.as_strided((num_keys, key_heads, size), (stride, width, 1), 0)
-        packed_value = both.as_strided((num_keys, key_heads, size), (stride, width, 1), num_keys * stride)
-        # A pointer that is not used, where all slots are taken.
-        first = query if query_slots is None else query_slots
-        second = key if key_slots is None else key_slots
-        tensors = (query, key, value, packed_query, packed_key, packed_value, first, second)
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        # The value's part of their memory starts where it starts, for all calls of the same shapes.
-        seen = (query.stride(), key.stride(), value.stride(), (pointers[0] | pointers[1] | pointers[2]) & 15)
-        if self._known is not None and self._known[0] == seen:
-            self._known[1](*pointers)
-            return packed_query, packed_key, packed_value
+        width = head_dim if head_dim == value_head_dim and head_dim % (16 // query.element_size()) == 0 else size
+        shape = _PackedShape((num_queries, query_heads, size), (num_keys, key_heads, size), width)
+        packed = shape.make(query.dtype, query.device)
         tokens, heads = _tile(size, query_heads, query.element_size())
         parts = -(-query_heads // heads) + 2 * -(-key_heads // heads)
         row, head, slot, _ = query.stride()
@@ -262,7 +265,11 @@ class Packer:
         launch = _Launch(
             _pack_kernel,
             (-(-max(num_queries, num_keys) // tokens), parts, 1),
-            tensors,
+            # A pointer that is not used, where all slots are taken.
+            (
+                query, key, value, *packed, query if query_slots is None else query_slots,
+                query if key_slots is None else key_slots,
+            ),
             (row, slot, head, key_row, key_slot, key_head, value_row, value_slot, value_head),
             (num_queries, query_width, num_keys, key_width),
             (
@@ -270,10 +277,38 @@ class Packer:
                 width, triton.next_power_of_2(width), tokens, heads,
             ),
         )  # fmt: skip
-        # Of tensors that start between multiples of 16 only the sum of misalignments is seen; those are looked at anew.
-        if launch.can_repeat and seen[3] == 0:
-            self._known = seen, launch
-        return packed_query, packed_key, packed_value
+        if launch.can_repeat and not any(side.data_ptr() & 15 for side in (query, key, value)):
+            slots = tuple(0 if side is None else side.data_ptr() for side in (query_slots, key_slots))
+            self._known = _KnownPack((query.stride(), key.stride(), value.stride()), launch, shape, slots)
+        return packed
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedShape:
+    """Shapes of packed queries and of packed keys or values, and how far the heads of those are apart."""
+
+    query: tuple[int, int, int]
+    key: tuple[int, int, int]
+    width: int
+
+    def make(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_keys, heads, size = self.key
+        width = self.width
+        stride = heads * width + size - width
+        query = torch.empty(self.query, dtype=dtype, device=device)
+        both = torch.empty(2 * num_keys * stride, dtype=dtype, device=device)
+        strides = (stride, width, 1)
+        return query, both.as_strided(self.key, strides), both.as_strided(self.key, strides, num_keys * stride)
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownPack:
+    """A launch that can be repeated for tensors of the same strides, and the pointers of its slots."""
+
+    strides: tuple[tuple[int, ...], ...]
+    launch: _Launch
+    packed: _PackedShape
+    slots: tuple[int, ...]
 
 
 class Unpacker:

@@ -20,7 +20,7 @@ from .errors import UnsupportedAttentionError
 from .movement import TokenMap
 from .trace import record_host_copy, record_layout
 
-__all__ = ["LengthsRead", "RaggedLayout", "RaggedSide", "packed_layout", "uniform_layout"]
+__all__ = ["LengthsRead", "PreparedStore", "RaggedLayout", "RaggedSide", "packed_layout", "uniform_layout"]
 
 
 class LengthsRead:
@@ -143,6 +143,29 @@ class RaggedSide:
         return padded.index_copy_(0, found.slots.long(), ragged).reshape(shape)
 
 
+class PreparedStore:
+    """What one layer of a forward leaves for the next ones, by the signature of its call.
+
+    Most layers are alike, so the last one is looked at before anything is hashed.
+    """
+
+    __slots__ = ("_kept", "last")
+
+    def __init__(self) -> None:
+        self.last: tuple[tuple[Any, ...], Any] | None = None
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    def find(self, signature: tuple[Any, ...]) -> Any | None:
+        last = self.last
+        if last is not None and last[0] == signature:
+            return last[1]
+        return self._kept.get(signature)
+
+    def keep(self, signature: tuple[Any, ...], prepared: Any) -> None:
+        self._kept[signature] = prepared
+        self.last = signature, prepared
+
+
 class RaggedLayout:
     """The ragged layout of one forward: its queries, its keys, and the plans that backends made for it.
 
@@ -169,7 +192,7 @@ class RaggedLayout:
         # What backends derive from the layout, so that it lives and dies with the forward.
         self.plans: dict[Hashable, Any] = {}
         self.derived: dict[Hashable, Any] = {}
-        self.prepared: dict[Hashable, Any] = {}
+        self.prepared = PreparedStore()
         self.lock = threading.Lock()
         record_layout()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers.masking_utils import eager_mask
 
 from .errors import UnsupportedAttentionError
-from .layout import LengthsRead, RaggedLayout, RaggedSide, uniform_layout
+from .layout import LengthsRead, PreparedStore, RaggedLayout, RaggedSide, uniform_layout
 from .pattern import Pattern, PatternKind, dense_pattern, recognise
 from .trace import record_host_copy
 
@@ -66,7 +66,7 @@ class _LazyLayout:
         self._device = device
         self._dense: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, int]] = {}
         self._layouts: dict[bool, RaggedLayout] = {}
-        self.prepared: dict[Hashable, Any] = {}
+        self.prepared = PreparedStore()
         self._read: LengthsRead | None = None
         self._sides: tuple[RaggedSide, RaggedSide] | None = None
         if spec.pattern.kind is PatternKind.DENSE:
@@ -248,7 +248,7 @@ class RaggedMask(torch.Tensor):
         return self._lazy_layout.get(keep_padded_queries)
 
     @property
-    def prepared(self) -> dict[Hashable, Any]:
+    def prepared(self) -> PreparedStore:
         """What the attention function keeps for the next layers of this forward."""
         return self._lazy_layout.prepared
 

@@ -60,7 +60,7 @@ class PreparedAttention:
         Returns:
             Shape `(batch, q_length, heads, value_head_dim)`, contiguous, zero in padding.
         """
-        if torch.cuda.current_device() != query.get_device():
+        if torch._C._cuda_getDevice() != query.get_device():
             # Kernels run on the current device, whatever device their tensors are on.
             with torch.cuda.device(query.device):
                 return self(query, key, value, layer, bias, sinks)
@@ -217,10 +217,10 @@ def prepared_on(
     """Returns attention that was prepared on a layout before, or prepares it; arguments are those of [`prepare`]."""
     stream = torch.cuda.current_stream(query.device).cuda_stream
     name = (query.shape, key.shape, value.shape, query.dtype, query.device, stream, pattern, sm_scale, softcap)
-    found: PreparedAttention | None = layout.prepared.get(name)
+    found: PreparedAttention | None = layout.prepared.find(name)
     if found is None or torch.cuda.is_current_stream_capturing():
         found = prepare(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap)
-        layout.prepared[name] = found
+        layout.prepared.keep(name, found)
     return found
 
 
