@@ -22,7 +22,7 @@ from .hooks import weights_are_collected
 from .layout import LengthsRead, PreparedStore, RaggedLayout, packed_layout, uniform_layout
 from .mask import MaskSpec, RaggedMask, lazy_mask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
-from .prepared import NativeAttention, PreparedAttention, native, prepare
+from .prepared import NativeAttention, PreparedAttention, native, native_masked, prepare
 from .settings import current_settings
 from .trace import AttentionCall, is_tracing, record_call
 
@@ -320,6 +320,19 @@ def _attend(
             head_dim = request.head_dim
             record_call(AttentionCall(layer, pattern.name, "dense", head_dim, head_dim, decision.reason))
         return output, weights
+    may_be_native = (
+        decision.path is Path.FLASHINFER and current_settings().backend == "auto" and bias is None and s_aux is None
+    )
+    store = None
+    if decision.path is Path.FLASHINFER and bias is None and s_aux is None:
+        store = _store_of(module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids)
+    prepared: PreparedAttention | NativeAttention | None = None
+    if may_be_native and lazy is not None and offsets is None:
+        prepared = native_masked(query, key, value, lazy.spec, sm_scale=sm_scale, softcap=softcap)
+        if prepared is not None:
+            if store is not None:
+                store.keep(_signature(module, query, key, value, scaling, is_causal, softcap), prepared)
+            return prepared(query, key, value, layer), None
     if offsets is not None:
         layout = _packed_layout(lazy, *offsets, query, key)
     elif lazy is not None:
@@ -330,16 +343,14 @@ def _attend(
         layout = _layout_of_2d_mask(mask, query, key)
     sinks = None if s_aux is None else s_aux.reshape(-1)
     if decision.path is Path.FLASHINFER:
-        prepared: PreparedAttention | NativeAttention | None = None
-        if current_settings().backend == "auto" and bias is None and sinks is None:
+        if may_be_native:
             prepared = native(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap)
         if prepared is None:
             prepared = prepare(
                 query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap, biased=bias is not None,
                 sinks=sinks is not None,
             )  # fmt: skip
-        store = _store_of(module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids)
-        if store is not None and bias is None and sinks is None:
+        if store is not None:
             store.keep(_signature(module, query, key, value, scaling, is_causal, softcap), prepared)
         return prepared(query, key, value, layer, bias, sinks), None
     call = RaggedCall(
@@ -550,8 +561,10 @@ _ENCODER_ONLY_LAYERS = frozenset(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _inputs_of(forward: Callable[..., Any]) -> frozenset[str]:
-    return _parameters_of(forward)
+def _takes_one_sequence(forward: Callable[..., Any], is_encoder_only: bool) -> bool:
+    """Whether a layer's forward has no parameter by which another sequence could come in."""
+    inputs = _parameters_of(forward)
+    return (inputs - _SECOND_SEQUENCE if is_encoder_only else inputs) <= _OWN_SEQUENCE
 
 
 @functools.cache
@@ -578,11 +591,9 @@ def _padded_queries_are_idle(module: torch.nn.Module) -> bool:
     if config is not None and not hasattr(config, "vocab_size"):
         # Vision towers and codecs pool, shuffle and convolve padding too.
         return False
-    inputs: frozenset[str] = _inputs_of(layer.forward)
     attends_across = getattr(config, "add_cross_attention", False) or getattr(config, "is_decoder", False)
-    if name in _ENCODER_ONLY_LAYERS and not attends_across:
-        inputs = inputs - _SECOND_SEQUENCE
-    return inputs.issubset(_OWN_SEQUENCE)
+    alone: bool = _takes_one_sequence(layer.forward, name in _ENCODER_ONLY_LAYERS and not attends_across)
+    return alone
 
 
 def refuse_paged(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

@@ -53,6 +53,10 @@ class MaskSpec:
     densify: Callable[[torch.dtype, torch.device], torch.Tensor]
 
 
+# Query-key pairs of a batch below which attention may be so little work that nobody asks for lengths.
+_SMALL = 1 << 20
+
+
 class _LazyLayout:
     """The layouts and the dense values of a spec, made at most once, for every copy of the mask on any device.
 
@@ -67,7 +71,8 @@ class _LazyLayout:
         self._dense: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, int]] = {}
         self._layouts: dict[bool, RaggedLayout] = {}
         self.prepared = PreparedStore()
-        self._read: LengthsRead | None = None
+        self._started: LengthsRead | None = None
+        self._is_unread = False
         self._sides: tuple[RaggedSide, RaggedSide] | None = None
         if spec.pattern.kind is PatternKind.DENSE:
             return
@@ -76,11 +81,27 @@ class _LazyLayout:
         if spec.pattern.is_causal:
             end = min(end, spec.q_offset + spec.q_length)
         self._seen_keys = end - spec.kv_offset
+        if spec.packed is None and spec.padding_mask is None:
+            return
+        # The copy of the lengths is under way while the first projections are launched; a small batch may not need it.
+        is_small = spec.batch_size * spec.q_length * spec.kv_length < _SMALL and not spec.pattern.is_window
+        self._is_unread = is_small and spec.packed is None
+        if not self._is_unread:
+            self._start_read()
+
+    @property
+    def _read(self) -> LengthsRead | None:
+        if self._is_unread:
+            self._is_unread = False
+            self._start_read()
+        return self._started
+
+    def _start_read(self) -> None:
+        spec, end = self._spec, self._spec.kv_offset + self._seen_keys
         if spec.packed is not None:
-            self._read = LengthsRead(spec.packed)
+            self._started = LengthsRead(spec.packed)
             return
-        if spec.padding_mask is None:
-            return
+        assert spec.padding_mask is not None
         self._key_valid = spec.padding_mask[:, spec.kv_offset : end]
         self._query_valid = self._key_valid
         if self._seen_keys != spec.q_length:
@@ -94,11 +115,13 @@ class _LazyLayout:
         if spec.pattern.is_window:
             starts = F.pad(self._key_valid, (1, 0)).to(torch.int8).diff(dim=1) == 1
             counts.append(starts.sum(-1, dtype=torch.int32))
-        self._read = LengthsRead(torch.stack(counts) if len(counts) > 1 else counts[0][None])
+        self._started = LengthsRead(torch.stack(counts) if len(counts) > 1 else counts[0][None])
 
     @functools.cached_property
     def has_holes(self) -> bool:
         """Whether padding splits a row whose distances matter, or a packed sequence is in pieces; waits for a copy."""
+        if self._spec.packed is None and not self._spec.pattern.is_window:
+            return False
         if self._read is None:
             return False
         if self._spec.packed is not None:

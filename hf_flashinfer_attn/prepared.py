@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from .backends import flashinfer
 from .bias import LogitsBias
 from .layout import RaggedLayout
+from .mask import MaskSpec
 from .movement import Packer, Unpacker
 from .pattern import CAUSAL, FULL, Pattern
 from .trace import AttentionCall, is_tracing, record_call
 
-__all__ = ["NativeAttention", "PreparedAttention", "native", "prepare", "prepared_on"]
+__all__ = ["NativeAttention", "PreparedAttention", "native", "native_masked", "prepare", "prepared_on"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +75,28 @@ class PreparedAttention:
         return output
 
 
+# FLOPs of padded attention in one layer below which torch's own kernel is done before ours is even launched: 0.05 ms on
+# an H200 (benchmarks/NOTES.md). The host, not the GPU, decides how long such a forward takes.
+SMALL_FLOPS = 1 << 31
+
+
 @dataclass(frozen=True, slots=True)
 class NativeAttention:
-    """torch's own attention for a batch without padding, of a head_dim that FlashInfer's kernels would have to pad.
+    """torch's own attention where it is the faster choice.
 
-    There is nothing to save then, and torch's fused kernels take such heads as they are.
+    That is a batch without padding, of a head_dim that FlashInfer's kernels would have to pad; and a batch so small
+    that neither lengths nor plans are worth their host time.
+
+    Args:
+        is_causal: Whether no query sees a later key.
+        sm_scale: What logits are multiplied with.
+        mask: Added to the logits, broadcastable to `(batch, heads, q_length, kv_length)`; or None.
+        record: What a trace says of a call, but for the layer.
     """
 
     is_causal: bool
     sm_scale: float
+    mask: torch.Tensor | None
     record: AttentionCall
 
     def __call__(
@@ -96,8 +110,9 @@ class NativeAttention:
     ) -> torch.Tensor:
         """Computes attention; shapes as those of [`PreparedAttention`]. There is neither bias nor sinks."""
         output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=self.is_causal, scale=self.sm_scale, enable_gqa=query.shape[1] != key.shape[1]
-        )
+            query, key, value, self.mask, is_causal=self.is_causal, scale=self.sm_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
         if is_tracing():
             record_call(replace(self.record, layer=layer))
         return output.transpose(1, 2).contiguous()
@@ -133,9 +148,47 @@ def native(
     )
     if not fits:
         return None
-    return NativeAttention(
-        pattern == CAUSAL, sm_scale, AttentionCall("", pattern.name, "sdpa", head_dim, head_dim, None)
+    record = AttentionCall("", pattern.name, "sdpa", head_dim, head_dim, None)
+    return NativeAttention(pattern == CAUSAL, sm_scale, None, record)
+
+
+def native_masked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spec: MaskSpec,
+    *,
+    sm_scale: float,
+    softcap: float | None,
+) -> NativeAttention | None:
+    """Returns torch's own attention with a padding mask where the batch is small; else None.
+
+    Arguments are those of [`prepare`], and what the mask was asked for. No length is read.
+    """
+    batch, heads, q_length, head_dim = query.shape
+    kv_length = key.shape[2]
+    # One query that sees all keys so far is not bounded by causality.
+    is_full = spec.pattern == FULL or (
+        spec.pattern == CAUSAL and q_length == 1 and spec.q_offset + 1 == spec.kv_offset + kv_length
     )
+    fits = (
+        is_full
+        and spec.packed is None
+        and softcap is None
+        and heads == key.shape[1]
+        and head_dim == value.shape[3]
+        and head_dim % 8 == 0
+        and 4 * batch * heads * q_length * kv_length * head_dim < SMALL_FLOPS
+    )
+    if not fits or spec.padding_mask is None:
+        return None
+    valid = spec.padding_mask[:, None, None, spec.kv_offset : spec.kv_offset + kv_length].to(query.device)
+    # Rows of a multiple of 8, or else torch copies the mask in every layer.
+    least = torch.finfo(query.dtype).min
+    mask = torch.full((batch, 1, 1, -(-kv_length // 8) * 8), least, dtype=query.dtype, device=query.device)
+    mask = mask[..., :kv_length].masked_fill_(valid, 0)
+    record = AttentionCall("", spec.pattern.name, "sdpa", head_dim, head_dim, None)
+    return NativeAttention(False, sm_scale, mask, record)
 
 
 def prepare(

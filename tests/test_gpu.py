@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn import prepared
 from hf_flashinfer_attn.accuracy import measure_kernel_error
 from hf_flashinfer_attn.backends import flashinfer, reference
 from hf_flashinfer_attn.bias import LogitsBias
@@ -48,6 +49,11 @@ QWEN = Qwen3Config(
 def kernels() -> list[flashinfer.Kernel]:
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     return ["fa2", "fa3"] if hopper else ["fa2"]
+
+
+@pytest.fixture(autouse=True)
+def _kernels_for_small_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "SMALL_FLOPS", 0)
 
 
 @pytest.fixture
@@ -238,6 +244,22 @@ def test_without_padding_heads_that_need_none_stay_as_they_are(config) -> None:
         sdpa = build(model_class, config, "sdpa")(ids).last_hidden_state
     for output in outputs.values():
         assert (output.double() - exact).norm() <= 1.25 * (sdpa.double() - exact).norm()
+
+
+def test_a_small_batch_asks_for_no_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = batch(6, 37)
+    inputs["attention_mask"][2] = 0  # a row of padding only
+    valid = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        exact = build(BertModel, BERT, "sdpa", torch.float64)(**inputs).last_hidden_state[valid]
+        sdpa = build(BertModel, BERT, "sdpa")(**inputs).last_hidden_state[valid]
+        for flops, kernels, copies in ((0, ("flashinfer-fa2",), 1), (1 << 31, ("sdpa",), 0)):
+            monkeypatch.setattr(prepared, "SMALL_FLOPS", flops)
+            with hf_flashinfer_attn.trace() as trace:
+                output = build(BertModel, BERT, "flashinfer")(**inputs).last_hidden_state
+            assert (trace.kernels, trace.host_copies, trace.plans) == (kernels, copies, copies)
+            assert output.isfinite().all()
+            assert (output[valid].double() - exact).norm() <= 1.25 * (sdpa.double() - exact).norm()
 
 
 def test_plans_in_flight_are_not_overwritten() -> None:

@@ -18,7 +18,14 @@ from paired_models import BOS, EOS, PAD, VOCAB_SIZE, build_model, decoder_config
 from torch import Tensor
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import integration
+from hf_flashinfer_attn import mask as lazy
+from hf_flashinfer_attn import prepared
+
+
+@pytest.fixture(autouse=True)
+def _kernels_for_small_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "SMALL_FLOPS", 0)
+
 
 Devices = tuple[torch.device, torch.device]
 LAYERS = 4
@@ -144,14 +151,14 @@ def assert_as_exact_as_sdpa(name: str, ours: Tensor, devices: Devices) -> None:
 @each_model
 def test_layers_over_two_devices(name: str, devices: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
     made_on: list[torch.device] = []
-    eager_mask = integration.eager_mask
+    eager_mask = lazy.eager_mask
 
     def recorded(**options: Any) -> Tensor:
         made_on.append(options["device"])
         mask: Tensor = eager_mask(**options)
         return mask
 
-    monkeypatch.setattr(integration, "eager_mask", recorded)
+    monkeypatch.setattr(lazy, "eager_mask", recorded)
     dtype, on_gpu = dtype_of(devices), devices[0].type == "cuda"
     model = split_over(build(name, "flashinfer", dtype), devices)
     batch = batch_of(name, devices[0])
