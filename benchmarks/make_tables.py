@@ -55,14 +55,24 @@ def block(grouped: dict[str, list[dict[str, Any]]]) -> str:
         return "No results yet.\n"
     parts = []
     for machine, reports in grouped.items():
-        environment, repeats = reports[-1]["environment"], reports[-1]["repeats"]
+        environment = reports[-1]["environment"]
         picture = chart_file(machine).relative_to(ROOT)
         parts.append(
             f"{machine}, torch {environment['torch']}, transformers {environment['transformers']}: seconds for all "
-            f"requests with sdpa and with ours, and how many times faster; best of {repeats} passes.\n\n"
+            f"requests with sdpa and with ours, and how many times faster; {_passes(reports)}.\n\n"
             f"{_table(reports)}\n\n![Tokens per second]({picture})\n"
         )
     return "\n".join(parts)
+
+
+def _passes(reports: list[dict[str, Any]]) -> str:
+    timed = [
+        outcome["passes_seconds"] for report in reports for cell in report["cells"] for outcome in cell["contenders"]
+    ]
+    counts = sorted({len(passes) for passes in timed if passes})
+    if not counts:
+        return "nothing was timed"
+    return f"best of {counts[0]} to {counts[-1]} passes" if len(counts) > 1 else f"best of {counts[0]} passes"
 
 
 def _table(reports: list[dict[str, Any]]) -> str:
@@ -72,9 +82,7 @@ def _table(reports: list[dict[str, Any]]) -> str:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for cell in cells:
         outcomes = {outcome["name"]: outcome for outcome in cell["contenders"]}
-        title = (
-            f"{cell['lengths']}: {cell['requests']:,} in {cell['batch_size']}s, {cell['padded_fraction']:.0%} padding"
-        )
+        title = f"{cell['lengths']}: {cell['requests']:,} in batches of {cell['batch_size']}, {cell['padded_fraction']:.0%} padding"
         for name in ours:
             if name in outcomes:
                 label = f"{title}, {name}" if len(ours) > 1 else title

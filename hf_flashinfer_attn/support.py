@@ -20,6 +20,11 @@ _NATIVE = (
     "head_dim up to 256, softcap, any softmax scale",
     "attention sinks (`s_aux`), `position_bias` (T5; compiles a kernel of its own)",
 )
+# Where torch's own kernel is faster (benchmarks/NOTES.md); `backend="flashinfer"` does without it.
+_FASTER_ELSEWHERE = (
+    "full or causal attention without padding, of a head_dim that would be padded",
+    "padded batches of under 2 GFLOP of attention per layer, which wait for the host",
+)
 _REFUSED = (
     "continuous batching (`paged|flashinfer`)",
     "planning while a CUDA graph is captured",
@@ -37,6 +42,7 @@ def support_table() -> str:
         | request | on a GPU |
     """
     rows = [(feature, "FlashInfer") for feature in _NATIVE]
+    rows += [(feature, "torch's sdpa") for feature in _FASTER_ELSEWHERE]
     rows += [(rule.feature, f"{_RUNS_ON[rule.path]}, logged once") for rule in RULES]
     rows += [(feature, "`UnsupportedAttentionError`") for feature in _REFUSED]
     return "\n".join(["| request | on a GPU |", "|---|---|", *(f"| {feature} | {path} |" for feature, path in rows)])
