@@ -82,7 +82,8 @@ def _table(reports: list[dict[str, Any]]) -> str:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for cell in cells:
         outcomes = {outcome["name"]: outcome for outcome in cell["contenders"]}
-        title = f"{cell['lengths']}: {cell['requests']:,} in batches of {cell['batch_size']}, {cell['padded_fraction']:.0%} padding"
+        batches = f"{cell['requests']:,} in batches of {cell['batch_size']}"
+        title = f"{cell['lengths']}: {batches}, {cell['padded_fraction']:.0%} padding"
         for name in ours:
             if name in outcomes:
                 label = f"{title}, {name}" if len(ours) > 1 else title
