@@ -19,7 +19,7 @@ from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
 from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
-from .layout import LengthsRead, PreparedStore, RaggedLayout, packed_layout, uniform_layout
+from .layout import LengthsRead, RaggedLayout, packed_layout, uniform_layout
 from .mask import MaskSpec, RaggedMask, lazy_mask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
 from .prepared import NativeAttention, PreparedAttention, native, native_masked, prepare
@@ -60,14 +60,13 @@ def attention_mask(
         use_vmap: Whether the mask function needs vmap to be evaluated.
 
     Returns:
-        A mask of shape `(batch, 1, q_length, kv_length)` without memory. While torch.compile traces, None for full
-        attention without padding, a `GraphMask` for other bands, so that the graph stays whole, and a graph break for
-        any other mask.
+        A mask of shape `(batch, 1, q_length, kv_length)` without memory. While torch.compile traces, a `GraphMask` for
+        bands, so that the graph stays whole, and a graph break for any other mask.
     """
     if torch.compiler.is_compiling():
-        # A causal mask must be a mask: not every decoder takes its absence for causality.
+        # Not None: not every module takes its absence for what was asked.
         if mask_function is bidirectional_mask_function and attention_mask is None:
-            return None
+            return GraphMask(None, (batch_size, q_length, kv_length), None, None, dtype, torch.device(device))
         # Some models hand a mask that they were given to a mask helper again.
         if isinstance(attention_mask, GraphMask):
             return attention_mask
@@ -130,7 +129,8 @@ def attention_forward(
         cache: The paged cache of continuous batching.
 
     Returns:
-        The output, shape `(batch, q_length, heads, value_head_dim)`, padded rows zero; and the weights, or None.
+        The output, shape `(batch, q_length, heads, value_head_dim)`, in padding zero or anything finite; and the
+        weights, or None.
 
     Raises:
         BackendUnavailableError: If the backend asked for by name cannot run.
@@ -148,12 +148,16 @@ def attention_forward(
     )  # fmt: skip
     if not torch.compiler.is_compiling():
         mask = _eager_mask(attention_mask)
-        if query.is_cuda and not (output_attentions or dropout or cache) and s_aux is None and position_bias is None:
-            # Every layer but the first of its kind ends here, and the host does nothing but launch.
-            store = _store_of(module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids)
-            if store is not None and store.last is not None:
+        plain = s_aux is None and position_bias is None and cache is None
+        if query.is_cuda and plain and not (output_attentions or dropout):
+            # Every layer but the first of its kind ends here, and the host does nothing but launch. The owner is held
+            # until then, with whom the plan would go.
+            owner = _owner_of(
+                module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids, scaling, softcap
+            )
+            if owner is not None and owner.prepared.last is not None:
                 signature = _signature(module, query, key, value, scaling, is_causal, softcap)
-                if (prepared := store.find(signature)) is not None:
+                if (prepared := owner.prepared.find(signature)) is not None:
                     return prepared(query, key, value, _layer_name(module) if is_tracing() else ""), None
         return _attend(module, query, key, value, mask, *rest)
     lazy = None
@@ -185,13 +189,14 @@ def _signature(
     """All that the choice of a path and a plan depends on, besides the mask or layout that keeps what was chosen."""
     device = query.get_device()
     return (
-        # The configuration lives longer than the forward.
-        type(module), id(getattr(module, "config", None)), query.shape, key.shape, value.shape, query.dtype, key.dtype,
-        scaling, is_causal, softcap, device, torch._C._cuda_getCurrentRawStream(device), current_settings(),
+        # The configuration lives longer than a mask; where there is none, nothing but causality depends on the module.
+        type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", None), query.shape, key.shape,
+        value.shape, query.dtype, key.dtype, value.dtype, scaling, is_causal, softcap, device,
+        torch._C._cuda_getCurrentRawStream(device), current_settings(),
     )  # fmt: skip
 
 
-def _store_of(
+def _owner_of(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -200,19 +205,24 @@ def _store_of(
     sliding_window: int | None,
     offsets: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-) -> PreparedStore | None:
-    """Returns where the layers of a forward keep prepared attention; None where each must be looked at."""
+    scaling: float | None,
+    softcap: float | None,
+) -> RaggedMask | RaggedLayout | None:
+    """Returns what keeps prepared attention for the layers of a forward; None where each must be looked at."""
     if offsets is not None or torch.cuda.is_current_stream_capturing():
+        return None
+    # Tensors may be written to between two calls.
+    if isinstance(scaling, torch.Tensor) or isinstance(softcap, torch.Tensor):
         return None
     if torch.is_grad_enabled() and needs_grad(query, key, value):
         return None
     if isinstance(mask, RaggedMask):
-        return None if mask.was_modified else mask.prepared
+        return None if mask.was_modified else mask
     if mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]:
         return None
     if position_ids is not None and type(module).__name__ in _PACKED_IMAGES:
         return None
-    return uniform_layout(query.shape[0], query.shape[2], key.shape[2]).prepared
+    return uniform_layout(query.shape[0], query.shape[2], key.shape[2])
 
 
 def _attend_traced(
@@ -323,15 +333,27 @@ def _attend(
     may_be_native = (
         decision.path is Path.FLASHINFER and current_settings().backend == "auto" and bias is None and s_aux is None
     )
-    store = None
-    if decision.path is Path.FLASHINFER and bias is None and s_aux is None:
-        store = _store_of(module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids)
+    owner = None
     prepared: PreparedAttention | NativeAttention | None = None
+    if decision.path is Path.FLASHINFER and not query.dtype == key.dtype == value.dtype:
+        raise UnsupportedAttentionError(
+            f"query, key and value of dtypes {query.dtype}, {key.dtype} and {value.dtype}",
+            "Make the dtypes of the model and of its cache the same.",
+        )
+    if decision.path is Path.FLASHINFER and bias is None and s_aux is None:
+        owner = _owner_of(
+            module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids, scaling, softcap
+        )
+        if owner is not None:
+            signature = _signature(module, query, key, value, scaling, is_causal, softcap)
+            # Inputs that were cast are found only here.
+            if (prepared := owner.prepared.find(signature)) is not None:
+                return prepared(query, key, value, layer), None
     if may_be_native and lazy is not None and offsets is None:
         prepared = native_masked(query, key, value, lazy.spec, sm_scale=sm_scale, softcap=softcap)
         if prepared is not None:
-            if store is not None:
-                store.keep(_signature(module, query, key, value, scaling, is_causal, softcap), prepared)
+            if owner is not None:
+                owner.prepared.keep(signature, prepared)
             return prepared(query, key, value, layer), None
     if offsets is not None:
         layout = _packed_layout(lazy, *offsets, query, key)
@@ -350,8 +372,8 @@ def _attend(
                 query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap, biased=bias is not None,
                 sinks=sinks is not None,
             )  # fmt: skip
-        if store is not None:
-            store.keep(_signature(module, query, key, value, scaling, is_causal, softcap), prepared)
+        if owner is not None:
+            owner.prepared.keep(signature, prepared)
         return prepared(query, key, value, layer, bias, sinks), None
     call = RaggedCall(
         query=layout.query.gather(query.transpose(1, 2)),

@@ -143,7 +143,7 @@ def _tile(columns: int, num_heads: int, itemsize: int) -> tuple[int, int]:
 
 _compiled: dict[Hashable, Any] = {}
 # Their compiled kernels are known to be run with these arguments; others are asked to arrange them.
-_KNOWN_TRITON = Version("3.4") <= Version(triton.__version__) < Version("3.8")
+_KNOWN_TRITON = (3, 4) <= Version(triton.__version__).release[:2] < (3, 8)
 
 
 class _Launch:
@@ -174,8 +174,8 @@ class _Launch:
         constants: tuple[Hashable, ...],
     ) -> None:
         fits: list[int] = [tensor.data_ptr() & 15 == 0 for tensor in tensors]
-        fits += [-1 if stride == 1 else 2 if stride > 0x7FFFFFFF else stride & 15 == 0 for stride in strides]
-        key = (kernel, tensors[0].device, tensors[0].dtype, constants, *fits)
+        fits += [-1 if stride == 1 else 2 * (stride > 0x7FFFFFFF) + (stride & 15 == 0) for stride in strides]
+        key = (kernel, tensors[0].device, *(tensor.dtype for tensor in tensors), constants, *fits)
         self._grid = grid
         self._rest = (*strides, *sizes, *constants)
         self._compiled: Any = _compiled.get(key)
@@ -253,7 +253,8 @@ class Packer:
         num_keys = batch * key_width if key_slots is None else key_slots.shape[0]
         size = self._size
         # What a key has beyond head_dim meets the zeros of the query, and what a value has there is cropped: it need
-        # not be written, but be finite, and start where kernels can read 16 bytes at once.
+        # not be written, but be finite, and start where kernels can read 16 bytes at once. An overflow in one head is
+        # then NaN in the head before it too, where eager attention would keep it from that head.
         width = head_dim if head_dim == value_head_dim and head_dim % (16 // query.element_size()) == 0 else size
         shape = _PackedShape((num_queries, query_heads, size), (num_keys, key_heads, size), width)
         packed = shape.make(query.dtype, query.device)

@@ -92,8 +92,8 @@ class _LazyLayout:
     @property
     def _read(self) -> LengthsRead | None:
         if self._is_unread:
-            self._is_unread = False
             self._start_read()
+            self._is_unread = False
         return self._started
 
     def _start_read(self) -> None:
@@ -416,6 +416,8 @@ def lazy_mask(
         record_host_copy()
     # A static cache counts its tokens on the device, and counts on in place before a layer asks for the dense mask.
     first_query = int(q_offset)
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(torch.bool)
     padding_mask = attention_mask
     if padding_mask is not None and (missing := kv_length + kv_offset - padding_mask.shape[-1]) > 0:
         padding_mask = torch.nn.functional.pad(padding_mask, (0, missing))

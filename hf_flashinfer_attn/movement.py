@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,12 +19,15 @@ __all__ = ["Packer", "TokenMap", "Unpacker"]
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has_triton(device: torch.device) -> bool:
+    """Whether Triton can compile and run kernels on a GPU: it needs a C compiler to launch them."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 5):
+        return False
+    return any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc"))))
 
 
 def _use_triton(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and _has_triton()
+    return tensor.is_cuda and _has_triton(tensor.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +158,11 @@ class Unpacker:
 
 def _is_one_run(side: torch.Tensor) -> bool:
     """Whether rows follow each other at the distance of slots, so that batch and slots are one dimension."""
-    row, _, slot, last = side.stride()
-    return last == 1 and (row == slot * side.shape[2] or side.shape[0] == 1)
+    row, head, slot, last = side.stride()
+    is_run = last == 1 and (row == slot * side.shape[2] or side.shape[0] == 1)
+    # Kernels read 16 bytes at once, and some count elements in 32 bits.
+    is_aligned = not (side.data_ptr() | head * side.element_size() | slot * side.element_size()) & 15
+    return is_run and is_aligned and side.shape[0] * side.shape[2] * slot < 2**32
 
 
 def _flat(side: torch.Tensor) -> torch.Tensor:

@@ -145,6 +145,8 @@ def native(
         and head_dim == value.shape[-1]
         and head_dim % 8 == 0
         and head_dim not in flashinfer.KERNEL_HEAD_DIMS["auto"]
+        # Older GPUs have no fused kernel for grouped heads.
+        and (query.shape[1] == key.shape[1] or torch.cuda.get_device_capability(query.device) >= (8, 0))
     )
     if not fits:
         return None
@@ -183,6 +185,8 @@ def native_masked(
     if not fits or spec.padding_mask is None:
         return None
     valid = spec.padding_mask[:, None, None, spec.kv_offset : spec.kv_offset + kv_length].to(query.device)
+    # A row of padding only attends to its padding: anything finite will do, and a masked row may be NaN.
+    valid = valid | ~valid.any(-1, keepdim=True)
     # Rows of a multiple of 8, or else torch copies the mask in every layer.
     least = torch.finfo(query.dtype).min
     mask = torch.full((batch, 1, 1, -(-kv_length // 8) * 8), least, dtype=query.dtype, device=query.device)
@@ -269,7 +273,8 @@ def prepared_on(
 ) -> PreparedAttention:
     """Returns attention that was prepared on a layout before, or prepares it; arguments are those of [`prepare`]."""
     stream = torch.cuda.current_stream(query.device).cuda_stream
-    name = (query.shape, key.shape, value.shape, query.dtype, query.device, stream, pattern, sm_scale, softcap)
+    shapes = query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype
+    name = (*shapes, query.device, stream, pattern, sm_scale, softcap)
     found: PreparedAttention | None = layout.prepared.find(name)
     if found is None or torch.cuda.is_current_stream_capturing():
         found = prepare(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap)

@@ -533,9 +533,9 @@ def test_tables_of_two_runs(tmp_path: Path) -> None:
     assert machine.endswith(", float32")
     table = make_tables.block({machine: reports})
     assert "| requests | gte-small | bge-base |" in table
-    assert table.count("\n| 4+8: 4 in 64s, 25% padding |") == 1
+    assert table.count("\n| 4+8: 4 in batches of 64, 25% padding |") == 1
     # The later run of a cell replaces the earlier one.
-    assert table.count("\n| 5: 4 in 64s,") == 1
+    assert table.count("\n| 5: 4 in batches of 64,") == 1
     assert "12% padding" in table
     best = first["cells"][0]["contenders"]
     assert (

@@ -34,7 +34,7 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
-from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_chunked_causal_mask
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import integration
@@ -552,3 +552,32 @@ def test_float32_is_cast_as_for_flash_kernels_in_a_graph(autocast: bool, monkeyp
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert torch.compile(forward, fullgraph=True, backend="eager")(QUERIES).dtype == torch.bfloat16
+
+
+class _BothWays(torch.nn.Module):
+    """A layer that calls itself causal, under a mask that is not."""
+
+    is_causal = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = LlamaConfig(**DECODER)
+        self.config._attn_implementation = "flashinfer"
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        mask = create_bidirectional_mask(self.config, hidden, attention_mask=None, allow_is_bidirectional_skip=False)
+        heads = hidden.unflatten(-1, (4, 16)).transpose(1, 2)
+        return integration.attention_forward(self, heads, heads, heads, mask)[0]
+
+
+@torch.no_grad()
+def test_a_mask_that_hides_nothing_is_not_taken_for_causality() -> None:
+    layer, hidden = _BothWays(), torch.randn(2, 6, 64)
+    heads = hidden.unflatten(-1, (4, 16)).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2)
+    try:
+        uncompiled = layer(hidden)
+    except TypeError:
+        pytest.skip("this version of transformers cannot be told to keep such a mask")
+    torch.testing.assert_close(uncompiled, expected)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(hidden), expected)

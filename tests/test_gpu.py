@@ -26,6 +26,7 @@ from hf_flashinfer_attn import prepared
 from hf_flashinfer_attn.accuracy import measure_kernel_error
 from hf_flashinfer_attn.backends import flashinfer, reference
 from hf_flashinfer_attn.bias import LogitsBias
+from hf_flashinfer_attn.integration import attention_forward
 from hf_flashinfer_attn.layout import RaggedLayout, RaggedSide, uniform_layout
 
 pytestmark = pytest.mark.gpu
@@ -374,3 +375,28 @@ def test_a_compiled_model_casts_float32_as_flash_kernels_do() -> None:
     with torch.autocast("cuda", torch.bfloat16), hf_flashinfer_attn.trace() as trace:
         compiled(**batch())
     assert all(kernel.startswith("flashinfer") for kernel in trace.kernels)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_causality_of_a_module_is_looked_at_in_every_call(head_dim: int) -> None:
+    query, key, value = torch.randn(3, 2, 4, 30, head_dim, device="cuda").half()
+    layer = torch.nn.Module()
+    for is_causal in (False, True, False):
+        layer.is_causal = is_causal
+        for _ in range(2):
+            output = attention_forward(layer, query, key, value, None)[0].transpose(1, 2)
+            expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+            torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_views_that_kernels_cannot_read_are_copied() -> None:
+    # A fused projection with a column too many: no head starts at a multiple of 16 bytes.
+    whole = torch.randn(2, 30, 3 * 2 * 64 + 1, device="cuda").half()[..., 1:]
+    query, key, value = (side.unflatten(-1, (2, 64)).transpose(1, 2) for side in whole.chunk(3, dim=-1))
+    layer = torch.nn.Module()
+    layer.is_causal = False
+    hf_flashinfer_attn.configure(backend="flashinfer")
+    for _ in range(2):
+        output = attention_forward(layer, query, key, value, None)[0].transpose(1, 2)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)

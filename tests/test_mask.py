@@ -16,6 +16,7 @@ from transformers.masking_utils import (
 )
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn import mask as mask_module
 from hf_flashinfer_attn.integration import attention_forward, attention_mask
 from hf_flashinfer_attn.mask import RaggedMask
 from hf_flashinfer_attn.pattern import PatternKind
@@ -276,3 +277,19 @@ def test_packed_sequences_in_pieces_are_joined_as_transformers_does(pieces: bool
 
 def test_unknown_patterns_are_dense() -> None:
     assert make(lambda b, h, q, k: k <= q).spec.pattern.kind is PatternKind.DENSE
+
+
+def test_a_read_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = make()
+    with monkeypatch.context() as patched:
+        patched.setattr(mask_module, "LengthsRead", lambda counts: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            mask.layout_of_forward(keep_padded_queries=False)
+    assert mask.layout_of_forward(keep_padded_queries=False).key.lengths == (3, 3, 3)
+
+
+def test_a_mask_of_integers_means_the_same() -> None:
+    mask = make(valid=VALID.long())
+    assert mask.spec.padding_mask is not None
+    assert torch.equal(mask.spec.padding_mask, VALID)
+    assert torch.equal(mask + 0, reference())

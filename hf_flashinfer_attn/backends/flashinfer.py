@@ -287,7 +287,8 @@ class _Wrapper:
 
     def plan(self, key: _PlanKey, layout: RaggedLayout) -> None:
         self.event.synchronize()
-        if self._replay is not None and self.key == key and _planner_is_known():
+        # "auto" chooses by lengths, anew in every plan.
+        if self._replay is not None and self.key == key and key.kernel != "auto" and _planner_is_known():
             self._plan_again(key, layout, self._replay)
         else:
             self.key, self._replay = None, None
@@ -365,7 +366,8 @@ class _Wrapper:
         if (recorded := recorder.arguments) is None:
             return
         tensors = _find(recorded, (query, key, value, output))
-        planned = _find(recorded, (prefill._plan_info, prefill._qo_indptr_buf, prefill._kv_indptr_buf))
+        fixed = [getattr(prefill, name, None) for name in ("_plan_info", "_qo_indptr_buf", "_kv_indptr_buf")]
+        planned = None if any(one is None for one in fixed) else _find(recorded, fixed)
         if tensors is not None and planned is not None:
             arguments = [None if at in tensors else argument for at, argument in enumerate(recorded)]
             self._replay = _Replay(module, arguments, tensors, planned[0], planned[1:])  # type: ignore[arg-type]
@@ -581,7 +583,8 @@ def make_plan(
         kernel: "fa2", "fa3" or "auto".
 
     Raises:
-        UnsupportedAttentionError: If a CUDA graph is being captured and nothing was planned before.
+        UnsupportedAttentionError: If a CUDA graph is being captured and nothing was planned before, or a batch is too
+            large for the kernel's addresses.
         ValueError: If `head_dim` is above 256, or a bias comes with what its kernel lacks.
     """
     # A bound that no row reaches is none: windows need kernels of their own.
@@ -593,6 +596,11 @@ def make_plan(
             "expected kernel='fa2', full or causal attention, no softcap. Use backend='torch'."
         )
     size = padded_head_dim(head_dim, kernel)
+    elements = max(layout.query.total_tokens * num_heads, layout.key.total_tokens * num_kv_heads) * size
+    if kernel == "fa2" and elements >= 2**32:
+        raise UnsupportedAttentionError(
+            f"{elements:,} elements in a query or key, which fa2 addresses with 32 bits", "Use smaller batches."
+        )
     with torch.cuda.device(device):
         key = _PlanKey(
             kernel=kernel,
