@@ -20,7 +20,15 @@ from .errors import UnsupportedAttentionError
 from .movement import TokenMap
 from .trace import record_host_copy, record_layout
 
-__all__ = ["LengthsRead", "PreparedStore", "RaggedLayout", "RaggedSide", "packed_layout", "uniform_layout"]
+__all__ = [
+    "LengthsRead",
+    "PreparedStore",
+    "RaggedLayout",
+    "RaggedSide",
+    "offsets_of",
+    "packed_layout",
+    "uniform_layout",
+]
 
 
 class LengthsRead:
@@ -260,6 +268,19 @@ def uniform_layout(batch_size: int, query_length: int, key_length: int) -> Ragge
     return RaggedLayout(query, RaggedSide((key_length,) * batch_size, (batch_size, key_length), None))
 
 
+def offsets_of(layout: RaggedLayout) -> torch.Tensor:
+    """Returns the offsets of packed sequences on the host, int32, with their layout riding on them.
+
+    Layers that are handed these, as `cu_seq_lens_q` and `cu_seq_lens_k` both, read no lengths.
+    """
+    # A tensor of its own: the layout must not own what owns the layout.
+    offsets = torch.tensor(layout.query.offsets, dtype=torch.int32)
+    versions = None if offsets.is_inference() else (offsets._version, offsets._version)
+    shapes = (layout.query.padded_shape, layout.key.padded_shape)
+    offsets._packed_layout = _PackedLayout(None, None, versions, shapes, layout)  # type: ignore[attr-defined]
+    return offsets
+
+
 def packed_layout(
     carrier: Any,
     query_offsets: torch.Tensor,
@@ -284,9 +305,10 @@ def packed_layout(
             "packed sequences while a CUDA graph is captured, whose lengths every replay would take from the capture",
             "Capture without cu_seqlens, or run this forward outside the graph.",
         )
-    known: _PackedLayout | None = getattr(carrier, "_packed_layout", None)
-    if known is not None and known.is_of(carrier, query_offsets, key_offsets, versions, shapes):
-        return known.layout
+    for place in (query_offsets, carrier):
+        known: _PackedLayout | None = getattr(place, "_packed_layout", None)
+        if known is not None and known.is_of(place, query_offsets, key_offsets, versions, shapes):
+            return known.layout
     layout = RaggedLayout.from_offsets(query_offsets, key_offsets, *shapes)
     # Offsets may outlive the forward, and without a version counter nothing tells whether they were written to.
     if carrier is not query_offsets or versions is not None:
