@@ -19,7 +19,7 @@ from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
 from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
-from .layout import LengthsRead, PreparedStore, RaggedLayout, packed_layout, uniform_layout
+from .layout import LengthsRead, PreparedStore, RaggedLayout, known_layout, packed_layout, uniform_layout
 from .mask import MaskSpec, RaggedMask, lazy_mask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
 from .prepared import NativeAttention, PreparedAttention, native, native_masked, prepare
@@ -150,7 +150,8 @@ def attention_forward(
         mask = _eager_mask(attention_mask)
         if query.is_cuda and not (output_attentions or dropout or cache) and s_aux is None and position_bias is None:
             # Every layer but the first of its kind ends here, and the host does nothing but launch.
-            store = _store_of(module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids)
+            packed = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
+            store = _store_of(module, query, key, value, mask, sliding_window, packed, position_ids)
             if store is not None and store.last is not None:
                 signature = _signature(module, query, key, value, scaling, is_causal, softcap)
                 if (prepared := store.find(signature)) is not None:
@@ -198,14 +199,16 @@ def _store_of(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     sliding_window: int | None,
-    offsets: torch.Tensor | None,
+    offsets: tuple[torch.Tensor, torch.Tensor] | None,
     position_ids: torch.Tensor | None,
 ) -> PreparedStore | None:
     """Returns where the layers of a forward keep prepared attention; None where each must be looked at."""
-    if offsets is not None or torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         return None
     if torch.is_grad_enabled() and needs_grad(query, key, value):
         return None
+    if offsets is not None:
+        return _packed_store(query, key, mask, sliding_window, offsets)
     if isinstance(mask, RaggedMask):
         return None if mask.was_modified else mask.prepared
     if mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]:
@@ -213,6 +216,29 @@ def _store_of(
     if position_ids is not None and type(module).__name__ in _PACKED_IMAGES:
         return None
     return uniform_layout(query.shape[0], query.shape[2], key.shape[2]).prepared
+
+
+def _packed_store(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    sliding_window: int | None,
+    offsets: tuple[torch.Tensor, torch.Tensor],
+) -> PreparedStore | None:
+    """Returns the store of layers that attend to packed sequences alike; None before their layout is known."""
+    pattern = None
+    if isinstance(mask, RaggedMask):
+        if mask.was_modified or mask.spec.packed is not None or mask.spec.padding_mask is not None:
+            return None
+        pattern = mask.spec.pattern
+    elif mask is not None or sliding_window is not None:
+        return None
+    layout = known_layout(mask, *offsets, ((query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])))
+    if layout is None:
+        return None
+    # Layers with another band share the layout, and nothing else.
+    store: PreparedStore = layout.derived.setdefault(("prepared", pattern), PreparedStore())
+    return store
 
 
 def _attend_traced(
@@ -325,7 +351,8 @@ def _attend(
     )
     store = None
     if decision.path is Path.FLASHINFER and bias is None and s_aux is None:
-        store = _store_of(module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids)
+        packed = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
+        store = _store_of(module, query, key, value, mask, sliding_window, packed, position_ids)
     prepared: PreparedAttention | NativeAttention | None = None
     if may_be_native and lazy is not None and offsets is None:
         prepared = native_masked(query, key, value, lazy.spec, sm_scale=sm_scale, softcap=softcap)

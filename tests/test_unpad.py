@@ -16,10 +16,14 @@ import torch
 import transformers
 from paired_models import build_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
+from hf_flashinfer_attn.integration import _packed_store, attention_mask
+from hf_flashinfer_attn.layout import PreparedStore, RaggedLayout, offsets_of
 from hf_flashinfer_attn.unpadding.families import family_of
 
 TOLERANCE = 1e-5
@@ -430,6 +434,69 @@ def test_one_layout_and_no_copies(mode: Any) -> None:
         with mode(), hf_flashinfer_attn.trace() as trace:
             model(**inputs_of("right"))
         assert (trace.layouts, trace.host_copies, len(trace.calls)) == (1, 0, 2), family
+
+
+def test_layers_with_one_band_share_what_was_prepared() -> None:
+    layout = RaggedLayout.from_lengths([2, 3])
+    offsets = offsets_of(layout)
+    query = torch.zeros(1, 2, 5, 8)
+    masks = [attention_mask(1, 5, 5, mask_function=function) for function in (causal_mask_function, sliding(2))]
+
+    def store_of(mask: Tensor | None, offsets: Tensor, sliding_window: int | None = None) -> PreparedStore | None:
+        return _packed_store(query, query, mask, sliding_window, (offsets, offsets))
+
+    stores = [store_of(mask, offsets) for mask in (None, *masks)]
+    assert None not in stores
+    assert len({id(store) for store in stores}) == 3
+    assert [store_of(mask, offsets) for mask in (None, *masks)] == stores
+    assert store_of(None, offsets, sliding_window=2) is None
+    assert store_of(None, offsets_of(layout)) is stores[0]
+    assert store_of(None, torch.tensor([0, 2, 5], dtype=torch.int32)) is None
+    padded = attention_mask(1, 5, 5, mask_function=causal_mask_function, attention_mask=torch.ones(1, 5).bool())
+    assert store_of(padded, offsets) is None
+    offsets[1] = 3
+    assert store_of(None, offsets) is None
+
+
+def sliding(window: int) -> Any:
+    return and_masks(sliding_window_overlay(window), causal_mask_function)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_the_host_reads_nothing(family: str) -> None:
+    model, inputs = unpadded(family, ""), inputs_of("left")
+    with torch.no_grad():
+        # The first time, mask functions are tried out on the host.
+        model(**inputs)
+        with HostReads() as reads:
+            model(**inputs)
+    assert reads.names == []
+    with HostReads() as reads:
+        assert inputs["attention_mask"].sum().item() == sum(LENGTHS)
+    assert len(reads.names) == 1
+
+
+def test_wrong_arguments_are_errors_still() -> None:
+    model, inputs = unpadded("bert", ""), inputs_of("right")
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        model(inputs["input_ids"], **inputs)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        model(*[None] * 20)
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(attention_mask=inputs["attention_mask"])
 
 
 def test_repad_restores() -> None:

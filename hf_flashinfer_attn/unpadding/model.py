@@ -140,12 +140,18 @@ def _implementation(module: torch.nn.Module) -> str | None:
 
 
 @functools.cache
-def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+def _signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def _named(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_parameters_of(type(module).forward), args)), **kwargs} if args else dict(kwargs)
+    """Returns all arguments of a forward by name."""
+    if not args:
+        return dict(kwargs)
+    # Not the instance's own forward, which accelerate replaces.
+    bound = _signature_of(type(module).forward).bind(module, *args, **kwargs).arguments
+    del bound["self"]
+    return {**bound.pop("kwargs", {}), **bound}
 
 
 def _device_of(module: PreTrainedModel, default: torch.device) -> torch.device:
