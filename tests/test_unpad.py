@@ -24,6 +24,7 @@ import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
 from hf_flashinfer_attn.integration import _packed_store, attention_mask
 from hf_flashinfer_attn.layout import PreparedStore, RaggedLayout, offsets_of
+from hf_flashinfer_attn.unpadding import model as model_module
 from hf_flashinfer_attn.unpadding.families import family_of
 
 TOLERANCE = 1e-5
@@ -78,6 +79,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         "ModernBert", "ModernBertConfig", {**_SIZES, "local_attention": 6, "classifier_pooling": "mean"}, (_SEQUENCE,),
     ),
     "nomic-bert": ("NomicBert", "NomicBertConfig", _SIZES, _THREE_HEADS),
+    "jina-v3": ("JinaEmbeddingsV3", "JinaEmbeddingsV3Config", _SIZES, (_SEQUENCE, _TOKENS, _MASKED, _QUESTION)),
     "eurobert": (
         "EuroBert", "EuroBertConfig", {**_SIZES, "num_key_value_heads": 2, "mask_token_id": 4}, _THREE_HEADS,
     ),
@@ -497,6 +499,35 @@ def test_wrong_arguments_are_errors_still() -> None:
         model(*[None] * 20)
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model(attention_mask=inputs["attention_mask"])
+
+
+def test_only_tokens_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model elsewhere is given when its inputs are on the CPU; "meta" stands for elsewhere."""
+    elsewhere = torch.device("meta")
+    monkeypatch.setattr(model_module, "_device_of", lambda module, default: elsewhere)
+    model, inputs = build("roberta", _SEQUENCE), inputs_of("right")
+    labels = torch.zeros(4, dtype=torch.long)
+    _, of_head = model_module._move_to_head(
+        model, (inputs["input_ids"],), {**inputs_without_ids(inputs), "labels": labels}
+    )
+    assert of_head["input_ids"].device.type == "cpu"
+    assert of_head["attention_mask"].device == of_head["labels"].device == elsewhere
+
+    of_head.pop("labels")
+    _, packed = model_module._pack(model.base_model, (), of_head)
+    for name in ("input_ids", "position_ids"):
+        assert (packed[name].shape, packed[name].device) == ((1, sum(LENGTHS)), elsewhere)
+    assert packed["attention_mask"] is None
+    assert packed["cu_seq_lens_q"].tolist() == [0, 9, 13, 19, 21]
+    assert packed["cu_seq_lens_q"].device.type == "cpu"
+
+    _, whole = model_module._pack(model.base_model, (), inputs_of("all-ones"))
+    assert {value.device for value in whole.values()} == {elsewhere}
+    assert whole["input_ids"].shape == whole["attention_mask"].shape == (4, SLOTS)
+
+
+def inputs_without_ids(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if name != "input_ids"}
 
 
 def test_repad_restores() -> None:

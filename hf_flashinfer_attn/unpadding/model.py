@@ -181,16 +181,16 @@ def _pack(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before a backbone's forward: packs its inputs, or leaves them as they are."""
     inputs = _named(module, args, kwargs)
-    packing = _packing_of(module, inputs)
-    tokens = [value for name in _PER_TOKEN if (value := inputs.get(name)) is not None]
-    if not tokens:
+    tokens = next((value for name in _PER_TOKEN if (value := inputs.get(name)) is not None), None)
+    if tokens is None:
         return args, kwargs
-    device = _device_of(module, tokens[0].device)
+    device = _device_of(module, tokens.device)
+    packing = _packing_of(module, inputs, device)
     if packing is None:
-        return (), {
-            name: value.to(device) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
-            for name, value in inputs.items()
-        }
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                inputs[name] = value.to(device)
+        return (), inputs
     _embed_rows(module, inputs, device)
     shape = packing.rows.padded_shape
     if inputs.get("position_ids") is None:
@@ -235,24 +235,26 @@ def _spread(
     return output if packing.returns_dict else output.to_tuple()
 
 
-def _packing_of(module: PreTrainedModel, inputs: dict[str, Any]) -> Packing | None:
+def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> Packing | None:
     """Returns where the tokens of a padded batch are; None for a batch that is not padded or has to stay so."""
     mask = inputs.get("attention_mask")
     if mask is None:
         return None
     reason = _reason_to_stay(module, inputs)
-    packing = None
     if reason is None:
         returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
         packing = Packing.of(getattr(mask, _HOST_MASK, mask), returns_dict=returns_dict)
-        if packing.rows.is_full or packing.rows.total_tokens == 0:
+        if packing.rows.is_full:
+            # So that attention does not ask for the lengths again.
+            inputs["attention_mask"] = mask_of_ones(*packing.rows.padded_shape, device)
             return None
-        if packing.has_holes and _has_window(module):
-            reason = "a window over padding with holes"
-    if reason is not None:
-        log_once(f"unpad leaves {type(module).__name__} padded: {reason}")
-        return None
-    return packing
+        if packing.rows.total_tokens == 0:
+            return None
+        if not (packing.has_holes and _has_window(module)):
+            return packing
+        reason = "a window over padding with holes"
+    log_once(f"unpad leaves {type(module).__name__} padded: {reason}")
+    return None
 
 
 def _reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
