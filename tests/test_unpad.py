@@ -526,6 +526,17 @@ def test_only_tokens_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole["input_ids"].shape == whole["attention_mask"].shape == (4, SLOTS)
 
 
+def test_packed_input_of_the_user_passes_through() -> None:
+    model, plain = unpadded("bert", ""), build("bert")
+    ids = torch.randint(5, VOCAB_SIZE, (1, 7), generator=torch.Generator().manual_seed(0))
+    offsets = torch.tensor([0, 3, 7], dtype=torch.int32)
+    inputs = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    inputs |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+    with torch.no_grad():
+        actual, expected = model(**inputs), plain(**inputs)
+    assert torch.equal(actual.last_hidden_state, expected.last_hidden_state)
+
+
 def inputs_without_ids(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if name != "input_ids"}
 

@@ -31,6 +31,7 @@ _HANDLES = "_flashinfer_unpadding"
 _PACKING = "_flashinfer_packing"
 _HOST_MASK = "_flashinfer_host_mask"
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
+_READ_ON_THE_HOST = frozenset({*_PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
 
 
 def unpad(model: Module) -> Module:
@@ -163,13 +164,13 @@ def _device_of(module: PreTrainedModel, default: torch.device) -> torch.device:
 def _move_to_head(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Moves labels and masks to a head's device, and leaves on the CPU what the backbone will pack there."""
+    """Moves labels and masks to a head's device, and leaves on the CPU what is packed or read there."""
     device = _device_of(module, torch.device("cpu"))
     if device.type == "cpu":
         return None
     inputs = _named(module, args, kwargs)
     for name, value in inputs.items():
-        if name not in _PER_TOKEN and isinstance(value, torch.Tensor) and value.device.type == "cpu":
+        if name not in _READ_ON_THE_HOST and isinstance(value, torch.Tensor) and value.device.type == "cpu":
             moved = inputs[name] = value.to(device, non_blocking=True)
             if name == "attention_mask":
                 setattr(moved, _HOST_MASK, value)
@@ -187,8 +188,8 @@ def _pack(
     device = _device_of(module, tokens.device)
     packing = _packing_of(module, inputs, device)
     if packing is None:
-        for name, value in inputs.items():
-            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+        for name in (*_PER_TOKEN, "attention_mask"):
+            if isinstance(value := inputs.get(name), torch.Tensor) and value.device.type == "cpu":
                 inputs[name] = value.to(device)
         return (), inputs
     _embed_rows(module, inputs, device)
