@@ -9,6 +9,7 @@ from .errors import BackendUnavailableError, FlashInferAttentionError, Unsupport
 from .registration import register
 from .settings import Settings, configure, current_settings
 from .trace import AttentionCall, Trace, trace
+from .unpadding import repad, unpad
 from .version import __version__
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "configure",
     "current_settings",
     "register",
+    "repad",
     "trace",
+    "unpad",
 ]
 
 register()

@@ -15,7 +15,7 @@ from .errors import BackendUnavailableError, UnsupportedAttentionError
 from .pattern import Pattern, PatternKind
 from .settings import Settings
 
-__all__ = ["RULES", "AttentionRequest", "Decision", "Path", "Rule", "decide"]
+__all__ = ["RULES", "AttentionRequest", "Decision", "Path", "Rule", "decide", "log_once"]
 
 logger = logging.getLogger("hf_flashinfer_attn")
 
@@ -136,7 +136,7 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
     if on_torch:
         # Not a fallback but the backend in force, unless a whole mask is needed.
         if unavailable is not None:
-            _log_once(f"attention runs on the torch backend: {unavailable[0]}")
+            log_once(f"attention runs on the torch backend: {unavailable[0]}")
         return Decision(Path.DENSE, feature) if path is Path.DENSE else Decision(Path.TORCH, None)
     if feature is None:
         return Decision(Path.FLASHINFER, None)
@@ -147,7 +147,7 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
             "Use hf_flashinfer_attn.configure(backend='auto', strict=False) to let "
             f"{'dense' if path is Path.DENSE else 'torch'} attention serve such calls.",
         )
-    _log_once(f"falling back to {path.value} attention: {feature}")
+    log_once(f"falling back to {path.value} attention: {feature}")
     return Decision(path, feature)
 
 
@@ -155,7 +155,8 @@ _logged: set[str] = set()
 _logged_lock = threading.Lock()
 
 
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Warns of something the first time that it happens."""
     if message not in _logged:
         with _logged_lock:
             if message in _logged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -19,7 +19,7 @@ from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
 from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
-from .layout import LengthsRead, RaggedLayout, packed_layout, uniform_layout
+from .layout import LengthsRead, PreparedStore, RaggedLayout, known_layout, packed_layout, uniform_layout
 from .mask import MaskSpec, RaggedMask, lazy_mask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
 from .prepared import NativeAttention, PreparedAttention, native, native_masked, prepare
@@ -152,12 +152,11 @@ def attention_forward(
         if query.is_cuda and plain and not (output_attentions or dropout):
             # Every layer but the first of its kind ends here, and the host does nothing but launch. The owner is held
             # until then, with whom the plan would go.
-            owner = _owner_of(
-                module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids, scaling, softcap
-            )
-            if owner is not None and owner.prepared.last is not None:
+            packed = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
+            kept = _kept_of(module, query, key, value, mask, sliding_window, packed, position_ids, scaling, softcap)
+            if kept is not None and kept.store.last is not None:
                 signature = _signature(module, query, key, value, scaling, is_causal, softcap)
-                if (prepared := owner.prepared.find(signature)) is not None:
+                if (prepared := kept.store.find(signature)) is not None:
                     return prepared(query, key, value, _layer_name(module) if is_tracing() else ""), None
         return _attend(module, query, key, value, mask, *rest)
     lazy = None
@@ -196,33 +195,65 @@ def _signature(
     )  # fmt: skip
 
 
-def _owner_of(
+class _Kept(NamedTuple):
+    """What earlier layers left, and whom it lives with; a tuple, as one is made in every call."""
+
+    owner: object
+    store: PreparedStore
+
+
+def _kept_of(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     sliding_window: int | None,
-    offsets: torch.Tensor | None,
+    offsets: tuple[torch.Tensor, torch.Tensor] | None,
     position_ids: torch.Tensor | None,
     scaling: float | None,
     softcap: float | None,
-) -> RaggedMask | RaggedLayout | None:
-    """Returns what keeps prepared attention for the layers of a forward; None where each must be looked at."""
-    if offsets is not None or torch.cuda.is_current_stream_capturing():
+) -> _Kept | None:
+    """Returns where the layers of a forward keep prepared attention; None where each must be looked at."""
+    if torch.cuda.is_current_stream_capturing():
         return None
     # Tensors may be written to between two calls.
     if isinstance(scaling, torch.Tensor) or isinstance(softcap, torch.Tensor):
         return None
     if torch.is_grad_enabled() and needs_grad(query, key, value):
         return None
+    if offsets is not None:
+        return _kept_of_packed(query, key, mask, sliding_window, offsets)
     if isinstance(mask, RaggedMask):
-        return None if mask.was_modified else mask
+        return None if mask.was_modified else _Kept(mask, mask.prepared)
     if mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]:
         return None
     if position_ids is not None and type(module).__name__ in _PACKED_IMAGES:
         return None
-    return uniform_layout(query.shape[0], query.shape[2], key.shape[2])
+    layout = uniform_layout(query.shape[0], query.shape[2], key.shape[2])
+    return _Kept(layout, layout.prepared)
+
+
+def _kept_of_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    sliding_window: int | None,
+    offsets: tuple[torch.Tensor, torch.Tensor],
+) -> _Kept | None:
+    """Returns what layers that attend to packed sequences alike keep; None before their layout is known."""
+    pattern = None
+    if isinstance(mask, RaggedMask):
+        if mask.was_modified or mask.spec.packed is not None or mask.spec.padding_mask is not None:
+            return None
+        pattern = mask.spec.pattern
+    elif mask is not None or sliding_window is not None:
+        return None
+    layout = known_layout(mask, *offsets, ((query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])))
+    if layout is None:
+        return None
+    # Layers with another band share the layout, and nothing else.
+    return _Kept(layout, layout.derived.setdefault(("prepared", pattern), PreparedStore()))
 
 
 def _attend_traced(
@@ -333,7 +364,7 @@ def _attend(
     may_be_native = (
         decision.path is Path.FLASHINFER and current_settings().backend == "auto" and bias is None and s_aux is None
     )
-    owner = None
+    kept = None
     prepared: PreparedAttention | NativeAttention | None = None
     if decision.path is Path.FLASHINFER and not query.dtype == key.dtype == value.dtype:
         raise UnsupportedAttentionError(
@@ -341,19 +372,18 @@ def _attend(
             "Make the dtypes of the model and of its cache the same.",
         )
     if decision.path is Path.FLASHINFER and bias is None and s_aux is None:
-        owner = _owner_of(
-            module, query, key, value, mask, sliding_window, cu_seq_lens_q, position_ids, scaling, softcap
-        )
-        if owner is not None:
+        packed = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
+        kept = _kept_of(module, query, key, value, mask, sliding_window, packed, position_ids, scaling, softcap)
+        if kept is not None:
             signature = _signature(module, query, key, value, scaling, is_causal, softcap)
             # Inputs that were cast are found only here.
-            if (prepared := owner.prepared.find(signature)) is not None:
+            if (prepared := kept.store.find(signature)) is not None:
                 return prepared(query, key, value, layer), None
     if may_be_native and lazy is not None and offsets is None:
         prepared = native_masked(query, key, value, lazy.spec, sm_scale=sm_scale, softcap=softcap)
         if prepared is not None:
-            if owner is not None:
-                owner.prepared.keep(signature, prepared)
+            if kept is not None:
+                kept.store.keep(signature, prepared)
             return prepared(query, key, value, layer), None
     if offsets is not None:
         layout = _packed_layout(lazy, *offsets, query, key)
@@ -372,8 +402,8 @@ def _attend(
                 query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap, biased=bias is not None,
                 sinks=sinks is not None,
             )  # fmt: skip
-        if owner is not None:
-            owner.prepared.keep(signature, prepared)
+        if kept is not None:
+            kept.store.keep(signature, prepared)
         return prepared(query, key, value, layer, bias, sinks), None
     call = RaggedCall(
         query=layout.query.gather(query.transpose(1, 2)),

@@ -20,7 +20,16 @@ from .errors import UnsupportedAttentionError
 from .movement import TokenMap
 from .trace import record_host_copy, record_layout
 
-__all__ = ["LengthsRead", "PreparedStore", "RaggedLayout", "RaggedSide", "packed_layout", "uniform_layout"]
+__all__ = [
+    "LengthsRead",
+    "PreparedStore",
+    "RaggedLayout",
+    "RaggedSide",
+    "known_layout",
+    "offsets_of",
+    "packed_layout",
+    "uniform_layout",
+]
 
 
 class LengthsRead:
@@ -260,6 +269,19 @@ def uniform_layout(batch_size: int, query_length: int, key_length: int) -> Ragge
     return RaggedLayout(query, RaggedSide((key_length,) * batch_size, (batch_size, key_length), None))
 
 
+def offsets_of(layout: RaggedLayout) -> torch.Tensor:
+    """Returns the offsets of packed sequences on the host, int32, with their layout riding on them.
+
+    Layers that are handed these, as `cu_seq_lens_q` and `cu_seq_lens_k` both, read no lengths.
+    """
+    # A tensor of its own: the layout must not own what owns the layout.
+    offsets = torch.tensor(layout.query.offsets, dtype=torch.int32)
+    shapes = (layout.query.padded_shape, layout.key.padded_shape)
+    riding = _PackedLayout(None, None, _versions_of(offsets, offsets), shapes, layout)
+    offsets._packed_layout = riding  # type: ignore[attr-defined]
+    return offsets
+
+
 def packed_layout(
     carrier: Any,
     query_offsets: torch.Tensor,
@@ -277,16 +299,15 @@ def packed_layout(
     Raises:
         ValueError: If the offsets do not describe tensors of these shapes.
     """
-    untracked = query_offsets.is_inference() or key_offsets.is_inference()
-    versions = None if untracked else (query_offsets._version, key_offsets._version)
     if query_offsets.is_cuda and torch.cuda.is_current_stream_capturing():
         raise UnsupportedAttentionError(
             "packed sequences while a CUDA graph is captured, whose lengths every replay would take from the capture",
             "Capture without cu_seqlens, or run this forward outside the graph.",
         )
-    known: _PackedLayout | None = getattr(carrier, "_packed_layout", None)
-    if known is not None and known.is_of(carrier, query_offsets, key_offsets, versions, shapes):
-        return known.layout
+    known = known_layout(carrier, query_offsets, key_offsets, shapes)
+    if known is not None:
+        return known
+    versions = _versions_of(query_offsets, key_offsets)
     layout = RaggedLayout.from_offsets(query_offsets, key_offsets, *shapes)
     # Offsets may outlive the forward, and without a version counter nothing tells whether they were written to.
     if carrier is not query_offsets or versions is not None:
@@ -294,6 +315,26 @@ def packed_layout(
         queries, keys = (None if side is carrier else side for side in (query_offsets, key_offsets))
         carrier._packed_layout = _PackedLayout(queries, keys, versions, shapes, layout)
     return layout
+
+
+def known_layout(
+    carrier: Any,
+    query_offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    shapes: tuple[tuple[int, int], tuple[int, int]],
+) -> RaggedLayout | None:
+    """Returns the layout that rides on offsets or on a carrier, if it is still theirs; reads no lengths."""
+    versions = _versions_of(query_offsets, key_offsets)
+    for place in (query_offsets, carrier):
+        known: _PackedLayout | None = getattr(place, "_packed_layout", None)
+        if known is not None and known.is_of(place, query_offsets, key_offsets, versions, shapes):
+            return known.layout
+    return None
+
+
+def _versions_of(query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> tuple[int, int] | None:
+    untracked = query_offsets.is_inference() or key_offsets.is_inference()
+    return None if untracked else (query_offsets._version, key_offsets._version)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,9 @@ from .layout import LengthsRead, PreparedStore, RaggedLayout, RaggedSide, unifor
 from .pattern import Pattern, PatternKind, dense_pattern, recognise
 from .trace import record_host_copy
 
-__all__ = ["MaskSpec", "RaggedMask", "lazy_mask"]
+__all__ = ["MaskSpec", "RaggedMask", "lazy_mask", "mask_of_ones"]
+
+_ONES = "_holds_no_padding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +388,13 @@ def _keeps_everything(mask: RaggedMask, name: str, args: tuple[Any, ...], kwargs
     )
 
 
+def mask_of_ones(batch_size: int, length: int, device: torch.device) -> torch.Tensor:
+    """Returns a padding mask without padding, bool, shape `(batch, length)`, that nobody has to read to know it."""
+    mask = torch.ones(batch_size, length, dtype=torch.bool, device=device)
+    setattr(mask, _ONES, True)
+    return mask
+
+
 def lazy_mask(
     batch_size: int,
     q_length: int,
@@ -416,9 +425,11 @@ def lazy_mask(
         record_host_copy()
     # A static cache counts its tokens on the device, and counts on in place before a layer asks for the dense mask.
     first_query = int(q_offset)
+    padding_mask = None
     if attention_mask is not None:
+        is_ones = getattr(attention_mask, _ONES, False)
         attention_mask = attention_mask.to(torch.bool)
-    padding_mask = attention_mask
+        padding_mask = None if is_ones else attention_mask
     if padding_mask is not None and (missing := kv_length + kv_offset - padding_mask.shape[-1]) > 0:
         padding_mask = torch.nn.functional.pad(padding_mask, (0, missing))
 

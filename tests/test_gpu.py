@@ -263,6 +263,27 @@ def test_a_small_batch_asks_for_no_lengths(monkeypatch: pytest.MonkeyPatch) -> N
             assert (output[valid].double() - exact).norm() <= 1.25 * (sdpa.double() - exact).norm()
 
 
+@pytest.mark.parametrize("inputs_on", ["cpu", "cuda"])
+def test_an_unpadded_model_copies_lengths_at_most_once(inputs_on: str) -> None:
+    for model, config in ((BertModel, BERT), (ModernBertModel, MODERNBERT), (Qwen3Model, QWEN)):
+        padded = model._from_config(copy.deepcopy(config), attn_implementation="flashinfer")
+        padded = padded.to("cuda", torch.float16).eval()
+        unpadded = hf_flashinfer_attn.unpad(copy.deepcopy(padded))
+        mask = (torch.arange(64)[None] < torch.tensor([64, 3, 20, 41])[:, None]).long()
+        ids = torch.randint(3, 99, mask.shape) * mask
+        with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+            actual = unpadded(ids.to(inputs_on), attention_mask=mask.to(inputs_on), use_cache=False).last_hidden_state
+        bands = len({call.pattern for call in trace.calls})
+        copies = 0 if inputs_on == "cpu" else 1
+        assert (trace.layouts, trace.host_copies, trace.plans) == (1, copies, bands)
+        assert all(kernel.startswith("flashinfer") for kernel in trace.kernels)
+        with torch.no_grad():
+            expected = padded(ids.cuda(), attention_mask=mask.cuda(), use_cache=False).last_hidden_state
+        valid = mask.bool().cuda()
+        torch.testing.assert_close(actual[valid], expected[valid], rtol=1e-2, atol=1e-2)
+        assert (actual[~valid] == 0).all()
+
+
 def test_plans_in_flight_are_not_overwritten() -> None:
     # The host runs far ahead of a busy GPU: a pinned buffer that is filled too early would corrupt earlier plans.
     model, expected_model = build(BertModel, BERT, "flashinfer"), build(BertModel, BERT, "sdpa")

@@ -1,0 +1,115 @@
+"""What is particular about packing the tokens of a model, family by family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from transformers import PreTrainedModel
+
+__all__ = ["Family", "Positions", "family_of", "reason_against"]
+
+
+class Positions(Enum):
+    """How a model numbers the tokens of a padded row when it is not told their positions."""
+
+    SLOTS = "by slot, from 0"
+    AFTER_PADDING_ID = "by token, from the id of padding + 1"
+
+
+def _apply_pooler(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
+    pooler: torch.nn.Module | None = getattr(model, "pooler", None)
+    return None if pooler is None else pooler(hidden)
+
+
+def _apply_albert_pooler(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
+    if model.pooler is None:
+        return None
+    pooled: torch.Tensor = model.pooler_activation(model.pooler(hidden[:, 0]))
+    return pooled
+
+
+def _accept(model: PreTrainedModel) -> str | None:
+    return None
+
+
+def _refuse_rotary_layers(model: PreTrainedModel) -> str | None:
+    if model.config.position_embedding_type == "rotary" and getattr(model, "rotary_embeddings", None) is None:
+        return "its layers number tokens by themselves, through all packed rows, in this version of transformers"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How to run a backbone on packed tokens.
+
+    Args:
+        positions: What to number tokens by.
+        is_causal: Whether its mask is made by transformers' causal helpers, which take a jump of positions for the
+            start of a packed sequence, and whether it keeps a cache by default.
+        embeds_rows: Whether embeddings look at whole rows, so that they come before packing.
+        pool: Computes `pooler_output` from padded hidden states.
+        refuse: Says why a model of the family cannot be packed after all.
+    """
+
+    positions: Positions = Positions.SLOTS
+    is_causal: bool = False
+    embeds_rows: bool = False
+    pool: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor | None] = _apply_pooler
+    refuse: Callable[[PreTrainedModel], str | None] = _accept
+
+
+_ENCODER = Family()
+_ROBERTA = Family(positions=Positions.AFTER_PADDING_ID)
+_DECODER = Family(is_causal=True)
+_FAMILIES = {
+    "AlbertModel": replace(_ENCODER, pool=_apply_albert_pooler),
+    "BertModel": _ENCODER,
+    "CamembertModel": _ROBERTA,
+    "Data2VecTextModel": _ROBERTA,
+    "DistilBertModel": _ENCODER,
+    "ElectraModel": _ENCODER,
+    # Its token dropout scales a row by how much of it is masked.
+    "EsmModel": replace(_ENCODER, embeds_rows=True, refuse=_refuse_rotary_layers),
+    "EuroBertModel": _ENCODER,
+    "Gemma3TextModel": _DECODER,
+    "GemmaModel": _DECODER,
+    "JinaEmbeddingsV3Model": _ENCODER,
+    "LlamaModel": _DECODER,
+    "MistralModel": _DECODER,
+    "ModernBertModel": _ENCODER,
+    "NomicBertModel": _ENCODER,
+    "Qwen3Model": _DECODER,
+    "RobertaModel": _ROBERTA,
+    "XLMRobertaModel": _ROBERTA,
+}
+_OWN_ATTENTION = "it computes attention by itself, over padded rows"
+_POSITION_BIAS = "its relative position bias is counted in slots of padded rows"
+_REASONS = {
+    "deberta": _OWN_ATTENTION,
+    "deberta-v2": _OWN_ATTENTION,
+    "longformer": _OWN_ATTENTION,
+    "mobilebert": "its embeddings join each token with its neighbours, which packing would take from other rows",
+    "mpnet": f"{_OWN_ATTENTION}, and {_POSITION_BIAS}",
+    "mt5": _POSITION_BIAS,
+    "t5": _POSITION_BIAS,
+    "umt5": _POSITION_BIAS,
+    "xlnet": _OWN_ATTENTION,
+}
+
+
+def family_of(model: torch.nn.Module) -> Family | None:
+    """Returns how to pack the tokens of a backbone; None for any other module."""
+    for parent in type(model).__mro__:
+        if parent.__module__.startswith("transformers.models.") and parent.__name__ in _FAMILIES:
+            return _FAMILIES[parent.__name__]
+    return None
+
+
+def reason_against(model: torch.nn.Module) -> str:
+    """Says why a model without a known backbone cannot be packed."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    known = ", ".join(sorted(name.removesuffix("Model") for name in _FAMILIES))
+    return _REASONS.get(model_type or "", f"nothing is known about packing it; known are {known}")

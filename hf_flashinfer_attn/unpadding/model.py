@@ -1,0 +1,335 @@
+"""`unpad` and `repad`: hooks around a model's backbone that pack what goes in and spread out what comes out.
+
+Nothing is kept between forwards, and nothing but the hooks is on the model: what a forward's end has to know about its
+beginning rides on the offsets that every layer is handed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..dispatch import log_once
+from ..errors import UnsupportedAttentionError
+from ..integration import NAME
+from ..layout import offsets_of
+from ..mask import mask_of_ones
+from .families import Family, Positions, family_of, reason_against
+from .packing import Packing
+
+__all__ = ["repad", "unpad"]
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+_HANDLES = "_flashinfer_unpadding"
+_PACKING = "_flashinfer_packing"
+_HOST_MASK = "_flashinfer_host_mask"
+_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
+_READ_ON_THE_HOST = frozenset({*_PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
+
+
+def unpad(model: Module) -> Module:
+    """Makes a model compute tokens only: padding is dropped before its embeddings and is zero in its outputs.
+
+    Calls stay as they are, and so do the types and shapes of outputs. A batch without padding runs as before. So does
+    one that packing cannot express, which is logged once with its reason: `output_attentions=True`, caches (decoders
+    need `use_cache=False`), masks that are not `(batch, slots)`, cross-attention, a window over padding with holes.
+
+    Inputs may stay on the CPU while the model is on a GPU: only tokens are copied, and the host does not wait.
+
+    Args:
+        model: A transformers model with `attn_implementation="flashinfer"`, or any module with such models in it.
+            Changed in place: hooks are added to its backbones. Weights and configuration stay as they are.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedAttentionError: If tokens of the model cannot be packed, or its attention is not ours. The model is
+            then as it was.
+
+    Examples:
+        >>> import torch, hf_flashinfer_attn
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        >>> config._attn_implementation = "flashinfer"
+        >>> model = hf_flashinfer_attn.unpad(BertModel(config).eval())
+        >>> mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        >>> with torch.no_grad():
+        ...     hidden = model(torch.ones(2, 4, dtype=torch.long), attention_mask=mask).last_hidden_state
+        >>> hidden.shape, hidden[1, 2:].abs().sum().item()
+        (torch.Size([2, 4, 64]), 0.0)
+        >>> model = hf_flashinfer_attn.repad(model)
+    """
+    backbones = [module for module in model.modules() if family_of(module) is not None]
+    if not backbones:
+        raise UnsupportedAttentionError(
+            f"unpad for {type(model).__name__}: {reason_against(model)}",
+            "Use the model as it is: its attention skips padding where it goes through 'flashinfer'.",
+        )
+    for backbone in backbones:
+        _require_packable(backbone)
+    for module in model.modules():
+        if _HANDLES in vars(module):
+            continue
+        if family_of(module) is not None:
+            handles = [
+                module.register_forward_pre_hook(_pack, with_kwargs=True),
+                module.register_forward_hook(_spread, with_kwargs=True, prepend=True),
+            ]
+        elif isinstance(module, PreTrainedModel) and any(family_of(part) for part in module.modules()):
+            handles = [module.register_forward_pre_hook(_move_to_head, with_kwargs=True)]
+        else:
+            continue
+        setattr(module, _HANDLES, handles)
+    return model
+
+
+def repad(model: Module) -> Module:
+    """Undoes `unpad`, in place; harmless where there is nothing to undo.
+
+    Args:
+        model: What `unpad` was called with, or a copy.
+
+    Returns:
+        The same model.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        >>> config._attn_implementation = "flashinfer"
+        >>> model = hf_flashinfer_attn.repad(hf_flashinfer_attn.unpad(BertModel(config)))
+        >>> len(model._forward_hooks), len(model._forward_pre_hooks)
+        (0, 0)
+    """
+    for module in model.modules():
+        for handle in vars(module).pop(_HANDLES, ()):
+            handle.remove()
+    return model
+
+
+def _require_packable(backbone: torch.nn.Module) -> None:
+    family = _family(backbone)
+    name, implementation = type(backbone).__name__, _implementation(backbone)
+    if implementation != NAME:
+        raise UnsupportedAttentionError(
+            f"unpad for {name} with attn_implementation={implementation!r}, which would attend across packed rows",
+            f"Load the model with attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r}) first.",
+        )
+    if (reason := family.refuse(backbone)) is not None:
+        raise UnsupportedAttentionError(
+            f"unpad for {name}: {reason}", "Use the model as it is, or a newer version of transformers."
+        )
+
+
+def _family(backbone: torch.nn.Module) -> Family:
+    family = family_of(backbone)
+    assert family is not None
+    return family
+
+
+def _implementation(module: torch.nn.Module) -> str | None:
+    implementation: str | None = getattr(module.config, "_attn_implementation", None)
+    return implementation
+
+
+@functools.cache
+def _signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def _named(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns all arguments of a forward by name."""
+    if not args:
+        return dict(kwargs)
+    # Not the instance's own forward, which accelerate replaces.
+    bound = _signature_of(type(module).forward).bind(module, *args, **kwargs).arguments
+    del bound["self"]
+    return {**bound.pop("kwargs", {}), **bound}
+
+
+def _device_of(module: PreTrainedModel, default: torch.device) -> torch.device:
+    device: torch.device = module.device
+    # Weights that are loaded layer by layer have no place of their own; accelerate moves what they meet.
+    return default if device.type == "meta" else device
+
+
+def _move_to_head(
+    module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Moves labels and masks to a head's device, and leaves on the CPU what is packed or read there."""
+    device = _device_of(module, torch.device("cpu"))
+    if device.type == "cpu":
+        return None
+    inputs = _named(module, args, kwargs)
+    for name, value in inputs.items():
+        if name not in _READ_ON_THE_HOST and isinstance(value, torch.Tensor) and value.device.type == "cpu":
+            moved = inputs[name] = value.to(device, non_blocking=True)
+            if name == "attention_mask":
+                setattr(moved, _HOST_MASK, value)
+    return (), inputs
+
+
+def _pack(
+    module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a backbone's forward: packs its inputs, or leaves them as they are."""
+    inputs = _named(module, args, kwargs)
+    tokens = next((value for name in _PER_TOKEN if (value := inputs.get(name)) is not None), None)
+    if tokens is None:
+        return args, kwargs
+    device = _device_of(module, tokens.device)
+    packing = _packing_of(module, inputs, device)
+    if packing is None:
+        for name in (*_PER_TOKEN, "attention_mask"):
+            if isinstance(value := inputs.get(name), torch.Tensor) and value.device.type == "cpu":
+                inputs[name] = value.to(device)
+        return (), inputs
+    _embed_rows(module, inputs, device)
+    shape = packing.rows.padded_shape
+    if inputs.get("position_ids") is None:
+        inputs["position_ids"] = _positions(module, inputs, shape)
+    packed = {
+        name: packing.pack(value.expand(*shape, *value.shape[2:]))
+        for name in _PER_TOKEN
+        if (value := inputs.get(name)) is not None
+    }
+    offsets = offsets_of(packing.layout)
+    setattr(offsets, _PACKING, packing)
+    length = packing.layout.query.max_length
+    inputs.update(_moved(packed, device))
+    inputs["attention_mask"] = None
+    if _family(module).is_causal:
+        # Told that there is no padding, transformers does not look for packed sequences in the positions.
+        inputs["attention_mask"] = mask_of_ones(1, packing.rows.total_tokens, device)
+    inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
+    inputs["return_dict"] = True
+    return (), inputs
+
+
+def _spread(
+    module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput
+) -> ModelOutput | tuple[Any, ...] | None:
+    """After a backbone's forward: puts padding back where it was taken from."""
+    packing: Packing | None = getattr(kwargs.get("cu_seq_lens_q"), _PACKING, None)
+    if packing is None:
+        return None
+    last = output["last_hidden_state"]
+    padded = packing.spread(last)
+    if output.get("hidden_states") is not None:
+        # Models return the last hidden state twice.
+        output["hidden_states"] = tuple(
+            padded if states is last else states if states is None else packing.spread(states)
+            for states in output["hidden_states"]
+        )
+    output["last_hidden_state"] = padded
+    if output.get("pooler_output") is not None:
+        # Of the packed rows it has seen only the first.
+        output["pooler_output"] = _family(module).pool(module, padded)
+    return output if packing.returns_dict else output.to_tuple()
+
+
+def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> Packing | None:
+    """Returns where the tokens of a padded batch are; None for a batch that is not padded or has to stay so."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return None
+    reason = _reason_to_stay(module, inputs)
+    if reason is None:
+        returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
+        packing = Packing.of(getattr(mask, _HOST_MASK, mask), returns_dict=returns_dict)
+        if packing.rows.is_full:
+            # So that attention does not ask for the lengths again.
+            inputs["attention_mask"] = mask_of_ones(*packing.rows.padded_shape, device)
+            return None
+        if packing.rows.total_tokens == 0:
+            return None
+        if not (packing.has_holes and _has_window(module)):
+            return packing
+        reason = "a window over padding with holes"
+    log_once(f"unpad leaves {type(module).__name__} padded: {reason}")
+    return None
+
+
+def _reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
+    """Says why a forward cannot run on packed tokens, before any length is read."""
+    mask, config = inputs["attention_mask"], module.config
+    if _implementation(module) != NAME:
+        return f"attn_implementation={_implementation(module)!r}, expected {NAME!r}"
+    if inputs.get("output_attentions", getattr(config, "output_attentions", False)):
+        return "output_attentions=True"
+    if inputs.get("encoder_hidden_states") is not None:
+        return "cross-attention"
+    if inputs.get("past_key_values") is not None or _makes_cache(module, inputs):
+        return "a cache of keys and values; pass use_cache=False where none is needed"
+    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if not isinstance(mask, torch.Tensor) or tokens is None or mask.shape != tokens.shape[:2]:
+        return "an attention mask of another shape than the tokens"
+    for name in ("token_type_ids", "position_ids"):
+        value = inputs.get(name)
+        if value is not None and tuple(value.shape) not in (tuple(mask.shape), (1, mask.shape[1])):
+            return f"{name} of another shape than the tokens"
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.ndim > 0 and name not in (*_PER_TOKEN, "attention_mask"):
+            return f"{name}, of which it is not known how to pack it"
+    return None
+
+
+def _makes_cache(module: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    config = module.config
+    if not (_family(module).is_causal or getattr(config, "is_decoder", False)):
+        return False
+    use_cache = inputs.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(config, "use_cache", False)
+    return bool(use_cache) and not (getattr(module, "gradient_checkpointing", False) and module.training)
+
+
+def _has_window(module: PreTrainedModel) -> bool:
+    config = module.config
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return any(layer_type != "full_attention" for layer_type in layer_types)
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _embed_rows(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> None:
+    if not _family(module).embeds_rows or inputs.get("input_ids") is None:
+        return
+    names = ("input_ids", "attention_mask", "position_ids")
+    rows = {name: value.to(device) for name in names if (value := inputs.get(name)) is not None}
+    inputs["inputs_embeds"] = module.embeddings(**rows)
+    inputs["input_ids"] = None
+
+
+def _positions(module: PreTrainedModel, inputs: dict[str, Any], shape: tuple[int, int]) -> torch.Tensor:
+    """Numbers tokens as the model would in a padded batch, shape `(batch, slots)` or `(1, slots)`."""
+    ids = inputs.get("input_ids")
+    mask = getattr(inputs["attention_mask"], _HOST_MASK, inputs["attention_mask"])
+    device = mask.device if ids is None else ids.device
+    slots = torch.arange(shape[1], device=device)[None]
+    if _family(module).positions is Positions.SLOTS:
+        return slots
+    padding_id: int = module.embeddings.padding_idx
+    if ids is None:
+        return slots + padding_id + 1
+    is_token: torch.Tensor = ids.ne(padding_id)
+    return is_token.cumsum(1) * is_token + padding_id
+
+
+def _moved(packed: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Copies packed inputs to a device, integers in one piece."""
+    names = [name for name, value in packed.items() if value.dtype == torch.long and value.device != device]
+    moved = {name: value.to(device, non_blocking=True) for name, value in packed.items() if name not in names}
+    if names and len({packed[name].device for name in names}) == 1:
+        copies = torch.cat([packed[name] for name in names]).to(device, non_blocking=True)
+        moved.update(zip(names, copies.unsqueeze(1)))
+        return moved
+    return moved | {name: packed[name].to(device, non_blocking=True) for name in names}
