@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_flashinfer_attn.backends import flashinfer, reference
+from hf_flashinfer_attn.bench.workload import chat_lengths
 from hf_flashinfer_attn.environment import describe_environment
 from hf_flashinfer_attn.layout import RaggedLayout, uniform_layout
 from hf_flashinfer_attn.pattern import CAUSAL, FULL, band
@@ -67,7 +68,7 @@ def lengths_of(shape: Shape) -> list[int]:
         return [int(most)] * shape.rows
     if kind == "uniform":
         return torch.randint(1, int(most) + 1, (shape.rows,), generator=generator).tolist()
-    drawn = torch.exp(torch.randn(10_000, generator=generator) * 0.9 + 4.0).round().clamp(4, 512).long()
+    drawn = chat_lengths(10_000, generator)
     if kind == "sorted":
         drawn = drawn.sort(descending=True).values[len(drawn) // 2 :]
     return drawn[: shape.rows].tolist()

@@ -25,6 +25,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn.bench.workload import chat_lengths
 from hf_flashinfer_attn.environment import describe_environment
 
 GTE_SMALL = BertConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536)
@@ -41,7 +42,7 @@ PARTS = {
 
 def batch_of(rows: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.exp(torch.randn(rows, generator=generator) * 0.9 + 4.0).round().clamp(4, 512).long()
+    lengths = chat_lengths(rows, generator)
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     ids = torch.randint(1000, 30_000, mask.shape, generator=generator) * mask
     return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}

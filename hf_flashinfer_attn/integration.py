@@ -220,7 +220,7 @@ def _kept_of(
     # Tensors may be written to between two calls.
     if isinstance(scaling, torch.Tensor) or isinstance(softcap, torch.Tensor):
         return None
-    if torch.is_grad_enabled() and needs_grad(query, key, value):
+    if needs_grad(query, key, value):
         return None
     if offsets is not None:
         return _kept_of_packed(query, key, mask, sliding_window, offsets)
@@ -314,7 +314,7 @@ def _attend(
     lazy = mask if isinstance(mask, RaggedMask) else None
     if mask is None and cu_seq_lens_q is None and position_ids is not None and type(module).__name__ in _PACKED_IMAGES:
         cu_seq_lens_q = cu_seq_lens_k = _image_offsets(position_ids)
-    offsets = None if cu_seq_lens_q is None and cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
+    offsets = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
     pattern = _pattern_of(module, mask, is_causal)
     if mask is None and sliding_window is not None and key.shape[2] > sliding_window:
         raise UnsupportedAttentionError(
@@ -372,8 +372,7 @@ def _attend(
             "Make the dtypes of the model and of its cache the same.",
         )
     if decision.path is Path.FLASHINFER and bias is None and s_aux is None:
-        packed = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
-        kept = _kept_of(module, query, key, value, mask, sliding_window, packed, position_ids, scaling, softcap)
+        kept = _kept_of(module, query, key, value, mask, sliding_window, offsets, position_ids, scaling, softcap)
         if kept is not None:
             signature = _signature(module, query, key, value, scaling, is_causal, softcap)
             # Inputs that were cast are found only here.
@@ -489,14 +488,12 @@ def _cast_as_flash(
 
 def _packed_layout(
     lazy: RaggedMask | None,
-    query_offsets: torch.Tensor | None,
-    key_offsets: torch.Tensor | None,
+    query_offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
 ) -> RaggedLayout:
     """Returns the layout of packed sequences, which rides on the mask, or else on the offsets."""
-    assert query_offsets is not None
-    assert key_offsets is not None
     if lazy is not None and lazy.has_padding:
         raise UnsupportedAttentionError(
             "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
@@ -536,7 +533,7 @@ def _layout_of_2d_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tenso
 
 def _dense_mask(
     mask: torch.Tensor | None,
-    offsets: tuple[torch.Tensor | None, torch.Tensor | None] | None,
+    offsets: tuple[torch.Tensor, torch.Tensor] | None,
     position_bias: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -554,7 +551,7 @@ def _dense_mask(
             mask = mask & mask.new_ones(q_length, kv_length).tril(kv_length - q_length)
     if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool:
         mask = mask.to(torch.bool)
-    if offsets is not None and offsets[0] is not None and offsets[1] is not None:
+    if offsets is not None:
         query_owners, key_owners = _owners(query, offsets[0]), _owners(key, offsets[1])
         mask = _intersect(mask, (query_owners[:, :, None] == key_owners[:, None, :])[:, None])
     if position_bias is None or mask is None:

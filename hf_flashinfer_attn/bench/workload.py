@@ -21,6 +21,7 @@ __all__ = [
     "SHAPES",
     "PaddedBatch",
     "RequestSet",
+    "chat_lengths",
     "parse_request_set",
     "shape_config",
     "synthetic_batches",
@@ -115,7 +116,8 @@ class RequestSet:
         return sorted(lengths, reverse=True) if self.sort else lengths
 
 
-def _chat(requests: int, generator: torch.Generator) -> torch.Tensor:
+def chat_lengths(requests: int, generator: torch.Generator) -> torch.Tensor:
+    """Draws lengths in tokens, lognormal with median 55, clipped to [4, 512]; int64, shape `(requests,)`."""
     return (torch.randn(requests, generator=generator) * 0.9 + 4.0).exp().round().clamp(4, 512).long()
 
 
@@ -130,10 +132,10 @@ def _cycle(lengths: Sequence[int]) -> Callable[[int, torch.Generator], torch.Ten
 REQUEST_SETS: dict[str, RequestSet] = {
     requests.name: requests
     for requests in (
-        RequestSet("chat", "lognormal lengths, median 55, unsorted", 64, 10_000, _chat, 512),
-        RequestSet("bulk", "lognormal lengths, median 55, unsorted", 256, 10_000, _chat, 512),
-        RequestSet("sorted", "lognormal lengths, median 55, longest first", 256, 10_000, _chat, 512, sort=True),
-        RequestSet("single", "lognormal lengths, median 55, unsorted", 8, 2_000, _chat, 512),
+        RequestSet("chat", "lognormal lengths, median 55, unsorted", 64, 10_000, chat_lengths, 512),
+        RequestSet("bulk", "lognormal lengths, median 55, unsorted", 256, 10_000, chat_lengths, 512),
+        RequestSet("sorted", "lognormal lengths, median 55, longest first", 256, 10_000, chat_lengths, 512, sort=True),
+        RequestSet("single", "lognormal lengths, median 55, unsorted", 8, 2_000, chat_lengths, 512),
         RequestSet("uniform", "uniform lengths in [1, 512], unsorted", 64, 2_500, _uniform(1, 512), 512),
         RequestSet("full", "512 tokens each", 64, 1_280, _cycle([512]), 512),
         RequestSet("long", "uniform lengths in [1, 8192], unsorted", 16, 160, _uniform(1, 8192), 8192),
