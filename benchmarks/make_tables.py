@@ -59,7 +59,7 @@ def block(grouped: dict[str, list[dict[str, Any]]]) -> str:
         picture = chart_file(machine).relative_to(ROOT)
         parts.append(
             f"{machine}, torch {environment['torch']}, transformers {environment['transformers']}: seconds for all "
-            f"requests with sdpa and with ours, and how many times faster; {_passes(reports)}.\n\n"
+            f"requests with sdpa, and how many times faster {_list(_ours(reports))} was; {_passes(reports)}.\n\n"
             f"{_table(reports)}\n\n![Tokens per second]({picture})\n"
         )
     return "\n".join(parts)
@@ -75,34 +75,43 @@ def _passes(reports: list[dict[str, Any]]) -> str:
     return f"best of {counts[0]} to {counts[-1]} passes" if len(counts) > 1 else f"best of {counts[0]} passes"
 
 
+def _ours(reports: list[dict[str, Any]]) -> list[str]:
+    outcomes = (outcome for report in reports for cell in report["cells"] for outcome in cell["contenders"])
+    return list(dict.fromkeys(outcome["name"] for outcome in outcomes if outcome["ours"]))
+
+
+def _list(names: list[str]) -> str:
+    *first, last = (f"`{name}`" for name in names)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _table(reports: list[dict[str, Any]]) -> str:
     cells = [cell for report in reports for cell in report["cells"]]
     shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
-    ours = list(dict.fromkeys(outcome["name"] for cell in cells for outcome in cell["contenders"] if outcome["ours"]))
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    ours = _ours(reports)
+    rows: dict[str, dict[str, str]] = {}
     for cell in cells:
         outcomes = {outcome["name"]: outcome for outcome in cell["contenders"]}
         batches = f"{cell['requests']:,} in batches of {cell['batch_size']}"
         title = f"{cell['lengths']}: {batches}, {cell['padded_fraction']:.0%} padding"
-        for name in ours:
-            if name in outcomes:
-                label = f"{title}, {name}" if len(ours) > 1 else title
-                rows.setdefault((label, name), {})[cell["shape"]] = _figures(outcomes["sdpa"], outcomes[name])
+        figures = [_best(outcomes["sdpa"]), *(_ratio(outcomes.get(name)) for name in ours)]
+        rows.setdefault(title, {})[cell["shape"]] = ", ".join(figures)
     lines = [f"| requests | {' | '.join(shapes)} |", "|---" * (len(shapes) + 1) + "|"]
-    for (label, _), columns in rows.items():
-        lines.append(f"| {label} | {' | '.join(columns.get(shape, '') for shape in shapes)} |")
+    for title, columns in rows.items():
+        lines.append(f"| {title} | {' | '.join(columns.get(shape, '') for shape in shapes)} |")
     return "\n".join(lines)
 
 
-def _figures(sdpa: dict[str, Any], ours: dict[str, Any]) -> str:
-    text = f"{_best(sdpa)} → {_best(ours)}"
-    ratio = ours["speedup_over_sdpa"]
-    return text if ratio is None else f"{text} ({ratio:.2f}x)"
+def _ratio(outcome: dict[str, Any] | None) -> str:
+    if outcome is None:
+        return "-"
+    ratio = outcome["speedup_over_sdpa"]
+    return outcome["status"] if outcome["best_seconds"] is None else "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def _best(outcome: dict[str, Any]) -> str:
     seconds = outcome["best_seconds"]
-    return outcome["status"] if seconds is None else f"{seconds:.3g}"
+    return outcome["status"] if seconds is None else f"{seconds:.3g} s"
 
 
 def main() -> int:

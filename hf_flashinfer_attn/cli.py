@@ -112,15 +112,16 @@ def _add_bench(commands: Subparsers) -> None:
         "--shape",
         action="append",
         metavar="NAME,...",
-        help="named shapes with random weights: gte-small, bge-base, bge-large, modernbert-base, qwen3-embedding",
+        help="named shapes with random weights: gte-small, bge-base, bge-large, reranker-base, modernbert-base, "
+        "qwen3-embedding",
     )
     what.add_argument("--texts", type=_texts, metavar="FILE", help="with --model: what to embed, one text a line")
     what.add_argument(
         "--lengths",
         type=_request_sets,
         metavar="SET,...",
-        help="request sets of random tokens: chat, bulk, sorted, single, uniform, full, long; a length (128); lengths "
-        "that take turns (16+32+128); uniform:LOW:HIGH (default, without --texts: chat)",
+        help="request sets of random tokens: chat, bulk, sorted, single, uniform, full, pairs, long; a length (128); "
+        "lengths that take turns (16+32+128); uniform:LOW:HIGH (default, without --texts: chat)",
     )
     what.add_argument(
         "--batch-size", type=_positive, metavar="N", help="rows per forward (default: the request set's, 64)"

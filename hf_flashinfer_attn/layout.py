@@ -122,7 +122,11 @@ class RaggedSide:
         if self._valid is None:
             return None
         if (found := self._maps.get(device)) is None:
-            valid = self._valid.to(device, non_blocking=True)
+            valid = self._valid
+            if device.type == "cuda" and valid.device.type == "cpu":
+                # From any other memory the driver may wait for what is under way on the GPU.
+                valid = valid.pin_memory()
+            valid = valid.to(device, non_blocking=True)
             found = self._maps[device] = TokenMap.of(valid, self.total_tokens)
         return found
 

@@ -75,9 +75,10 @@ class PreparedAttention:
         return output
 
 
-# FLOPs of padded attention in one layer below which torch's own kernel is done before ours is even launched: 0.05 ms on
-# an H200 (benchmarks/NOTES.md). The host, not the GPU, decides how long such a forward takes.
-SMALL_FLOPS = 1 << 31
+# Logits of padded attention in one layer below which torch's own kernel with a padding mask costs less than a wait for
+# the lengths, a plan, a gather and a scatter: 0.18 ms on an H200, whatever the head_dim up to 64
+# (benchmarks/results/small_batches.json, attention_alone.json).
+SMALL_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ def native_masked(
         and heads == key.shape[1]
         and head_dim == value.shape[3]
         and head_dim % 8 == 0
-        and 4 * batch * heads * q_length * kv_length * head_dim < SMALL_FLOPS
+        and batch * heads * q_length * kv_length < SMALL_LOGITS
     )
     if not fits or spec.padding_mask is None:
         return None

@@ -23,7 +23,7 @@ _NATIVE = (
 # Where torch's own kernel is faster (benchmarks/NOTES.md); `backend="flashinfer"` does without it.
 _FASTER_ELSEWHERE = (
     "full or causal attention without padding, of a head_dim that would be padded",
-    "padded batches of under 2 GFLOP of attention per layer, which wait for the host",
+    "padded batches of under 67 million logits per layer, for which planning costs more than it saves",
 )
 _REFUSED = (
     "continuous batching (`paged|flashinfer`)",

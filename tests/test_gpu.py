@@ -54,7 +54,7 @@ def kernels() -> list[flashinfer.Kernel]:
 
 @pytest.fixture(autouse=True)
 def _kernels_for_small_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(prepared, "SMALL_LOGITS", 0)
 
 
 @pytest.fixture
@@ -254,8 +254,8 @@ def test_a_small_batch_asks_for_no_lengths(monkeypatch: pytest.MonkeyPatch) -> N
     with torch.no_grad():
         exact = build(BertModel, BERT, "sdpa", torch.float64)(**inputs).last_hidden_state[valid]
         sdpa = build(BertModel, BERT, "sdpa")(**inputs).last_hidden_state[valid]
-        for flops, kernels, copies in ((0, ("flashinfer-fa2",), 1), (1 << 31, ("sdpa",), 0)):
-            monkeypatch.setattr(prepared, "SMALL_FLOPS", flops)
+        for logits, kernels, copies in ((0, ("flashinfer-fa2",), 1), (1 << 26, ("sdpa",), 0)):
+            monkeypatch.setattr(prepared, "SMALL_LOGITS", logits)
             with hf_flashinfer_attn.trace() as trace:
                 output = build(BertModel, BERT, "flashinfer")(**inputs).last_hidden_state
             assert (trace.kernels, trace.host_copies, trace.plans) == (kernels, copies, copies)
@@ -273,9 +273,10 @@ def test_an_unpadded_model_copies_lengths_at_most_once(inputs_on: str) -> None:
         ids = torch.randint(3, 99, mask.shape) * mask
         with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
             actual = unpadded(ids.to(inputs_on), attention_mask=mask.to(inputs_on), use_cache=False).last_hidden_state
-        bands = len({call.pattern for call in trace.calls})
         copies = 0 if inputs_on == "cpu" else 1
-        assert (trace.layouts, trace.host_copies, trace.plans) == (1, copies, bands)
+        # A window that looks ahead is two parts, with a layout and a plan each.
+        made = 3 if model is ModernBertModel else 1
+        assert (trace.layouts, trace.host_copies, trace.plans) == (made, copies, made)
         assert all(kernel.startswith("flashinfer") for kernel in trace.kernels)
         with torch.no_grad():
             expected = padded(ids.cuda(), attention_mask=mask.cuda(), use_cache=False).last_hidden_state
@@ -419,5 +420,5 @@ def test_views_that_kernels_cannot_read_are_copied() -> None:
     hf_flashinfer_attn.configure(backend="flashinfer")
     for _ in range(2):
         output = attention_forward(layer, query, key, value, None)[0].transpose(1, 2)
-        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-        torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)
+        expected = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
+        torch.testing.assert_close(output.double(), expected, rtol=1e-2, atol=1e-2)

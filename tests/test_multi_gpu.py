@@ -24,7 +24,7 @@ from hf_flashinfer_attn import prepared
 
 @pytest.fixture(autouse=True)
 def _kernels_for_small_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(prepared, "SMALL_LOGITS", 0)
 
 
 Devices = tuple[torch.device, torch.device]

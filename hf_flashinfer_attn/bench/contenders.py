@@ -10,7 +10,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..integration import NAME
+from ..unpadding import unpad
 from .errors import BenchError
 from .workload import PaddedBatch
 
@@ -94,13 +95,24 @@ def _widen(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def run_padded(model: Any, batch: PaddedBatch) -> torch.Tensor:
-    """Calls a model on a padded batch; returns the last hidden states, shape `(rows, slots, hidden_size)`."""
-    hidden: torch.Tensor = model(**batch.inputs).last_hidden_state
-    return hidden
+    """Calls a model on a padded batch.
+
+    Returns:
+        The last hidden states, shape `(rows, slots, hidden_size)`; or of a classifier the logits, shape
+        `(rows, labels)`.
+    """
+    outputs = model(**batch.inputs)
+    found: torch.Tensor = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+    return found
 
 
 def pool_padded(hidden: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-    """Returns the mean of each row's valid hidden states; whatever is in padded slots does not count, NaN included."""
+    """Returns the mean of each row's valid hidden states; whatever is in padded slots does not count, NaN included.
+
+    Logits of a classifier are returned as they are, in float32 or wider.
+    """
+    if hidden.ndim == 2:
+        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     total = hidden.masked_fill(batch.padding, 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
     return total / batch.divisors
 
@@ -196,7 +208,21 @@ def _refuse_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _unpadded(model: PreTrainedModel) -> PreTrainedModel:
+    return unpad(twin(model, NAME))
+
+
+def _on_the_host(batch: PaddedBatch, model: PreTrainedModel) -> PaddedBatch:
+    return replace(batch, inputs={name: tensor.cpu() for name, tensor in batch.inputs.items()})
+
+
+def _refuse_host(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "without a GPU it is the same as unpad; leave it out" if device.type == "cpu" else None
+
+
 def _varlen_model(model: PreTrainedModel) -> PreTrainedModel:
+    if model.base_model is not model:
+        raise BenchError(f"the head of {type(model).__name__} takes rows, not packed tokens; take varlen out.")
     AttentionInterface.register(_VARLEN, _varlen_attention)
     AttentionMaskInterface.register(_VARLEN, lambda *args, **kwargs: None)
     return twin(model, _VARLEN)
@@ -274,5 +300,13 @@ CONTENDERS: dict[str, Contender] = {
         ),
         _padded("compile", "sdpa under torch.compile, padded", _compiled),
         _padded(NAME, 'attn_implementation="flashinfer" and nothing else, padded', _twin_with(NAME), ours=True),
+        _padded("unpad", "the same and unpad: padded in and out, computed on tokens alone", _unpadded, ours=True),
+        replace(
+            _padded(
+                "unpad_host", "unpad, and inputs left on the CPU where a tokenizer makes them", _unpadded, ours=True
+            ),
+            prepare_batch=_on_the_host,
+            refuse=_refuse_host,
+        ),
     )
 }

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from ..environment import describe_environment
+from ..errors import UnsupportedAttentionError
 from ..trace import Trace, trace
 from .contenders import BASELINE, CONTENDERS, Contender
 from .errors import BenchError
@@ -75,7 +76,7 @@ class Outcome:
     Args:
         name: Of the contender.
         ours: Whether it is of this package.
-        status: "measured", "wrong", "out of memory" or "failed".
+        status: "measured", "wrong", "out of memory", "failed", or "unsupported" where the contender refuses the model.
         reason: Why it was not measured.
         verified: Whether its outputs were checked and right; None if there were none to check.
         error: `norm(output - exact) / norm(exact)` of mean-pooled outputs over the sample of the reference.
@@ -151,7 +152,7 @@ class Cell:
     @property
     def passed(self) -> bool:
         """Whether no contender was wrong or failed."""
-        return all(outcome.status in ("measured", "out of memory") for outcome in self.contenders)
+        return all(outcome.status in ("measured", "out of memory", "unsupported") for outcome in self.contenders)
 
 
 @dataclass(slots=True)
@@ -304,11 +305,11 @@ def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _random_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    config = shape_config(name, layers)
+    auto = AutoModelForSequenceClassification if config.architectures else AutoModel
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), device:
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModel.from_config(
-            shape_config(name, layers), attn_implementation=BASELINE, dtype=dtype
-        )
+        model: PreTrainedModel = auto.from_config(config, attn_implementation=BASELINE, dtype=dtype)
     return model
 
 
@@ -415,6 +416,8 @@ def _attempt(entry: _Entry, device: torch.device, step: Callable[[], None]) -> N
         step()
     except torch.OutOfMemoryError:
         entry.failure = "out of memory", "the device has too little memory"
+    except (BenchError, UnsupportedAttentionError) as error:
+        entry.failure = "unsupported", str(error)
     except (RuntimeError, ValueError) as error:
         message = str(error).strip() or "no message"
         entry.failure = "failed", f"{type(error).__name__}: {message.splitlines()[0]}"

@@ -20,6 +20,8 @@ FLOAT32_ERROR = 1e-6
 # At any one request, the distance from sdpa may be this many times sdpa's own worst error in the sample.
 WORST_REQUEST = 10.0
 SAMPLE_REQUESTS = 32
+# Of a classifier: with few numbers per request, errors of one sample would differ by chance.
+SAMPLE_CLASSIFIED = 256
 SAMPLE_SLOTS = 65_536
 GOLDEN = 0.618034
 
@@ -58,9 +60,9 @@ class Verdict:
     reason: str | None
 
 
-def _sample(batches: Sequence[PaddedBatch]) -> list[tuple[int, PaddedBatch]]:
+def _sample(batches: Sequence[PaddedBatch], most: int) -> list[tuple[int, PaddedBatch]]:
     rows = [(batch, row) for batch in batches for row in range(len(batch.lengths))]
-    count = min(len(rows), max(4, min(SAMPLE_REQUESTS, len(rows) // 8)))
+    count = min(len(rows), max(4, min(most, len(rows) // 8)))
     chosen: list[tuple[int, PaddedBatch]] = []
     slots = 0
     # One from each stretch, at a place that shifts, so that no period of the lengths is met at one phase alone.
@@ -82,7 +84,7 @@ def make_reference(model: PreTrainedModel, batches: Sequence[PaddedBatch]) -> Re
         model: With sdpa, in the dtype that is measured.
         batches: Of the whole request set.
     """
-    sample = _sample(batches)
+    sample = _sample(batches, SAMPLE_REQUESTS if model.base_model is model else SAMPLE_CLASSIFIED)
 
     def outputs(runner: PreTrainedModel) -> torch.Tensor:
         with torch.inference_mode():

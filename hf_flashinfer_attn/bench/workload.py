@@ -121,6 +121,12 @@ def chat_lengths(requests: int, generator: torch.Generator) -> torch.Tensor:
     return (torch.randn(requests, generator=generator) * 0.9 + 4.0).exp().round().clamp(4, 512).long()
 
 
+def _pair_lengths(requests: int, generator: torch.Generator) -> torch.Tensor:
+    # A query of 8 to 32 tokens before each passage.
+    queries = torch.randint(8, 33, (requests,), generator=generator)
+    return (chat_lengths(requests, generator) + queries).clamp(max=512)
+
+
 def _uniform(low: int, high: int) -> Callable[[int, torch.Generator], torch.Tensor]:
     return lambda requests, generator: torch.randint(low, high + 1, (requests,), generator=generator)
 
@@ -138,6 +144,7 @@ REQUEST_SETS: dict[str, RequestSet] = {
         RequestSet("single", "lognormal lengths, median 55, unsorted", 8, 2_000, chat_lengths, 512),
         RequestSet("uniform", "uniform lengths in [1, 512], unsorted", 64, 2_500, _uniform(1, 512), 512),
         RequestSet("full", "512 tokens each", 64, 1_280, _cycle([512]), 512),
+        RequestSet("pairs", "a query and a passage of chat's lengths, unsorted", 128, 10_000, _pair_lengths, 512),
         RequestSet("long", "uniform lengths in [1, 8192], unsorted", 16, 160, _uniform(1, 8192), 8192),
     )
 }
@@ -186,6 +193,12 @@ def _bert(layers: int, hidden: int, heads: int) -> PreTrainedConfig:
     return config
 
 
+def _reranker(layers: int) -> PreTrainedConfig:
+    config = _bert(layers, 768, 12)
+    config.architectures, config.num_labels = ["BertForSequenceClassification"], 1
+    return config
+
+
 def _modernbert(layers: int) -> PreTrainedConfig:
     config: PreTrainedConfig = ModernBertConfig(
         vocab_size=VOCABULARY,
@@ -219,6 +232,7 @@ SHAPES: dict[str, tuple[int, Callable[[int], PreTrainedConfig]]] = {
     "gte-small": (12, lambda layers: _bert(layers, 384, 12)),
     "bge-base": (12, lambda layers: _bert(layers, 768, 12)),
     "bge-large": (24, lambda layers: _bert(layers, 1024, 16)),
+    "reranker-base": (12, _reranker),
     "modernbert-base": (22, _modernbert),
     "qwen3-embedding": (28, _qwen3),
 }

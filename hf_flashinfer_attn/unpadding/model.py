@@ -329,7 +329,11 @@ def _moved(packed: dict[str, torch.Tensor], device: torch.device) -> dict[str, t
     names = [name for name, value in packed.items() if value.dtype == torch.long and value.device != device]
     moved = {name: value.to(device, non_blocking=True) for name, value in packed.items() if name not in names}
     if names and len({packed[name].device for name in names}) == 1:
-        copies = torch.cat([packed[name] for name in names]).to(device, non_blocking=True)
+        copies = torch.cat([packed[name] for name in names])
+        if device.type == "cuda" and copies.device.type == "cpu":
+            # From any other memory the driver may wait for what is under way on the GPU.
+            copies = copies.pin_memory()
+        copies = copies.to(device, non_blocking=True)
         moved.update(zip(names, copies.unsqueeze(1)))
         return moved
     return moved | {name: packed[name].to(device, non_blocking=True) for name in names}
