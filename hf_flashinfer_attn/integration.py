@@ -19,7 +19,7 @@ from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
 from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
-from .layout import LengthsRead, PreparedStore, RaggedLayout, known_layout, packed_layout, uniform_layout
+from .layout import LengthsRead, PreparedStore, RaggedLayout, known_layout, packed_layout, uniform_layout, versions_of
 from .mask import MaskSpec, RaggedMask, lazy_mask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
 from .prepared import NativeAttention, PreparedAttention, native, native_masked, prepare
@@ -202,6 +202,22 @@ class _Kept(NamedTuple):
     store: PreparedStore
 
 
+class _PackedLane(NamedTuple):
+    """What layers of a forward keep for packed sequences, on their mask; shapes are told apart by signatures."""
+
+    query_offsets: torch.Tensor
+    key_offsets: torch.Tensor
+    versions: tuple[int, int] | None
+    kept: _Kept
+
+    def is_of(self, query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> bool:
+        return (
+            self.query_offsets is query_offsets
+            and self.key_offsets is key_offsets
+            and self.versions == versions_of(query_offsets, key_offsets)
+        )
+
+
 def _kept_of(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -246,6 +262,9 @@ def _kept_of_packed(
     if isinstance(mask, RaggedMask):
         if mask.was_modified or mask.spec.packed is not None or mask.spec.padding_mask is not None:
             return None
+        lane: _PackedLane | None = mask.packed_lane
+        if lane is not None and lane.is_of(*offsets):
+            return lane.kept
         pattern = mask.spec.pattern
     elif mask is not None or sliding_window is not None:
         return None
@@ -253,7 +272,10 @@ def _kept_of_packed(
     if layout is None:
         return None
     # Layers with another band share the layout, and nothing else.
-    return _Kept(layout, layout.derived.setdefault(("prepared", pattern), PreparedStore()))
+    kept = _Kept(layout, layout.derived.setdefault(("prepared", pattern), PreparedStore()))
+    if isinstance(mask, RaggedMask):
+        mask.packed_lane = _PackedLane(*offsets, versions_of(*offsets), kept)
+    return kept
 
 
 def _attend_traced(

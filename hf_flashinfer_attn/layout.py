@@ -29,6 +29,7 @@ __all__ = [
     "offsets_of",
     "packed_layout",
     "uniform_layout",
+    "versions_of",
 ]
 
 
@@ -281,7 +282,7 @@ def offsets_of(layout: RaggedLayout) -> torch.Tensor:
     # A tensor of its own: the layout must not own what owns the layout.
     offsets = torch.tensor(layout.query.offsets, dtype=torch.int32)
     shapes = (layout.query.padded_shape, layout.key.padded_shape)
-    riding = _PackedLayout(None, None, _versions_of(offsets, offsets), shapes, layout)
+    riding = _PackedLayout(None, None, versions_of(offsets, offsets), shapes, layout)
     offsets._packed_layout = riding  # type: ignore[attr-defined]
     return offsets
 
@@ -311,7 +312,7 @@ def packed_layout(
     known = known_layout(carrier, query_offsets, key_offsets, shapes)
     if known is not None:
         return known
-    versions = _versions_of(query_offsets, key_offsets)
+    versions = versions_of(query_offsets, key_offsets)
     layout = RaggedLayout.from_offsets(query_offsets, key_offsets, *shapes)
     # Offsets may outlive the forward, and without a version counter nothing tells whether they were written to.
     if carrier is not query_offsets or versions is not None:
@@ -328,7 +329,7 @@ def known_layout(
     shapes: tuple[tuple[int, int], tuple[int, int]],
 ) -> RaggedLayout | None:
     """Returns the layout that rides on offsets or on a carrier, if it is still theirs; reads no lengths."""
-    versions = _versions_of(query_offsets, key_offsets)
+    versions = versions_of(query_offsets, key_offsets)
     for place in (query_offsets, carrier):
         known: _PackedLayout | None = getattr(place, "_packed_layout", None)
         if known is not None and known.is_of(place, query_offsets, key_offsets, versions, shapes):
@@ -336,7 +337,8 @@ def known_layout(
     return None
 
 
-def _versions_of(query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> tuple[int, int] | None:
+def versions_of(query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> tuple[int, int] | None:
+    """Returns what changes when offsets are written to; None where nobody counts that."""
     untracked = query_offsets.is_inference() or key_offsets.is_inference()
     return None if untracked else (query_offsets._version, key_offsets._version)
 

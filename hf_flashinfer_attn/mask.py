@@ -239,6 +239,8 @@ class RaggedMask(torch.Tensor):
     _lazy_layout: _LazyLayout
     _dense: torch.Tensor | None
     _dense_version: int
+    # The attention function's, for packed sequences.
+    packed_lane: Any
 
     @staticmethod
     def __new__(
@@ -251,6 +253,7 @@ class RaggedMask(torch.Tensor):
         mask._lazy_layout = _LazyLayout(spec, device) if layout is None else layout
         mask._dense = None
         mask._dense_version = 0
+        mask.packed_lane = None
         return mask
 
     def __init__(

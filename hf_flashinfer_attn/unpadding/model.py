@@ -193,22 +193,17 @@ def _pack(
                 inputs[name] = value.to(device)
         return (), inputs
     _embed_rows(module, inputs, device)
-    shape = packing.rows.padded_shape
-    if inputs.get("position_ids") is None:
-        inputs["position_ids"] = _positions(module, inputs, shape)
-    packed = {
-        name: packing.pack(value.expand(*shape, *value.shape[2:]))
-        for name in _PER_TOKEN
-        if (value := inputs.get(name)) is not None
-    }
+    packed = {name: packing.pack(value) for name in _PER_TOKEN if (value := inputs.get(name)) is not None}
+    if "position_ids" not in packed:
+        packed["position_ids"] = _positions(module, inputs, packing)
     offsets = offsets_of(packing.layout)
     setattr(offsets, _PACKING, packing)
     length = packing.layout.query.max_length
-    inputs.update(_moved(packed, device))
+    inputs.update(packing.move(packed, device))
     inputs["attention_mask"] = None
     if _family(module).is_causal:
         # Told that there is no padding, transformers does not look for packed sequences in the positions.
-        inputs["attention_mask"] = mask_of_ones(1, packing.rows.total_tokens, device)
+        inputs["attention_mask"] = mask_of_ones(1, packing.layout.query.total_tokens, device)
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
     return (), inputs
@@ -244,14 +239,14 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     reason = _reason_to_stay(module, inputs)
     if reason is None:
         returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
-        packing = Packing.of(getattr(mask, _HOST_MASK, mask), returns_dict=returns_dict)
-        if packing.rows.is_full:
+        packing = Packing.of(getattr(mask, _HOST_MASK, mask), returns_dict=returns_dict, find_holes=_has_window(module))
+        if packing.is_full:
             # So that attention does not ask for the lengths again.
-            inputs["attention_mask"] = mask_of_ones(*packing.rows.padded_shape, device)
+            inputs["attention_mask"] = mask_of_ones(*packing.shape, device)
             return None
-        if packing.rows.total_tokens == 0:
+        if packing.layout.query.total_tokens == 0:
             return None
-        if not (packing.has_holes and _has_window(module)):
+        if not packing.has_holes:
             return packing
         reason = "a window over padding with holes"
     log_once(f"unpad leaves {type(module).__name__} padded: {reason}")
@@ -309,31 +304,14 @@ def _embed_rows(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     inputs["input_ids"] = None
 
 
-def _positions(module: PreTrainedModel, inputs: dict[str, Any], shape: tuple[int, int]) -> torch.Tensor:
-    """Numbers tokens as the model would in a padded batch, shape `(batch, slots)` or `(1, slots)`."""
+def _positions(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> torch.Tensor:
+    """Numbers tokens as the model would in a padded batch, shape `(1, total_tokens)`."""
     ids = inputs.get("input_ids")
-    mask = getattr(inputs["attention_mask"], _HOST_MASK, inputs["attention_mask"])
-    device = mask.device if ids is None else ids.device
-    slots = torch.arange(shape[1], device=device)[None]
+    device = next(iter(packing.slots)) if ids is None else ids.device
     if _family(module).positions is Positions.SLOTS:
-        return slots
+        return packing.positions(device)
     padding_id: int = module.embeddings.padding_idx
     if ids is None:
-        return slots + padding_id + 1
+        return packing.positions(device) + padding_id + 1
     is_token: torch.Tensor = ids.ne(padding_id)
-    return is_token.cumsum(1) * is_token + padding_id
-
-
-def _moved(packed: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Copies packed inputs to a device, integers in one piece."""
-    names = [name for name, value in packed.items() if value.dtype == torch.long and value.device != device]
-    moved = {name: value.to(device, non_blocking=True) for name, value in packed.items() if name not in names}
-    if names and len({packed[name].device for name in names}) == 1:
-        copies = torch.cat([packed[name] for name in names])
-        if device.type == "cuda" and copies.device.type == "cpu":
-            # From any other memory the driver may wait for what is under way on the GPU.
-            copies = copies.pin_memory()
-        copies = copies.to(device, non_blocking=True)
-        moved.update(zip(names, copies.unsqueeze(1)))
-        return moved
-    return moved | {name: packed[name].to(device, non_blocking=True) for name in names}
+    return packing.pack(is_token.cumsum(1) * is_token + padding_id)

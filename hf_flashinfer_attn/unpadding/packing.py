@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ..layout import LengthsRead, RaggedLayout, RaggedSide
+from ..layout import LengthsRead, RaggedLayout
+from ..movement import TokenMap
 
 __all__ = ["Packing"]
 
@@ -17,30 +19,104 @@ class Packing:
     """Where the tokens of a padded batch are.
 
     Args:
-        rows: The padded batch, of shape `(batch, slots)`.
+        shape: Rows and slots of the padded batch.
         layout: The packed batch, of shape `(1, total_tokens)`.
-        has_holes: Whether padding splits a row.
+        has_holes: Whether padding splits a row; False where nobody asked.
         returns_dict: Whether the caller wants an output object rather than a tuple.
+        slots: The slot of each token, counted through all rows, integers of shape `(total_tokens,)`, by device; none
+            without padding.
     """
 
-    rows: RaggedSide
+    shape: tuple[int, int]
     layout: RaggedLayout
     has_holes: bool
     returns_dict: bool
+    slots: dict[torch.device, torch.Tensor]
 
     @classmethod
-    def of(cls, attention_mask: torch.Tensor, *, returns_dict: bool) -> Packing:
+    def of(cls, attention_mask: torch.Tensor, *, returns_dict: bool, find_holes: bool) -> Packing:
         """Reads a mask of ones and zeros, shape `(batch, slots)`; the host waits for it if it is on another device."""
-        valid = attention_mask.to(torch.bool)
-        starts = F.pad(valid, (1, 0)).to(torch.int8).diff(dim=1) == 1
-        lengths, runs = LengthsRead(torch.stack([valid.sum(-1), starts.sum(-1)])).values
-        rows = RaggedSide(lengths, (valid.shape[0], valid.shape[1]), valid)
-        return cls(rows, RaggedLayout.from_lengths(lengths), max(runs, default=0) > 1, returns_dict)
+        rows, width = attention_mask.shape
+        on_host = attention_mask.device.type == "cpu"
+        if on_host:
+            # In numpy: what is this little is done before torch's threads have woken up.
+            known = attention_mask.to(torch.bool) if attention_mask.is_floating_point() else attention_mask
+            slots = np.flatnonzero(known.numpy() != 0)
+            ends = np.searchsorted(slots, np.arange(rows + 1) * width)
+            layout = RaggedLayout.from_lengths(np.diff(ends).tolist())
+            has_holes = find_holes and _has_holes(slots, width)
+        else:
+            valid = attention_mask.to(torch.bool)
+            counts = valid.sum(-1, dtype=torch.int32)
+            if find_holes:
+                starts = torch.nn.functional.pad(valid, (1, 0)).to(torch.int8).diff(dim=1) == 1
+                counts = torch.stack([counts, starts.sum(-1, dtype=torch.int32)])
+            read = LengthsRead(counts).values
+            lengths, runs = read if find_holes else (read, ())
+            layout = RaggedLayout.from_lengths(lengths)
+            has_holes = max(runs, default=0) > 1
+        packing = cls((rows, width), layout, has_holes, returns_dict, {})
+        if not packing.is_full:
+            total = layout.query.total_tokens
+            found = torch.from_numpy(slots) if on_host else TokenMap.of(valid, total).slots
+            packing.slots[found.device] = found
+        return packing
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no padding."""
+        return self.layout.query.total_tokens == self.shape[0] * self.shape[1]
+
+    def slots_on(self, device: torch.device) -> torch.Tensor:
+        """Returns the slot of each token on a device."""
+        if (slots := self.slots.get(device)) is None:
+            slots = self.slots[device] = next(iter(self.slots.values())).to(device, non_blocking=True)
+        return slots
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Returns the slot of each token within its row, int64, shape `(1, total_tokens)`."""
+        slots = self.slots_on(device)
+        if device.type == "cpu":
+            starts = np.arange(self.shape[0]) * self.shape[1]
+            return torch.from_numpy(slots.numpy() - np.repeat(starts, self.layout.query.lengths))[None]
+        return slots.remainder(self.shape[1]).long()[None]
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """Drops padding, where the tensor is: `(batch, slots, ...)` to `(1, total_tokens, ...)`."""
-        return self.rows.gather(padded).unsqueeze(0)
+        flat = padded.expand(*self.shape, *padded.shape[2:]).reshape(-1, *padded.shape[2:])
+        slots = self.slots_on(padded.device)
+        if _is_host_number(padded):
+            return torch.from_numpy(flat.numpy().take(slots.numpy()))[None]
+        return flat.index_select(0, slots)[None]
+
+    def move(self, packed: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        """Copies packed inputs to a device, integers of the CPU in one piece, and with them what `spread` needs."""
+        numbers = [name for name, value in packed.items() if _is_host_number(value)]
+        if device.type != "cuda" or not numbers:
+            return {name: value.to(device, non_blocking=True) for name, value in packed.items()}
+        rows = [packed[name] for name in numbers]
+        slots = self.slots.get(torch.device("cpu"))
+        if slots is not None and device not in self.slots:
+            rows.append(slots[None])
+        # From any other memory the driver may wait for what is under way on the GPU.
+        pinned = torch.empty(len(rows), rows[0].shape[1], dtype=torch.long, pin_memory=True)
+        moved = torch.cat(rows, out=pinned).to(device, non_blocking=True).unsqueeze(1)
+        if len(rows) > len(numbers):
+            self.slots[device] = moved[-1, 0]
+        others = {name: value.to(device, non_blocking=True) for name, value in packed.items() if name not in numbers}
+        return others | dict(zip(numbers, moved))
 
     def spread(self, packed: torch.Tensor) -> torch.Tensor:
-        """Undoes `pack`, with zeros in padding."""
-        return self.rows.scatter(packed.squeeze(0))
+        """Undoes `pack`, with zeros in padding; differentiable."""
+        padded = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[2:])
+        padded.index_copy_(0, self.slots_on(packed.device).long(), packed[0])
+        return padded.view(*self.shape, *packed.shape[2:])
+
+
+def _has_holes(slots: np.ndarray[Any, Any], width: int) -> bool:
+    before, after = slots[:-1], slots[1:]
+    return bool(((after - before != 1) & (after // width == before // width)).any())
+
+
+def _is_host_number(value: torch.Tensor) -> bool:
+    return value.dtype == torch.long and value.device.type == "cpu" and value.ndim == 2
