@@ -1,6 +1,6 @@
 """`unpad` and `repad`: hooks around a model's backbone that pack what goes in and spread out what comes out.
 
-Nothing is kept between forwards, and nothing but the hooks is on the model: what a forward's end has to know about its
+Nothing is kept between forwards, and little but the hooks is on the model: what a forward's end has to know about its
 beginning rides on the offsets that every layer is handed.
 """
 
@@ -38,14 +38,16 @@ def unpad(model: Module) -> Module:
     """Makes a model compute tokens only: padding is dropped before its embeddings and is zero in its outputs.
 
     Calls stay as they are, and so do the types and shapes of outputs. A batch without padding runs as before. So does
-    one that packing cannot express, which is logged once with its reason: `output_attentions=True`, caches (decoders
-    need `use_cache=False`), masks that are not `(batch, slots)`, cross-attention, a window over padding with holes.
+    one that packing cannot express, which is logged once with its reason:
+    `output_attentions=True`, caches (decoders need `use_cache=False`), masks that are not `(batch, slots)`,
+    cross-attention, a window or a relative position bias over padding with holes.
 
     Inputs may stay on the CPU while the model is on a GPU: only tokens are copied, and the host does not wait.
 
     Args:
         model: A transformers model with `attn_implementation="flashinfer"`, or any module with such models in it.
-            Changed in place: hooks are added to its backbones. Weights and configuration stay as they are.
+            Changed in place: hooks are added to its backbones, and attention that is MPNet's own changes its class.
+            Weights and configuration stay as they are.
 
     Returns:
         The same model.
@@ -78,11 +80,13 @@ def unpad(model: Module) -> Module:
     for module in model.modules():
         if _HANDLES in vars(module):
             continue
-        if family_of(module) is not None:
+        if (family := family_of(module)) is not None:
             handles = [
                 module.register_forward_pre_hook(_pack, with_kwargs=True),
                 module.register_forward_hook(_spread, with_kwargs=True, prepend=True),
             ]
+            if family.own_attention is not None:
+                handles += family.own_attention().route(module)
         elif isinstance(module, PreTrainedModel) and any(family_of(part) for part in module.modules()):
             handles = [module.register_forward_pre_hook(_move_to_head, with_kwargs=True)]
         else:
@@ -110,8 +114,11 @@ def repad(model: Module) -> Module:
         (0, 0)
     """
     for module in model.modules():
-        for handle in vars(module).pop(_HANDLES, ()):
+        handles, family = vars(module).pop(_HANDLES, ()), family_of(module)
+        for handle in handles:
             handle.remove()
+        if handles and family is not None and family.own_attention is not None:
+            family.own_attention().restore(module)
     return model
 
 
@@ -206,8 +213,9 @@ def _pack(
     length = packing.layout.query.max_length
     inputs.update(_moved(packed, device))
     inputs["attention_mask"] = None
-    if _family(module).is_causal:
-        # Told that there is no padding, transformers does not look for packed sequences in the positions.
+    if _family(module).is_causal or _family(module).own_attention is not None:
+        # Told that there is no padding, transformers looks neither for packed sequences in the positions nor, where a
+        # model has not come to the mask helpers yet, for padding in the tokens.
         inputs["attention_mask"] = mask_of_ones(1, packing.rows.total_tokens, device)
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
@@ -251,9 +259,9 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
             return None
         if packing.rows.total_tokens == 0:
             return None
-        if not (packing.has_holes and _has_window(module)):
+        if not packing.has_holes or (measure := _measure_of_distance(module)) is None:
             return packing
-        reason = "a window over padding with holes"
+        reason = f"{measure} over padding with holes"
     log_once(f"unpad leaves {type(module).__name__} padded: {reason}")
     return None
 
@@ -292,12 +300,17 @@ def _makes_cache(module: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     return bool(use_cache) and not (getattr(module, "gradient_checkpointing", False) and module.training)
 
 
-def _has_window(module: PreTrainedModel) -> bool:
+def _measure_of_distance(module: PreTrainedModel) -> str | None:
+    """Names what in a model's attention depends on how far apart two tokens are, padding included; None for nothing."""
     config = module.config
+    if _family(module).measures_slots:
+        return "a relative position bias"
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
-        return any(layer_type != "full_attention" for layer_type in layer_types)
-    return getattr(config, "sliding_window", None) is not None
+        has_window = any(layer_type != "full_attention" for layer_type in layer_types)
+    else:
+        has_window = getattr(config, "sliding_window", None) is not None
+    return "a window" if has_window else None
 
 
 def _embed_rows(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> None:
