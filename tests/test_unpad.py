@@ -529,6 +529,25 @@ def test_only_tokens_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole["input_ids"].shape == whole["attention_mask"].shape == (4, SLOTS)
 
 
+def test_a_mask_that_a_head_reshapes_is_read_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "_device_of", lambda module, default: torch.device("meta"))
+    model, inputs = build("roberta", _CHOICE), inputs_of("right", _CHOICE)
+    mask = inputs["attention_mask"]
+    _, of_head = model_module._move_to_head(model, (), inputs)
+    moved = of_head["attention_mask"]
+    assert (moved.shape, moved.device.type) == ((2, 2, SLOTS), "meta")
+
+    flat = {"input_ids": of_head["input_ids"].view(-1, SLOTS), "attention_mask": moved.view(-1, SLOTS)}
+    _, packed = model_module._pack(model.base_model, (), dict(flat))
+    assert packed["cu_seq_lens_q"].tolist() == [0, 9, 13, 19, 21]
+    assert torch.equal(model_module._read_from(flat["attention_mask"]), mask.view(-1, SLOTS))
+
+    for other in (moved[0], moved.transpose(0, 1), moved.view(-1)[1:], moved.clone(), moved.view(torch.float64)):
+        assert model_module._read_from(other) is other
+    moved.fill_(1)
+    assert model_module._read_from(moved) is moved
+
+
 def test_packed_input_of_the_user_passes_through() -> None:
     model, plain = unpadded("bert", ""), build("bert")
     ids = torch.randint(5, VOCAB_SIZE, (1, 7), generator=torch.Generator().manual_seed(0))
@@ -673,6 +692,27 @@ def test_stays_padded(arguments: dict[str, Any], reason: str, caplog: pytest.Log
     assert set(shapes) == {(4, SLOTS)}
     valid = mask_of("right").bool()
     assert_close(actual.last_hidden_state[valid], expected.last_hidden_state[valid], "last_hidden_state")
+
+
+@each_reason
+def test_strict_raises_what_else_is_logged(arguments: dict[str, Any], reason: str) -> None:
+    model = unpadded("bert", "")
+    hf_flashinfer_attn.configure(strict=True)
+    with torch.no_grad():
+        with pytest.raises(UnsupportedAttentionError, match=f"unpad leaves BertModel padded: {reason}.*strict=False"):
+            model(**{**inputs_of("right"), **arguments})
+        model(**inputs_of("right"))
+        if "attention_mask" not in arguments:
+            # Without padding there is nothing that could be dropped.
+            model(**{**inputs_of("all-ones"), **arguments})
+            model(**{**inputs_of("no-mask"), **arguments})
+
+
+@pytest.mark.parametrize(("family", "measure"), [("mpnet", "a relative position bias"), ("modernbert", "a window")])
+def test_strict_and_padding_with_holes(family: str, measure: str) -> None:
+    hf_flashinfer_attn.configure(strict=True)
+    with pytest.raises(UnsupportedAttentionError, match=f"{measure} over padding with holes, and strict=True"):
+        unpadded(family, "")(**inputs_of("holes"))
 
 
 def test_a_cache_stays_padded(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,8 +18,9 @@ from transformers.utils import ModelOutput
 from ..dispatch import log_once
 from ..errors import UnsupportedAttentionError
 from ..integration import NAME
-from ..layout import offsets_of
+from ..layout import LengthsRead, offsets_of
 from ..mask import mask_of_ones
+from ..settings import current_settings
 from .families import Family, Positions, family_of, reason_against
 from .packing import Packing
 
@@ -38,7 +39,7 @@ def unpad(model: Module) -> Module:
     """Makes a model compute tokens only: padding is dropped before its embeddings and is zero in its outputs.
 
     Calls stay as they are, and so do the types and shapes of outputs. A batch without padding runs as before. So does
-    one that packing cannot express, which is logged once with its reason:
+    one that packing cannot express, which is logged once with its reason, or raises it after `configure(strict=True)`:
     `output_attentions=True`, caches (decoders need `use_cache=False`), masks that are not `(batch, slots)`,
     cross-attention, a window or a relative position bias over padding with holes.
 
@@ -180,8 +181,23 @@ def _move_to_head(
         if name not in _READ_ON_THE_HOST and isinstance(value, torch.Tensor) and value.device.type == "cpu":
             moved = inputs[name] = value.to(device, non_blocking=True)
             if name == "attention_mask":
-                setattr(moved, _HOST_MASK, value)
+                setattr(moved, _HOST_MASK, (value, _version_of(moved)))
     return (), inputs
+
+
+def _version_of(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _read_from(mask: torch.Tensor) -> torch.Tensor:
+    """Returns where to read a mask: what stayed of it on the CPU, though a head reshaped it since, or the mask."""
+    moved = mask if mask._base is None else mask._base
+    stayed: tuple[torch.Tensor, int | None] | None = getattr(moved, _HOST_MASK, None)
+    if stayed is None or stayed[1] != _version_of(moved):
+        return mask
+    is_whole = mask.numel() == moved.numel() and mask.dtype == moved.dtype
+    in_order = mask.is_contiguous() and moved.is_contiguous()
+    return stayed[0].reshape(mask.shape) if is_whole and in_order else mask
 
 
 def _pack(
@@ -252,7 +268,7 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     reason = _reason_to_stay(module, inputs)
     if reason is None:
         returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
-        packing = Packing.of(getattr(mask, _HOST_MASK, mask), returns_dict=returns_dict)
+        packing = Packing.of(_read_from(mask), returns_dict=returns_dict)
         if packing.rows.is_full:
             # So that attention does not ask for the lengths again.
             inputs["attention_mask"] = mask_of_ones(*packing.rows.padded_shape, device)
@@ -262,8 +278,20 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
         if not packing.has_holes or (measure := _measure_of_distance(module)) is None:
             return packing
         reason = f"{measure} over padding with holes"
-    log_once(f"unpad leaves {type(module).__name__} padded: {reason}")
+    _tell_why(module, mask, reason)
     return None
+
+
+def _tell_why(module: PreTrainedModel, mask: object, reason: str) -> None:
+    """Logs why a forward stays padded; with strict=True raises it, if there is padding."""
+    message = f"unpad leaves {type(module).__name__} padded: {reason}"
+    if not current_settings().strict:
+        log_once(message)
+    elif not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not LengthsRead(_read_from(mask).bool().all()).values:
+        raise UnsupportedAttentionError(
+            f"{message}, and strict=True forbids it",
+            "Use hf_flashinfer_attn.configure(strict=False) to let such forwards run padded.",
+        )
 
 
 def _reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
@@ -325,8 +353,7 @@ def _embed_rows(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
 def _positions(module: PreTrainedModel, inputs: dict[str, Any], shape: tuple[int, int]) -> torch.Tensor:
     """Numbers tokens as the model would in a padded batch, shape `(batch, slots)` or `(1, slots)`."""
     ids = inputs.get("input_ids")
-    mask = getattr(inputs["attention_mask"], _HOST_MASK, inputs["attention_mask"])
-    device = mask.device if ids is None else ids.device
+    device = _read_from(inputs["attention_mask"]).device if ids is None else ids.device
     slots = torch.arange(shape[1], device=device)[None]
     if _family(module).positions is Positions.SLOTS:
         return slots
