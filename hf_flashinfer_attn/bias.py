@@ -1,10 +1,12 @@
-"""A bias on the logits of padded attention, kept where ragged attention can read it: by slots, not by tokens."""
+"""A bias on the logits, kept where ragged attention can read it: by the slots of rows, not by tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+from .layout import RaggedLayout
 
 __all__ = ["LogitsBias"]
 
@@ -14,7 +16,7 @@ class LogitsBias:
     """What a model adds to the logits, as it came, for the slots of the padded batch.
 
     A row's query and key slots pick its part. Nothing is gathered: T5's bias is one for all rows, and as large as a
-    mask.
+    mask. Packed sequences have no padding: their tokens are their slots, and the longest one gives the lengths.
 
     Args:
         values: Float, shape `(batch, heads, q_length, kv_length)`, any strides; expanded where it is the same for all.
@@ -41,3 +43,18 @@ class LogitsBias:
         if query_slots is not None:
             bias = bias.index_select(1, query_slots)
         return bias if key_slots is None else bias.index_select(2, key_slots)
+
+    def over(self, layout: RaggedLayout) -> torch.Tensor:
+        """Returns the bias of packed sequences on all of their tokens, zero where two sequences meet.
+
+        Args:
+            layout: Of the packed sequences.
+
+        Returns:
+            Shape `(1, heads, total_query_tokens, total_key_tokens)`; differentiable.
+        """
+        whole = self.values.new_zeros(1, self.values.shape[1], layout.query.total_tokens, layout.key.total_tokens)
+        for row, (query, key) in enumerate(zip(layout.query.offsets[:-1], layout.key.offsets[:-1])):
+            queries, keys = layout.query.lengths[row], layout.key.lengths[row]
+            whole[0, :, query : query + queries, key : key + keys] = self.values[row, :, :queries, :keys]
+        return whole

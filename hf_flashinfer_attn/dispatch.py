@@ -40,7 +40,7 @@ class AttentionRequest:
         needs_grad: Whether gradients must flow.
         dropout: Probability of dropping an attention weight in this call.
         output_attentions: Whether the weights themselves are asked for.
-        biased_packed: Whether a bias is added to the logits of packed sequences, whose slots it does not speak of.
+        biased_packed: Whether a bias is added to the logits that is not told apart by the rows of the layout.
         biased_window: Whether a bias is added where there is a window or softcap too.
         mask_holes: Whether padding splits a row in which distances matter, or a packed sequence is in pieces.
         window_keeps_padded_queries: Whether distances matter, and padded queries, which have none, are kept.
@@ -93,7 +93,7 @@ def _flag(feature: str, path: Path, attribute: str) -> Rule:
 # In this order: what needs a whole mask first, then what only needs another kernel.
 RULES: tuple[Rule, ...] = (
     _flag("output_attentions=True", Path.DENSE, "output_attentions"),
-    _flag("position_bias over packed sequences, or of a shape of its own", Path.DENSE, "biased_packed"),
+    _flag("position_bias over packed sequences by slot, or of a shape of its own", Path.DENSE, "biased_packed"),
     Rule(
         "user 4D masks, additive masks, chunks, image blocks, any mask that is not recognised",
         Path.DENSE,

@@ -121,7 +121,8 @@ def attention_forward(
         sliding_window: Carried by the mask; refused where there is none to carry it.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
         s_aux: Attention sinks, shape `(heads,)`.
-        position_bias: Added to the logits, broadcastable to `(batch, heads, q_length, kv_length)`.
+        position_bias: Added to the logits, broadcastable to `(batch, heads, q_length, kv_length)`; of packed sequences
+            to `(sequences, heads, longest, longest)`, by the place of a token in its own sequence.
         output_attentions: Whether to return the weights.
         cu_seq_lens_q: Offsets of packed sequences.
         cu_seq_lens_k: The same of the keys.
@@ -343,10 +344,14 @@ def _attend(
             f"sliding_window={sliding_window} without a mask over {key.shape[2]} keys",
             "Use attn_implementation='eager' for this model.",
         )
-    bias = None
+    bias = packed = None
     if position_bias is not None:
-        bias = LogitsBias.fit(position_bias, (*query.shape[:3], key.shape[2]))
-    is_packed = offsets is not None or (lazy is not None and lazy.spec.packed is not None)
+        rows, heads, q_length, kv_length = *query.shape[:3], key.shape[2]
+        if offsets is not None and query.shape[0] == key.shape[0] == 1:
+            packed = _packed_layout(lazy, *offsets, query, key)
+            rows, q_length, kv_length = len(packed.query.lengths), packed.query.max_length, packed.key.max_length
+        if packed is not None or offsets is None:
+            bias = LogitsBias.fit(position_bias, (rows, heads, q_length, kv_length))
     keep_padded_queries = not _padded_queries_are_idle(module)
     request = AttentionRequest(
         pattern=pattern,
@@ -356,7 +361,9 @@ def _attend(
         needs_grad=needs_grad(query, key, value, position_bias, s_aux),
         dropout=dropout,
         output_attentions=bool(output_attentions),
-        biased_packed=position_bias is not None and (bias is None or is_packed),
+        biased_packed=(
+            position_bias is not None and (bias is None or (lazy is not None and lazy.spec.packed is not None))
+        ),
         biased_window=position_bias is not None and (pattern.is_window or softcap is not None),
         mask_holes=lazy is not None and lazy.has_holes,
         window_keeps_padded_queries=(
@@ -368,6 +375,8 @@ def _attend(
     decision = decide(request, current_settings())
     layer = _layer_name(module)
     if decision.path is Path.DENSE:
+        if bias is not None and packed is not None:
+            position_bias = bias.over(packed)
         output, weights = dense.attend(
             query,
             key,
@@ -407,7 +416,7 @@ def _attend(
                 kept.store.keep(signature, prepared)
             return prepared(query, key, value, layer), None
     if offsets is not None:
-        layout = _packed_layout(lazy, *offsets, query, key)
+        layout = _packed_layout(lazy, *offsets, query, key) if packed is None else packed
     elif lazy is not None:
         layout = lazy.layout_of_forward(keep_padded_queries=keep_padded_queries)
     elif mask is None:

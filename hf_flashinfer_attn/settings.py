@@ -23,7 +23,8 @@ class Settings:
     Args:
         backend: "auto" takes FlashInfer where there is a CUDA GPU for it and torch elsewhere; a backend asked for by
             name never falls back.
-        strict: Whether a fallback raises [`UnsupportedAttentionError`] instead of being logged once.
+        strict: Whether a fallback raises [`UnsupportedAttentionError`] instead of being logged once, and a forward that
+            `unpad` leaves padded too.
     """
 
     backend: BackendName = "auto"

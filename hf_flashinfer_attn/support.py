@@ -18,7 +18,7 @@ _NATIVE = (
     "cross-attention with its own padding",
     "grouped-query and multi-query heads, values of another head_dim",
     "head_dim up to 256, softcap, any softmax scale",
-    "attention sinks (`s_aux`), `position_bias` (T5; compiles a kernel of its own)",
+    "attention sinks (`s_aux`), `position_bias` (T5, and MPNet after `unpad`; compiles a kernel of its own)",
 )
 # Where torch's own kernel is faster (benchmarks/NOTES.md); `backend="flashinfer"` does without it.
 _FASTER_ELSEWHERE = (

@@ -216,6 +216,34 @@ class _Layer(torch.nn.Module):
     def forward(self, hidden_states, attention_mask): ...
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("output_attentions", [False, True])
+def test_a_bias_of_packed_sequences_is_by_place_or_by_slot(rows: int, output_attentions: bool) -> None:
+    lengths, longest, total = (3, 5, 0, 2), 5, 10
+    query, key, value = torch.randn(3, 1, 2, total, 8, dtype=torch.float64)
+    by_place = torch.randn(rows, 2, longest, longest, dtype=torch.float64, requires_grad=True)
+    offsets = RaggedLayout.from_lengths(lengths).query.cu_seqlens_host
+    by_slot, expected = torch.zeros(1, 2, total, total, dtype=torch.float64), []
+    for row, (start, length) in enumerate(zip(offsets.tolist(), lengths)):
+        some, bias = slice(start, start + length), by_place.expand(4, -1, -1, -1)[row, :, :length, :length]
+        by_slot[0, :, some, some] = bias.detach()
+        sides = (side[0, :, some].transpose(0, 1) for side in (query, key, value))
+        expected.append(naive(*sides, left=None, right=None, softcap=None, bias=bias))
+    options = {"scaling": 0.7, "output_attentions": output_attentions, "cu_seq_lens_q": offsets}
+    gradients = []
+    for bias in (by_place, by_slot):
+        with hf_flashinfer_attn.trace() as trace:
+            output, weights = attention_forward(
+                _Layer(), query, key, value, None, position_bias=bias, cu_seq_lens_k=offsets, **options
+            )
+        assert trace.kernels == (("torch",) if bias is by_place and not output_attentions else ("dense",))
+        assert (weights is not None) == output_attentions
+        torch.testing.assert_close(output[0], torch.cat(expected), rtol=1e-6, atol=1e-6)
+        if bias.requires_grad:
+            gradients = [torch.autograd.grad(out.square().sum(), bias)[0] for out in (output, torch.cat(expected))]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["bool", "additive", "2d"])
 def test_masks_of_the_user(kind: str) -> None:
     query, key, value = (torch.randn(2, 2, 5, 8) for _ in range(3))

@@ -14,6 +14,8 @@ from transformers import (
     BertModel,
     ModernBertConfig,
     ModernBertModel,
+    MPNetConfig,
+    MPNetModel,
     PreTrainedModel,
     Qwen3Config,
     Qwen3Model,
@@ -39,6 +41,10 @@ BERT = BertConfig(
 MODERNBERT = ModernBertConfig(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=100, local_attention=8,
     global_attn_every_n_layers=3, pad_token_id=0, deterministic_flash_attn=False,
+)  # fmt: skip
+MPNET = MPNetConfig(
+    hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, vocab_size=100,
+    max_position_embeddings=80,
 )  # fmt: skip
 T5 = T5Config(d_model=64, d_kv=24, d_ff=64, num_layers=3, num_heads=4, vocab_size=100)
 QWEN = Qwen3Config(
@@ -265,7 +271,8 @@ def test_a_small_batch_asks_for_no_lengths(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("inputs_on", ["cpu", "cuda"])
 def test_an_unpadded_model_copies_lengths_at_most_once(inputs_on: str) -> None:
-    for model, config in ((BertModel, BERT), (ModernBertModel, MODERNBERT), (Qwen3Model, QWEN)):
+    models = (BertModel, BERT), (ModernBertModel, MODERNBERT), (Qwen3Model, QWEN), (MPNetModel, MPNET)
+    for model, config in models:
         padded = model._from_config(copy.deepcopy(config), attn_implementation="flashinfer")
         padded = padded.to("cuda", torch.float16).eval()
         unpadded = hf_flashinfer_attn.unpad(copy.deepcopy(padded))

@@ -72,6 +72,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "camembert": ("Camembert", "CamembertConfig", _SIZES, _EVERY_HEAD),
     "data2vec-text": ("Data2VecText", "Data2VecTextConfig", _SIZES, _EVERY_HEAD),
     "electra": ("Electra", "ElectraConfig", {**_SIZES, "embedding_size": 16}, _EVERY_HEAD),
+    "mpnet": ("MPNet", "MPNetConfig", _SIZES, _EVERY_HEAD),
     "distilbert": ("DistilBert", "DistilBertConfig", _DISTILBERT, _EVERY_HEAD),
     "albert": ("Albert", "AlbertConfig", {**_SIZES, "embedding_size": 16}, _EVERY_HEAD),
     "modernbert": ("ModernBert", "ModernBertConfig", {**_SIZES, "local_attention": 6}, _EVERY_HEAD),
@@ -108,7 +109,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
          "use_bidirectional_attention": True, "layer_types": ["sliding_attention", "full_attention"]}, (),
     ),
 }  # fmt: skip
-WINDOWED = {"modernbert", "modernbert-mean", "mistral", "gemma3-text", "embedding-gemma"}
+# Their attention depends on how far apart tokens are.
+MEASURING = {"mpnet", "modernbert", "modernbert-mean", "mistral", "gemma3-text", "embedding-gemma"}
 CASES = [
     pytest.param(family, head, padding, id=f"{family}-{head or 'base'}-{padding}")
     for family, (_, _, _, heads) in FAMILIES.items()
@@ -117,7 +119,7 @@ CASES = [
     for padding in PADDINGS
 ]
 EACH_FAMILY = [family for family in FAMILIES if not family.endswith("-mean")]
-ROBERTA_LIKE = ("roberta", "xlm-roberta", "camembert", "data2vec-text")
+ROBERTA_LIKE = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet")
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +231,7 @@ def assert_close(actual: Tensor, expected: Tensor, name: str) -> None:
 def record_inputs(model: nn.Module) -> list[tuple[int, ...]]:
     """Keeps the shapes of what attention layers are given."""
     shapes: list[tuple[int, ...]] = []
-    projections = ("query", "q_proj", "q_lin", "Wqkv")
+    projections = ("query", "q_proj", "q_lin", "Wqkv", "q")
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in projections:
             module.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape[:-1])))
@@ -268,7 +270,7 @@ def test_computes_tokens_only(family: str, padding: str) -> None:
         output = model(**inputs)
 
     mask = inputs["attention_mask"]
-    stays = family in WINDOWED and padding == "holes"
+    stays = family in MEASURING and padding == "holes"
     expected = tuple(mask.shape) if stays else (1, int(mask.sum()))
     assert len(shapes) >= 2
     assert set(shapes) == {expected}
@@ -314,7 +316,7 @@ def test_gradients_equal(family: str, padding: str) -> None:
     assert compared > 10
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "modernbert"])
 def test_loss_and_its_gradients_equal(family: str) -> None:
     inputs = inputs_of("right")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -347,7 +349,7 @@ def test_gradient_checkpointing(family: str) -> None:
     assert_close(gradients[1], gradients[0], "gradient")
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "esm-absolute", "modernbert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "albert", "esm-absolute", "modernbert", "llama"])
 def test_inputs_embeds(family: str) -> None:
     inputs = inputs_of("right")
     embeds = torch.randn(4, SLOTS, reference(family, "").get_input_embeddings().embedding_dim)
@@ -361,7 +363,7 @@ def test_inputs_embeds(family: str) -> None:
     assert_close(actual.last_hidden_state[valid], expected.last_hidden_state[valid], "last_hidden_state")
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "qwen3", "gemma3-text"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "modernbert", "qwen3", "gemma3-text"])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_positions_of_the_user(family: str, rows: int) -> None:
     inputs = inputs_of("right")
@@ -431,7 +433,7 @@ def test_padding_is_never_looked_at(family: str) -> None:
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_one_layout_and_no_copies(mode: Any) -> None:
-    for family in ("bert", "modernbert", "gemma3-text", "qwen3"):
+    for family in ("bert", "mpnet", "modernbert", "gemma3-text", "qwen3"):
         model = unpadded(family, "")
         with mode(), hf_flashinfer_attn.trace() as trace:
             model(**inputs_of("right"))
@@ -527,6 +529,25 @@ def test_only_tokens_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole["input_ids"].shape == whole["attention_mask"].shape == (4, SLOTS)
 
 
+def test_a_mask_that_a_head_reshapes_is_read_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "_device_of", lambda module, default: torch.device("meta"))
+    model, inputs = build("roberta", _CHOICE), inputs_of("right", _CHOICE)
+    mask = inputs["attention_mask"]
+    _, of_head = model_module._move_to_head(model, (), inputs)
+    moved = of_head["attention_mask"]
+    assert (moved.shape, moved.device.type) == ((2, 2, SLOTS), "meta")
+
+    flat = {"input_ids": of_head["input_ids"].view(-1, SLOTS), "attention_mask": moved.view(-1, SLOTS)}
+    _, packed = model_module._pack(model.base_model, (), dict(flat))
+    assert packed["cu_seq_lens_q"].tolist() == [0, 9, 13, 19, 21]
+    assert torch.equal(model_module._read_from(flat["attention_mask"]), mask.view(-1, SLOTS))
+
+    for other in (moved[0], moved.transpose(0, 1), moved.view(-1)[1:], moved.clone(), moved.view(torch.float64)):
+        assert model_module._read_from(other) is other
+    moved.fill_(1)
+    assert model_module._read_from(moved) is moved
+
+
 def test_packed_input_of_the_user_passes_through() -> None:
     model, plain = unpadded("bert", ""), build("bert")
     ids = torch.randint(5, VOCAB_SIZE, (1, 7), generator=torch.Generator().manual_seed(0))
@@ -542,19 +563,23 @@ def inputs_without_ids(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if name != "input_ids"}
 
 
-def test_repad_restores() -> None:
-    model, plain = build("bert", _SEQUENCE), build("bert", _SEQUENCE)
+@pytest.mark.parametrize(("family", "added"), [("bert", 3), ("mpnet", 5)])
+def test_repad_restores(family: str, added: int) -> None:
+    model, plain = build(family, _SEQUENCE), build(family, _SEQUENCE)
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    classes = [type(module) for module in model.modules()]
     assert unpad(model) is model
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-    assert hooks == 3
+    assert hooks == added
     unpad(model)
     assert hooks == sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
     assert list(model.state_dict()) == list(plain.state_dict())
     assert repad(model) is model
+    assert [type(module) for module in model.modules()] == classes
     for name, module in model.named_modules():
         assert set(vars(module)) == attributes[name]
         assert not module._forward_hooks
+        assert not module._forward_hooks_always_called
         assert not module._forward_pre_hooks
         assert not module._forward_hooks_with_kwargs
         assert not module._forward_pre_hooks_with_kwargs
@@ -564,9 +589,10 @@ def test_repad_restores() -> None:
     assert repad(model) is model
 
 
+@pytest.mark.parametrize("family", ["roberta", "mpnet"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_are_unpadded_and_apart(how: str) -> None:
-    model = unpad(build("roberta", _SEQUENCE))
+def test_copies_are_unpadded_and_apart(how: str, family: str) -> None:
+    model = unpad(build(family, _SEQUENCE))
     if how == "deepcopy":
         twin = copy.deepcopy(model)
     else:
@@ -599,8 +625,9 @@ def test_save_pretrained(tmp_path: Path) -> None:
         assert_close(unpad(loaded)(**inputs).logits, model(**inputs).logits, "logits")
 
 
-def test_two_threads() -> None:
-    model = unpad(build("bert", _SEQUENCE))
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_two_threads(family: str) -> None:
+    model = unpad(build(family, _SEQUENCE))
     batches = [inputs_of("right", seed=1), inputs_of("left", seed=2)]
     with torch.no_grad():
         expected = [model(**batch).logits for batch in batches]
@@ -639,15 +666,15 @@ def test_a_module_around_a_model() -> None:
     assert_close(actual, hidden.sum((1, 2)), "scores")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({"output_attentions": True}, "output_attentions=True"),
-        ({"attention_mask": torch.ones(4, 1, SLOTS, SLOTS).tril()}, "an attention mask of another shape"),
-        ({"unknown": torch.ones(4, SLOTS)}, "unknown, of which it is not known how to pack it"),
-    ],
-    ids=["output-attentions", "4d-mask", "unknown-tensor"],
-)
+STAYING: list[tuple[dict[str, Any], str]] = [
+    ({"output_attentions": True}, "output_attentions=True"),
+    ({"attention_mask": torch.ones(4, 1, SLOTS, SLOTS).tril()}, "an attention mask of another shape"),
+    ({"unknown": torch.ones(4, SLOTS)}, "unknown, of which it is not known how to pack it"),
+]
+each_reason = pytest.mark.parametrize(("arguments", "reason"), STAYING, ids=["output-attentions", "4d", "unknown"])
+
+
+@each_reason
 def test_stays_padded(arguments: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture) -> None:
     from hf_flashinfer_attn import dispatch
 
@@ -665,6 +692,27 @@ def test_stays_padded(arguments: dict[str, Any], reason: str, caplog: pytest.Log
     assert set(shapes) == {(4, SLOTS)}
     valid = mask_of("right").bool()
     assert_close(actual.last_hidden_state[valid], expected.last_hidden_state[valid], "last_hidden_state")
+
+
+@each_reason
+def test_strict_raises_what_else_is_logged(arguments: dict[str, Any], reason: str) -> None:
+    model = unpadded("bert", "")
+    hf_flashinfer_attn.configure(strict=True)
+    with torch.no_grad():
+        with pytest.raises(UnsupportedAttentionError, match=f"unpad leaves BertModel padded: {reason}.*strict=False"):
+            model(**{**inputs_of("right"), **arguments})
+        model(**inputs_of("right"))
+        if "attention_mask" not in arguments:
+            # Without padding there is nothing that could be dropped.
+            model(**{**inputs_of("all-ones"), **arguments})
+            model(**{**inputs_of("no-mask"), **arguments})
+
+
+@pytest.mark.parametrize(("family", "measure"), [("mpnet", "a relative position bias"), ("modernbert", "a window")])
+def test_strict_and_padding_with_holes(family: str, measure: str) -> None:
+    hf_flashinfer_attn.configure(strict=True)
+    with pytest.raises(UnsupportedAttentionError, match=f"{measure} over padding with holes, and strict=True"):
+        unpadded(family, "")(**inputs_of("holes"))
 
 
 def test_a_cache_stays_padded(caplog: pytest.LogCaptureFixture) -> None:
@@ -718,7 +766,6 @@ _T5 = {"vocab_size": 48, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, 
     [
         ("MobileBertModel", "MobileBertConfig", "neighbours"),
         ("T5EncoderModel", "T5Config", "position bias"),
-        ("MPNetModel", "MPNetConfig", "computes attention by itself"),
         ("DebertaV2Model", "DebertaV2Config", "computes attention by itself"),
         ("GPT2Model", "GPT2Config", "nothing is known about packing it; known are Albert"),
     ],

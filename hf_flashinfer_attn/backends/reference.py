@@ -82,7 +82,9 @@ def _bias_of(bias: LogitsBias, layout: RaggedLayout, rows: range) -> torch.Tenso
     """Returns the bias of rows of equal lengths, shape `(rows, heads, queries, keys)`."""
     query_slots, key_slots = layout.query.slots(bias.values.device), layout.key.slots(bias.values.device)
     if query_slots is None and key_slots is None:
-        return bias.values[rows.start : rows.stop]
+        # Of packed sequences, which fill their first slots.
+        queries, keys = layout.query.lengths[rows.start], layout.key.lengths[rows.start]
+        return bias.values[rows.start : rows.stop, :, :queries, :keys]
 
     def of_row(slots: torch.Tensor | None, offsets: tuple[int, ...], row: int) -> torch.Tensor | None:
         return None if slots is None else slots[offsets[row] : offsets[row + 1]]

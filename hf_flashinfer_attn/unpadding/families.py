@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from types import ModuleType
 
 import torch
 from transformers import PreTrainedModel
@@ -41,6 +42,18 @@ def _refuse_rotary_layers(model: PreTrainedModel) -> str | None:
     return None
 
 
+def _mpnet() -> ModuleType:
+    # What it takes from transformers is slow to import, and few models need it.
+    from . import mpnet
+
+    return mpnet
+
+
+def _refuse_changed_mpnet(model: PreTrainedModel) -> str | None:
+    reason: str | None = _mpnet().reason_to_refuse(model)
+    return reason
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """How to run a backbone on packed tokens.
@@ -50,15 +63,20 @@ class Family:
         is_causal: Whether its mask is made by transformers' causal helpers, which take a jump of positions for the
             start of a packed sequence, and whether it keeps a cache by default.
         embeds_rows: Whether embeddings look at whole rows, so that they come before packing.
+        measures_slots: Whether a bias depends on how many slots are between two tokens.
         pool: Computes `pooler_output` from padded hidden states.
         refuse: Says why a model of the family cannot be packed after all.
+        own_attention: Imports what makes attention ours, by `route`, and its own again, by `restore`, where the family
+            computes it by itself.
     """
 
     positions: Positions = Positions.SLOTS
     is_causal: bool = False
     embeds_rows: bool = False
+    measures_slots: bool = False
     pool: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor | None] = _apply_pooler
     refuse: Callable[[PreTrainedModel], str | None] = _accept
+    own_attention: Callable[[], ModuleType] | None = None
 
 
 _ENCODER = Family()
@@ -78,6 +96,7 @@ _FAMILIES = {
     "GemmaModel": _DECODER,
     "JinaEmbeddingsV3Model": _ENCODER,
     "LlamaModel": _DECODER,
+    "MPNetModel": replace(_ROBERTA, measures_slots=True, refuse=_refuse_changed_mpnet, own_attention=_mpnet),
     "MistralModel": _DECODER,
     "ModernBertModel": _ENCODER,
     "NomicBertModel": _ENCODER,
@@ -92,7 +111,6 @@ _REASONS = {
     "deberta-v2": _OWN_ATTENTION,
     "longformer": _OWN_ATTENTION,
     "mobilebert": "its embeddings join each token with its neighbours, which packing would take from other rows",
-    "mpnet": f"{_OWN_ATTENTION}, and {_POSITION_BIAS}",
     "mt5": _POSITION_BIAS,
     "t5": _POSITION_BIAS,
     "umt5": _POSITION_BIAS,

@@ -1,6 +1,6 @@
 """`unpad` and `repad`: hooks around a model's backbone that pack what goes in and spread out what comes out.
 
-Nothing is kept between forwards, and nothing but the hooks is on the model: what a forward's end has to know about its
+Nothing is kept between forwards, and little but the hooks is on the model: what a forward's end has to know about its
 beginning rides on the offsets that every layer is handed.
 """
 
@@ -18,8 +18,9 @@ from transformers.utils import ModelOutput
 from ..dispatch import log_once
 from ..errors import UnsupportedAttentionError
 from ..integration import NAME
-from ..layout import offsets_of
+from ..layout import LengthsRead, offsets_of
 from ..mask import mask_of_ones
+from ..settings import current_settings
 from .families import Family, Positions, family_of, reason_against
 from .packing import Packing
 
@@ -38,14 +39,16 @@ def unpad(model: Module) -> Module:
     """Makes a model compute tokens only: padding is dropped before its embeddings and is zero in its outputs.
 
     Calls stay as they are, and so do the types and shapes of outputs. A batch without padding runs as before. So does
-    one that packing cannot express, which is logged once with its reason: `output_attentions=True`, caches (decoders
-    need `use_cache=False`), masks that are not `(batch, slots)`, cross-attention, a window over padding with holes.
+    one that packing cannot express, which is logged once with its reason, or raises it after `configure(strict=True)`:
+    `output_attentions=True`, caches (decoders need `use_cache=False`), masks that are not `(batch, slots)`,
+    cross-attention, a window or a relative position bias over padding with holes.
 
     Inputs may stay on the CPU while the model is on a GPU: only tokens are copied, and the host does not wait.
 
     Args:
         model: A transformers model with `attn_implementation="flashinfer"`, or any module with such models in it.
-            Changed in place: hooks are added to its backbones. Weights and configuration stay as they are.
+            Changed in place: hooks are added to its backbones, and attention that is MPNet's own changes its class.
+            Weights and configuration stay as they are.
 
     Returns:
         The same model.
@@ -78,11 +81,13 @@ def unpad(model: Module) -> Module:
     for module in model.modules():
         if _HANDLES in vars(module):
             continue
-        if family_of(module) is not None:
+        if (family := family_of(module)) is not None:
             handles = [
                 module.register_forward_pre_hook(_pack, with_kwargs=True),
                 module.register_forward_hook(_spread, with_kwargs=True, prepend=True),
             ]
+            if family.own_attention is not None:
+                handles += family.own_attention().route(module)
         elif isinstance(module, PreTrainedModel) and any(family_of(part) for part in module.modules()):
             handles = [module.register_forward_pre_hook(_move_to_head, with_kwargs=True)]
         else:
@@ -110,8 +115,11 @@ def repad(model: Module) -> Module:
         (0, 0)
     """
     for module in model.modules():
-        for handle in vars(module).pop(_HANDLES, ()):
+        handles, family = vars(module).pop(_HANDLES, ()), family_of(module)
+        for handle in handles:
             handle.remove()
+        if handles and family is not None and family.own_attention is not None:
+            family.own_attention().restore(module)
     return model
 
 
@@ -173,8 +181,23 @@ def _move_to_head(
         if name not in _READ_ON_THE_HOST and isinstance(value, torch.Tensor) and value.device.type == "cpu":
             moved = inputs[name] = value.to(device, non_blocking=True)
             if name == "attention_mask":
-                setattr(moved, _HOST_MASK, value)
+                setattr(moved, _HOST_MASK, (value, _version_of(moved)))
     return (), inputs
+
+
+def _version_of(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _read_from(mask: torch.Tensor) -> torch.Tensor:
+    """Returns where to read a mask: what stayed of it on the CPU, though a head reshaped it since, or the mask."""
+    moved = mask if mask._base is None else mask._base
+    stayed: tuple[torch.Tensor, int | None] | None = getattr(moved, _HOST_MASK, None)
+    if stayed is None or stayed[1] != _version_of(moved):
+        return mask
+    is_whole = mask.numel() == moved.numel() and mask.dtype == moved.dtype
+    in_order = mask.is_contiguous() and moved.is_contiguous()
+    return stayed[0].reshape(mask.shape) if is_whole and in_order else mask
 
 
 def _pack(
@@ -201,8 +224,9 @@ def _pack(
     length = packing.layout.query.max_length
     inputs.update(packing.move(packed, device))
     inputs["attention_mask"] = None
-    if _family(module).is_causal:
-        # Told that there is no padding, transformers does not look for packed sequences in the positions.
+    if _family(module).is_causal or _family(module).own_attention is not None:
+        # Told that there is no padding, transformers looks neither for packed sequences in the positions nor, where a
+        # model has not come to the mask helpers yet, for padding in the tokens.
         inputs["attention_mask"] = mask_of_ones(1, packing.layout.query.total_tokens, device)
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
@@ -239,7 +263,8 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     reason = _reason_to_stay(module, inputs)
     if reason is None:
         returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
-        packing = Packing.of(getattr(mask, _HOST_MASK, mask), returns_dict=returns_dict, find_holes=_has_window(module))
+        measure = _measure_of_distance(module)
+        packing = Packing.of(_read_from(mask), returns_dict=returns_dict, find_holes=measure is not None)
         if packing.is_full:
             # So that attention does not ask for the lengths again.
             inputs["attention_mask"] = mask_of_ones(*packing.shape, device)
@@ -248,9 +273,21 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
             return None
         if not packing.has_holes:
             return packing
-        reason = "a window over padding with holes"
-    log_once(f"unpad leaves {type(module).__name__} padded: {reason}")
+        reason = f"{measure} over padding with holes"
+    _tell_why(module, mask, reason)
     return None
+
+
+def _tell_why(module: PreTrainedModel, mask: object, reason: str) -> None:
+    """Logs why a forward stays padded; with strict=True raises it, if there is padding."""
+    message = f"unpad leaves {type(module).__name__} padded: {reason}"
+    if not current_settings().strict:
+        log_once(message)
+    elif not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not LengthsRead(_read_from(mask).bool().all()).values:
+        raise UnsupportedAttentionError(
+            f"{message}, and strict=True forbids it",
+            "Use hf_flashinfer_attn.configure(strict=False) to let such forwards run padded.",
+        )
 
 
 def _reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
@@ -287,12 +324,17 @@ def _makes_cache(module: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     return bool(use_cache) and not (getattr(module, "gradient_checkpointing", False) and module.training)
 
 
-def _has_window(module: PreTrainedModel) -> bool:
+def _measure_of_distance(module: PreTrainedModel) -> str | None:
+    """Names what in a model's attention depends on how far apart two tokens are, padding included; None for nothing."""
     config = module.config
+    if _family(module).measures_slots:
+        return "a relative position bias"
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
-        return any(layer_type != "full_attention" for layer_type in layer_types)
-    return getattr(config, "sliding_window", None) is not None
+        has_window = any(layer_type != "full_attention" for layer_type in layer_types)
+    else:
+        has_window = getattr(config, "sliding_window", None) is not None
+    return "a window" if has_window else None
 
 
 def _embed_rows(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> None:

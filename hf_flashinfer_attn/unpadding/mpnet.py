@@ -1,0 +1,184 @@
+"""MPNet, which computes attention by itself: two of its classes, with ours in the place of their attention.
+
+Its layers hand on a mask and a bias, and nothing else. The offsets of packed rows travel from the backbone to the
+encoder in a context variable, and from there to each layer beside the bias.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import ContextVar
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
+
+from ..integration import attention_forward
+from ..layout import packed_layout
+from ..mask import RaggedMask
+
+__all__ = ["RaggedMPNetEncoder", "RaggedMPNetSelfAttention", "reason_to_refuse", "restore", "route"]
+
+_offsets: ContextVar[torch.Tensor | None] = ContextVar("flashinfer_mpnet_offsets", default=None)
+
+
+class PackedBias(NamedTuple):
+    """What stands for the bias of packed rows; a tuple, whose tensors accelerate and checkpoints know to move.
+
+    Args:
+        values: Of the longest row, which has those of all others in it, shape `(1, heads, longest, longest)`.
+        offsets: Of the rows, integers, shape `(rows + 1,)`.
+    """
+
+    values: torch.Tensor
+    offsets: torch.Tensor
+
+
+class RaggedMPNetEncoder(MPNetEncoder):  # type: ignore[misc]
+    """MPNet's encoder, whose bias is the same for all rows, and reaches no further than the longest."""
+
+    def compute_position_bias(
+        self, x: torch.Tensor, position_ids: torch.Tensor | None = None, num_buckets: int = 32
+    ) -> torch.Tensor | PackedBias:
+        """Makes the bias of a forward.
+
+        Args:
+            x: Hidden states, shape `(batch, slots, width)`.
+            position_ids: Passed on.
+            num_buckets: Passed on.
+
+        Returns:
+            Shape `(1, heads, slots, slots)`, or that of packed rows.
+        """
+        offsets = _offsets.get()
+        if offsets is None:
+            alone: torch.Tensor = super().compute_position_bias(x[:1], position_ids, num_buckets)
+            return alone
+        shape = (x.shape[0], x.shape[1])
+        longest = packed_layout(offsets, offsets, offsets, (shape, shape)).query.max_length
+        # Nothing but its shape and device is looked at.
+        row = x.new_empty(1, longest)
+        return PackedBias(super().compute_position_bias(row, position_ids, num_buckets), offsets)
+
+    def relative_position_bucket(
+        self, relative_position: torch.Tensor, num_buckets: int = 32, max_distance: int = 128
+    ) -> torch.Tensor:
+        """Finds the bucket of each distance once, where the model would for each pair of slots.
+
+        Args:
+            relative_position: How far each key is ahead of each query, shape `(slots, slots)`, on any device.
+            num_buckets: Passed on.
+            max_distance: Passed on.
+
+        Returns:
+            Integers, shape `(slots, slots)`, where the weights are.
+        """
+        if relative_position.ndim != 2:
+            of_pairs: torch.Tensor = super().relative_position_bucket(relative_position, num_buckets, max_distance)
+            return of_pairs
+        length = relative_position.shape[-1]
+        # Computed where the model does, for the same rounding. But what travels to a GPU is short, and nobody waits.
+        distances = torch.arange(1 - length, length, device=relative_position.device)
+        buckets: torch.Tensor = super().relative_position_bucket(distances, num_buckets, max_distance)
+        device = self.relative_attention_bias.weight.device
+        if device.type != "meta":
+            buckets = buckets.to(device, non_blocking=True)
+        # Query i is i slots ahead of the first key.
+        return buckets.unfold(0, length, 1).flip(0)
+
+
+class RaggedMPNetSelfAttention(MPNetSelfAttention):  # type: ignore[misc]
+    """MPNet's attention, computed by ours where nobody asks for its weights and the mask is ours."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_bias: torch.Tensor | PackedBias | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        """Projects hidden states of shape `(batch, slots, width)`, attends, and projects back to the same shape."""
+        bias, offsets = position_bias if isinstance(position_bias, PackedBias) else (position_bias, None)
+        if offsets is None and (output_attentions or not isinstance(attention_mask, RaggedMask)):
+            outputs: tuple[torch.Tensor, ...]
+            outputs = super().forward(hidden_states, attention_mask, bias, output_attentions, **kwargs)
+            return outputs
+        shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+        query, key, value = (side(hidden_states).view(shape).transpose(1, 2) for side in (self.q, self.k, self.v))
+        output, _ = attention_forward(
+            self,
+            query,
+            key,
+            value,
+            attention_mask if offsets is None else None,
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.attention_head_size**-0.5,
+            is_causal=False,
+            position_bias=bias,
+            cu_seq_lens_q=offsets,
+            cu_seq_lens_k=offsets,
+        )
+        return (self.o(output.flatten(2)),)
+
+
+def reason_to_refuse(backbone: PreTrainedModel) -> str | None:
+    """Says why the attention of a model cannot be replaced."""
+    parameters = list(inspect.signature(MPNetSelfAttention.forward).parameters)[1:5]
+    known = ["hidden_states", "attention_mask", "position_bias", "output_attentions"]
+    methods = ("compute_position_bias", "relative_position_bucket")
+    if parameters != known or not all(hasattr(MPNetEncoder, name) for name in methods):
+        return "its attention is put together in another way in this version of transformers"
+    if type(backbone.encoder) not in (MPNetEncoder, RaggedMPNetEncoder):
+        return f"its encoder is a {type(backbone.encoder).__name__}"
+    for layer in backbone.encoder.layer:
+        attention = layer.attention.attn
+        if type(attention) not in (MPNetSelfAttention, RaggedMPNetSelfAttention):
+            return f"its attention is a {type(attention).__name__}"
+        if not _own_forwards(attention) and "forward" in vars(attention):
+            return "the forward of its attention was replaced"
+    return None
+
+
+def route(backbone: PreTrainedModel) -> list[RemovableHandle]:
+    """Puts our attention in the place of a model's own; `restore` and the handles undo it.
+
+    Modules change their class and nothing else, so that copies, pickles and weights are as they were.
+    """
+    _become(backbone.encoder, RaggedMPNetEncoder)
+    for layer in backbone.encoder.layer:
+        _become(layer.attention.attn, RaggedMPNetSelfAttention)
+    return [
+        backbone.register_forward_pre_hook(_enter, with_kwargs=True),
+        backbone.register_forward_hook(_leave, always_call=True),
+    ]
+
+
+def restore(backbone: PreTrainedModel) -> None:
+    """Gives a model its own attention back."""
+    _become(backbone.encoder, MPNetEncoder)
+    for layer in backbone.encoder.layer:
+        _become(layer.attention.attn, MPNetSelfAttention)
+
+
+def _become(module: torch.nn.Module, new: type[torch.nn.Module]) -> None:
+    for name in _own_forwards(module):
+        setattr(module, name, MethodType(new.forward, module))
+    module.__class__ = new
+
+
+def _own_forwards(module: torch.nn.Module) -> list[str]:
+    """Returns where a module keeps the forward of its class, as accelerate makes it do around hooks and after them."""
+    kept = {name: vars(module).get(name) for name in ("forward", "_old_forward")}
+    return [name for name, value in kept.items() if getattr(value, "__func__", None) is type(module).forward]
+
+
+def _enter(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _offsets.set(kwargs.get("cu_seq_lens_q"))
+
+
+def _leave(module: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
+    _offsets.set(None)
