@@ -15,7 +15,7 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from . import kernels
 
-__all__ = ["Packer", "TokenMap", "Unpacker"]
+__all__ = ["Packer", "TokenMap", "Unpacker", "aligned"]
 
 
 @functools.cache
@@ -192,6 +192,20 @@ class Unpacker:
             return packed.new_zeros(*self._shape, packed.shape[1], head_dim)
         padded = cropped.index_select(0, tokens.clamp(min=0)).masked_fill_((tokens < 0)[:, None, None], 0)
         return padded.view(*self._shape, *cropped.shape[1:])
+
+
+def aligned(side: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor as it is, or a copy where kernels that read 16 bytes at once could not read it.
+
+    torch's own attention does not refuse such views in half precision; torch 2.11 returned wrong numbers for them.
+
+    Args:
+        side: Shape `(batch, heads, length, head_dim)`, head_dim a multiple of 16 bytes.
+    """
+    row, head, slot, last = side.stride()
+    size = side.element_size()
+    fits = last == 1 and not (side.data_ptr() | row * size | head * size | slot * size) & 15
+    return side if fits else side.contiguous()
 
 
 def _is_one_run(side: torch.Tensor) -> bool:

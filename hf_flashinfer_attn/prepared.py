@@ -16,7 +16,7 @@ from .backends import flashinfer
 from .bias import LogitsBias
 from .layout import RaggedLayout
 from .mask import MaskSpec
-from .movement import Packer, Unpacker
+from .movement import Packer, Unpacker, aligned
 from .pattern import CAUSAL, FULL, Pattern
 from .trace import AttentionCall, is_tracing, record_call
 
@@ -111,7 +111,7 @@ class NativeAttention:
     ) -> torch.Tensor:
         """Computes attention; shapes as those of [`PreparedAttention`]. There is neither bias nor sinks."""
         output = F.scaled_dot_product_attention(
-            query, key, value, self.mask, is_causal=self.is_causal, scale=self.sm_scale,
+            aligned(query), aligned(key), aligned(value), self.mask, is_causal=self.is_causal, scale=self.sm_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         if is_tracing():
