@@ -208,6 +208,9 @@ class RaggedLayout:
         self.derived: dict[Hashable, Any] = {}
         self.prepared = PreparedStore()
         self.lock = threading.Lock()
+        # Memory for plans that captured graphs read again and again, for other lengths each time; whose owner keeps
+        # this layout too.
+        self.graph_workspace: Any = None
         record_layout()
 
     @property
@@ -226,6 +229,22 @@ class RaggedLayout:
         """Makes a layout of packed input, shape `(1, total_tokens, ...)`, where there is no padding to drop."""
         query = RaggedSide(query_lengths, (1, sum(query_lengths)), None)
         return cls(query, None if key_lengths is None else RaggedSide(key_lengths, (1, sum(key_lengths)), None))
+
+    @classmethod
+    def for_graph(cls, lengths: Sequence[int], rows: int, tokens: int, workspace: Any) -> RaggedLayout:
+        """Makes the layout of packed input that is topped up to the size of a captured graph.
+
+        Args:
+            lengths: Of the rows that there are; more of length 0 follow.
+            rows: Of the graph.
+            tokens: Of the graph; those after the last row belong to none and mean nothing.
+            workspace: The backend's, for plans.
+        """
+        side = RaggedSide([*lengths, *(0,) * (rows - len(lengths))], (1, sum(lengths)), None)
+        side.padded_shape = (1, tokens)
+        layout = cls(side)
+        layout.graph_workspace = workspace
+        return layout
 
     @classmethod
     def from_offsets(

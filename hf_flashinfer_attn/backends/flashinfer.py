@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from packaging.version import Version
@@ -28,6 +29,7 @@ from ..layout import RaggedLayout
 from ..trace import record_plan
 
 __all__ = [
+    "GraphWorkspace",
     "Kernel",
     "KernelPlan",
     "PackOrder",
@@ -36,6 +38,7 @@ __all__ = [
     "head_dim_reason",
     "make_plan",
     "padded_head_dim",
+    "plan_graph",
     "unavailable_reason",
 ]
 
@@ -274,12 +277,12 @@ class _Wrapper:
     not touch that buffer before `event` has passed.
     """
 
-    def __init__(self, module: _Module, float_workspace: torch.Tensor) -> None:
+    def __init__(self, module: _Module, float_workspace: torch.Tensor, **options: Any) -> None:
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
         jit_args = None if module.biased is None else biased_module_arguments(*module.biased)
         self.prefill = BatchPrefillWithRaggedKVCacheWrapper(
-            float_workspace, "NHD", backend=module.kernel, jit_args=jit_args
+            float_workspace, "NHD", backend=module.kernel, jit_args=jit_args, **options
         )
         self.event = torch.cuda.Event()
         self.key: _PlanKey | None = None
@@ -373,6 +376,119 @@ class _Wrapper:
             self._replay = _Replay(module, arguments, tensors, planned[0], planned[1:])  # type: ignore[arg-type]
 
 
+class GraphWorkspace:
+    """Memory for the plans of all graphs that are captured from one model and replayed one after another.
+
+    Each kind of attention in the model has a buffer on the device, which every replay's plan fills anew, and a ring of
+    pinned ones, so that the host need not wait for the copy of the last plan.
+    """
+
+    _BYTES, _PINNED = 4 << 20, 4
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.float_buffer = torch.empty(_FLOAT_WORKSPACE_BYTES["fa3"], dtype=torch.uint8, device=device)
+        self._parts: list[tuple[torch.Tensor, deque[tuple[torch.Tensor, torch.cuda.Event]]]] = []
+
+    def part(self, index: int) -> tuple[torch.Tensor, deque[tuple[torch.Tensor, torch.cuda.Event]]]:
+        """Returns the device's buffer and the pinned ones of one kind of attention."""
+        while len(self._parts) <= index:
+            ring = deque(
+                (torch.empty(self._BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
+                for _ in range(self._PINNED)
+            )
+            self._parts.append((torch.empty(self._BYTES, dtype=torch.uint8, device=self.device), ring))
+        return self._parts[index]
+
+
+class _GraphWrapper(_Wrapper):
+    """A wrapper whose plans ask for the same launches whatever the lengths, so that a captured graph can use them."""
+
+    def __init__(self, key: _PlanKey, layout: RaggedLayout, index: int) -> None:
+        workspace: GraphWorkspace = layout.graph_workspace
+        self._rows, self._tokens = len(layout.query.lengths), layout.query.padded_shape[1]
+        self._offsets = [torch.zeros(self._rows + 1, dtype=torch.int32, device=key.device) for _ in range(2)]
+        super().__init__(
+            _Module.of(key),
+            workspace.float_buffer,
+            use_cuda_graph=True,
+            qo_indptr_buf=self._offsets[0],
+            kv_indptr_buf=self._offsets[1],
+        )
+        self._buffer, self._ring = workspace.part(index)
+        self._plan_info: list[int] | None = None
+        self._module: Any = None
+
+    def plan(self, key: _PlanKey, layout: RaggedLayout) -> None:
+        prefill = self.prefill
+        prefill.plan(
+            layout.query.cu_seqlens_host,
+            layout.key.cu_seqlens_host,
+            key.num_heads,
+            key.num_kv_heads,
+            key.head_dim,
+            causal=key.causal,
+            window_left=key.window_left,
+            sm_scale=key.sm_scale,
+            logits_soft_cap=key.softcap,
+            q_data_type=key.dtype,
+            disable_split_kv=True,
+        )
+        self.key, self._module = key, prefill._cached_module
+        # In place of the wrapper's own, 16 MiB for each graph: one for all.
+        torch.cuda.current_stream(key.device).synchronize()
+        prefill._int_workspace_buffer = self._buffer
+        prefill._pin_memory_int_workspace_buffer = self._ring[0][0]
+        prefill._plan_info = self._plan(layout.query.cu_seqlens_host, layout.query.lengths_host)
+        self._plan_info = list(prefill._plan_info)
+
+    def plan_again(self, offsets: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Plans for other lengths, on the current stream, before the graph is replayed there.
+
+        Args:
+            offsets: Of the rows, int32 on the host, shape `(rows + 1,)`.
+            lengths: Of the rows, the same, shape `(rows,)`.
+        """
+        if list(self._plan(offsets, lengths)) != self._plan_info:
+            raise RuntimeError("FlashInfer planned other launches than the captured ones; please report this.")
+
+    def _plan(self, offsets: torch.Tensor, lengths: torch.Tensor) -> Any:
+        key = self.key
+        assert key is not None
+        pinned, event = self._ring[0]
+        self._ring.rotate(-1)
+        event.synchronize()
+        arguments = [
+            self.prefill._float_workspace_buffer, self._buffer, pinned, offsets, offsets, lengths, self._tokens,
+            self._rows, key.num_heads, key.num_kv_heads, 1, True, key.head_dim, key.head_dim, key.causal,
+            key.window_left,
+        ]  # fmt: skip
+        if key.kernel == "fa2":
+            arguments += [-1, True, 0, 0]
+            for buffer in self._offsets:
+                buffer.copy_(offsets, non_blocking=True)
+        plan_info = self._module.plan(*arguments)
+        event.record(torch.cuda.current_stream(key.device))
+        record_plan()
+        return plan_info
+
+
+def plan_graph(layout: RaggedLayout, lengths: Sequence[int]) -> None:
+    """Plans all attention of a captured graph for other lengths.
+
+    Args:
+        layout: What the graph was captured with.
+        lengths: Of the rows; at most as many, with as many tokens in all, as the graph was made for.
+    """
+    rows = len(layout.query.lengths)
+    counts = np.zeros(rows, dtype=np.int32)
+    counts[: len(lengths)] = lengths
+    offsets = np.zeros(rows + 1, dtype=np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    for wrapper in layout.plans.values():
+        wrapper.plan_again(torch.from_numpy(offsets), torch.from_numpy(counts))
+
+
 @dataclass(frozen=True, slots=True)
 class _Module:
     """What a wrapper can be planned for: any dtype and head_dim of a kernel, but one of the kernel with a bias."""
@@ -448,7 +564,17 @@ def _planned(layout: RaggedLayout, key: _PlanKey) -> _Wrapper:
                 "Run the model once on the same shapes, without padding, on the capturing stream before the capture.",
             )
         # The graph will read this plan at every replay: its buffers must never serve another.
-        _captured.add(layout)
+        if layout.graph_workspace is None:
+            _captured.add(layout)
+    elif wrapper is None and layout.graph_workspace is not None:
+        if key.kernel == "auto" or not _planner_is_known():
+            raise UnsupportedAttentionError(
+                f"a captured graph of kernel {key.kernel!r} of this version of FlashInfer, whose planner is not known",
+                "Use unpad without cuda_graphs, or flashinfer-python 0.7.2 on a GPU of another kind.",
+            )
+        wrapper = _GraphWrapper(key, layout, len(layout.plans))
+        wrapper.plan(key, layout)
+        layout.plans[key] = wrapper
     elif wrapper is None:
         with layout.lock:
             wrapper = layout.plans.get(key)
@@ -746,6 +872,11 @@ def _plan_ahead(layout: RaggedLayout, key: _PlanKey, left: int | None, right: in
     attention shifted by `right`: query i sees keys up to `i + right`, and `left + right` before that. The last `right`
     queries have no bound ahead of them; they see the last `right + left` keys.
     """
+    if layout.graph_workspace is not None:
+        raise UnsupportedAttentionError(
+            "a window that looks ahead, whose parts change with the lengths, in a captured graph",
+            "Use unpad without cuda_graphs for this model.",
+        )
     if torch.cuda.is_current_stream_capturing():
         # The graph reads the positions that the layout owns, besides the plans of its parts.
         _captured.add(layout)

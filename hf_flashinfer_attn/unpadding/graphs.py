@@ -1,0 +1,418 @@
+"""CUDA graphs of a backbone on packed tokens: one launch in place of hundreds.
+
+A graph has fixed shapes. Packed batches are therefore topped up to the next size of a few: with rows of length zero,
+which cost attention nothing, and with tokens that belong to no row, which nobody reads.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import threading
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..backends.flashinfer import GraphWorkspace, plan_graph, unavailable_reason
+from ..dispatch import log_once
+from ..errors import FlashInferAttentionError
+from ..layout import RaggedLayout, offsets_of
+from ..mask import mask_of_ones
+from ..settings import current_settings
+from ..trace import AttentionCall, is_tracing, record_call, trace
+
+__all__ = ["GraphOptions", "GraphStatistics", "GraphedForward", "row_bucket", "token_bucket"]
+
+_MIN_ROWS, _MIN_TOKENS = 8, 64
+_INPUTS = ("input_ids", "token_type_ids", "position_ids")
+# What every packed forward is given besides, and does not change what is computed.
+_KNOWN = frozenset({*_INPUTS, "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
+
+@dataclass(frozen=True, slots=True)
+class GraphOptions:
+    """How CUDA graphs are captured.
+
+    Args:
+        max_tokens: Larger batches run without a graph; they are not bound by the host.
+        max_rows: The same by rows.
+        max_memory_gib: Of the GPU that graphs may take in all, GiB; those not used for longest are dropped.
+
+    Raises:
+        ValueError: If a number is not positive.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> hf_flashinfer_attn.GraphOptions(max_tokens=16_384).max_rows
+        1024
+    """
+
+    max_tokens: int = 32_768
+    max_rows: int = 1_024
+    max_memory_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_rows", "max_memory_gib"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"GraphOptions({name}={getattr(self, name)!r}): expected a number above 0.")
+
+
+@dataclass(slots=True)
+class GraphStatistics:
+    """What the graphs of a model did so far.
+
+    Args:
+        captured: Graphs that were captured.
+        dropped: Graphs that were dropped, for memory or because the model had changed.
+        replayed: Forwards that a graph ran.
+        tokens: Tokens in those forwards.
+        slots: Tokens in those forwards, filler included.
+        memory_bytes: Of the GPU that graphs take now, as far as can be told from its free memory.
+    """
+
+    captured: int = 0
+    dropped: int = 0
+    replayed: int = 0
+    tokens: int = 0
+    slots: int = 0
+    memory_bytes: int = 0
+
+    @property
+    def waste(self) -> float:
+        """Filler, of all tokens that graphs computed."""
+        return 1 - self.tokens / self.slots if self.slots else 0.0
+
+
+def token_bucket(tokens: int) -> int:
+    """Returns the size of the graph for so many tokens: 8 sizes per doubling, 16 from 2,048 on.
+
+    Examples:
+        >>> from hf_flashinfer_attn.unpadding.graphs import token_bucket
+        >>> [token_bucket(tokens) for tokens in (1, 64, 65, 549, 5_829, 22_024)]
+        [64, 64, 72, 576, 5888, 22528]
+    """
+    if tokens <= _MIN_TOKENS:
+        return _MIN_TOKENS
+    octave = 1 << ((tokens - 1).bit_length() - 1)
+    step = octave // (16 if octave >= 2_048 else 8)
+    return -(-tokens // step) * step
+
+
+def row_bucket(rows: int) -> int:
+    """Returns the number of rows of the graph for so many: a power of two, since rows of length zero cost little.
+
+    Examples:
+        >>> from hf_flashinfer_attn.unpadding.graphs import row_bucket
+        >>> [row_bucket(rows) for rows in (1, 8, 9, 200)]
+        [8, 8, 16, 256]
+    """
+    return max(_MIN_ROWS, 1 << (rows - 1).bit_length())
+
+
+class ModelState:
+    """What a captured graph depends on of a model besides the values of its weights.
+
+    Weights may be written to in place. Whatever else is done to a model changes what is compared here: other memory
+    (`to`, `half`), other modules or parameters (adapters), hooks, a forward that was replaced, train and eval.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        modules = list(model.modules())
+        self._dicts = [vars(module) for module in modules]
+        self._hooks = [
+            vars(module)[name]
+            for module in modules
+            for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        ]
+        self._seen = self._look()
+
+    def _look(self) -> tuple[Any, ...]:
+        tensors = [
+            tensor
+            for one in self._dicts
+            for store in (one["_parameters"], one["_buffers"])
+            for tensor in store.values()
+            if tensor is not None
+        ]
+        return (
+            list(map(torch.Tensor.data_ptr, tensors)),
+            [child for one in self._dicts for child in one["_modules"].values()],
+            [one["training"] for one in self._dicts],
+            [one.get("forward") for one in self._dicts],
+            list(map(len, self._hooks)),
+        )
+
+    def holds(self) -> bool:
+        """Whether the model is still as it was."""
+        return self._look() == self._seen
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A captured forward.
+
+    Args:
+        graph: What is replayed.
+        layout: Of the packed rows, whose plans are made anew for each replay.
+        tokens: That it computes.
+        output_class: Of what the model returns.
+        has_pooler: Whether that has a `pooler_output`.
+        calls: Of attention, for traces.
+        memory_bytes: Of the GPU that it took.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    layout: RaggedLayout
+    tokens: int
+    output_class: type[ModelOutput]
+    has_pooler: bool
+    calls: tuple[AttentionCall, ...]
+    memory_bytes: int
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What all graphs of a model share on its device."""
+
+    device: torch.device
+    inputs: dict[str, torch.Tensor]
+    output: torch.Tensor | None = None
+    workspace: GraphWorkspace = field(init=False)
+    pool: Any = field(init=False)
+    stream: torch.cuda.Stream = field(init=False)
+    # When the last replay's results had been read, and on which stream.
+    done: torch.cuda.Event = field(init=False)
+    last_stream: int | None = None
+
+    def __post_init__(self) -> None:
+        self.workspace = GraphWorkspace(self.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(self.device)
+        self.done = torch.cuda.Event()
+
+
+class GraphedForward:
+    """Stands for the forward of a backbone: packed batches go through captured graphs where that is right.
+
+    Calls from several threads take turns, and streams wait for each other. What is returned belongs to the caller.
+
+    Args:
+        module: The backbone, referred to weakly; it owns this.
+        options: How to capture.
+    """
+
+    def __init__(self, module: PreTrainedModel, options: GraphOptions) -> None:
+        self._module = weakref.ref(module)
+        self.options = options
+        self.statistics = GraphStatistics()
+        self.__signature__ = inspect.signature(types.MethodType(type(module).forward, module))
+        self._lock = threading.Lock()
+        self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+        self._memory: _Memory | None = None
+        self._state: ModelState | None = None
+        self._refused: str | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
+        module = self._module()
+        return GraphedForward(memo.get(id(module), module), self.options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GraphedForward, (self._module(), self.options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the model that this forward belongs to is gone")
+        if not torch.compiler.is_compiling() and not args and self._accepts(module, kwargs):
+            with self._lock:
+                if self._refused is None:
+                    outputs = self._replay(module, kwargs)
+                    if outputs is not None:
+                        return outputs
+        return type(module).forward(module, *args, **kwargs)
+
+    def takes(self, module: PreTrainedModel, rows: int, tokens: int) -> bool:
+        """Whether a batch of this size would go through a graph, as far as can be told before it is packed."""
+        return (
+            self._refused is None
+            and 0 < tokens <= self.options.max_tokens
+            and rows <= self.options.max_rows
+            and not module.training
+            and not torch.is_grad_enabled()
+            and module.device.type == "cuda"
+        )
+
+    def reset(self) -> None:
+        """Drops all graphs and their memory; they are captured again when they are needed."""
+        with self._lock:
+            self._drop_all()
+
+    def _accepts(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+        ids, offsets = kwargs.get("input_ids"), kwargs.get("cu_seq_lens_q")
+        if ids is None or offsets is None or offsets is not kwargs.get("cu_seq_lens_k") or not ids.is_cuda:
+            return False
+        known = getattr(offsets, "_packed_layout", None)
+        if known is None or ids.shape != (1, known.layout.query.total_tokens):
+            return False
+        config = module.config
+        return (
+            self.takes(module, len(known.layout.query.lengths), ids.shape[1])
+            and not torch.is_autocast_enabled("cuda")
+            and not torch.cuda.is_current_stream_capturing()
+            and not kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+            and not kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+            and module.dtype.itemsize == 2
+            and current_settings().backend != "torch"
+            and unavailable_reason(ids.device) is None
+            and all(
+                value is None or isinstance(value, (bool, int, str))
+                for name, value in kwargs.items()
+                if name not in _KNOWN
+            )
+        )
+
+    def _replay(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> ModelOutput | None:
+        layout: RaggedLayout = kwargs["cu_seq_lens_q"]._packed_layout.layout
+        lengths, device = layout.query.lengths, kwargs["input_ids"].device
+        tokens = layout.query.total_tokens
+        names = tuple(name for name in _INPUTS if kwargs.get(name) is not None)
+        extras = tuple(sorted((name, value) for name, value in kwargs.items() if name not in _KNOWN))
+        key = (token_bucket(tokens), row_bucket(len(lengths)), names, extras, current_settings())
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            if self._state is None or not self._state.holds() or self._memory is None or self._memory.device != device:
+                self._drop_all()
+                self._state = ModelState(module)
+            memory = self._memory
+            if memory is None:
+                memory = self._memory = _Memory(device, {})
+            stream = torch.cuda.current_stream(device)
+            if memory.last_stream is not None and memory.last_stream != stream.cuda_stream:
+                stream.wait_event(memory.done)
+            for name in names:
+                self._input(memory, name, kwargs[name])[:, :tokens].copy_(kwargs[name], non_blocking=True)
+            found = self._graphs.get(key)
+            if found is None:
+                found = self._capture(module, memory, key, lengths, kwargs)
+                if found is None:
+                    return None
+            else:
+                self._graphs.move_to_end(key)
+            plan_graph(found.layout, lengths)
+            found.graph.replay()
+        assert memory.output is not None
+        hidden = memory.output[:, :tokens].clone()
+        memory.done.record(stream)
+        memory.last_stream = stream.cuda_stream
+        statistics = self.statistics
+        statistics.replayed += 1
+        statistics.tokens += tokens
+        statistics.slots += found.tokens
+        if is_tracing():
+            for call in found.calls:
+                record_call(call)
+        # Poolers are computed again from padded rows; of packed ones they have seen the first alone.
+        pooled = {"pooler_output": hidden[:, 0]} if found.has_pooler else {}
+        return found.output_class(last_hidden_state=hidden, **pooled)
+
+    def _input(self, memory: _Memory, name: str, value: torch.Tensor) -> torch.Tensor:
+        if name not in memory.inputs:
+            # Zeros are valid ids, and what earlier batches leave behind is valid, too.
+            memory.inputs[name] = torch.zeros(
+                1, token_bucket(self.options.max_tokens), dtype=value.dtype, device=memory.device
+            )
+        return memory.inputs[name]
+
+    def _capture(
+        self,
+        module: PreTrainedModel,
+        memory: _Memory,
+        key: tuple[Any, ...],
+        lengths: Sequence[int],
+        kwargs: dict[str, Any],
+    ) -> _Graph | None:
+        tokens, rows, names, _, _ = key
+        layout = RaggedLayout.for_graph(lengths, rows, tokens, memory.workspace)
+        offsets = offsets_of(layout)
+        inputs = {**kwargs, **{name: memory.inputs[name][:, :tokens] for name in names}}
+        inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=tokens, max_length_k=tokens)
+        if kwargs.get("attention_mask") is not None:
+            inputs["attention_mask"] = mask_of_ones(1, tokens, memory.device)
+
+        def run() -> ModelOutput:
+            outputs: ModelOutput = type(module).forward(module, **inputs)
+            hidden = outputs["last_hidden_state"]
+            if memory.output is None:
+                widest = token_bucket(self.options.max_tokens)
+                memory.output = hidden.new_zeros(1, widest, *hidden.shape[2:])
+            memory.output[:, :tokens].copy_(hidden)
+            return outputs
+
+        current = torch.cuda.current_stream(memory.device)
+        memory.stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        free = torch.cuda.mem_get_info(memory.device)[0]
+        try:
+            with torch.cuda.stream(memory.stream):
+                # Compiles kernels, makes plans, and finds out whether it can be done at all.
+                run()
+                memory.stream.synchronize()
+                with trace() as recorded, _no_collection():
+                    graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
+                    try:
+                        outputs = run()
+                    finally:
+                        graph.capture_end()
+        except FlashInferAttentionError as error:
+            # A model that cannot be captured for one size cannot be for another.
+            self._refused = str(error)
+            self._drop_all()
+            log_once(f"no CUDA graphs of {type(module).__name__}: {error}")
+            return None
+        finally:
+            current.wait_stream(memory.stream)
+        taken = max(0, free - torch.cuda.mem_get_info(memory.device)[0])
+        found = _Graph(
+            graph, layout, tokens, type(outputs), outputs.get("pooler_output") is not None, tuple(recorded.calls), taken
+        )
+        self._graphs[key] = found
+        self.statistics.captured += 1
+        self.statistics.memory_bytes += taken
+        while self.statistics.memory_bytes > self.options.max_memory_gib * 2**30 and len(self._graphs) > 1:
+            self._drop(next(iter(self._graphs)))
+        return found
+
+    def _drop(self, key: tuple[Any, ...]) -> None:
+        # A replay may be under way, and resetting frees what it reads.
+        if self._memory is not None:
+            self._memory.done.synchronize()
+        dropped = self._graphs.pop(key)
+        dropped.graph.reset()
+        self.statistics.dropped += 1
+        self.statistics.memory_bytes -= dropped.memory_bytes
+
+    def _drop_all(self) -> None:
+        for key in list(self._graphs):
+            self._drop(key)
+        self._memory, self._state = None, None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps garbage from being collected, since what frees memory of a GPU may not run while a graph is captured."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
