@@ -143,6 +143,12 @@ def attention_forward(
         raise UnsupportedAttentionError(
             "one of cu_seq_lens_q and cu_seq_lens_k without the other", "Pass both, or neither with a padding mask."
         )
+    if cu_seq_lens_q is not None and type(module).__name__ in _READS_NEIGHBOURS:
+        raise UnsupportedAttentionError(
+            f"packed sequences in {type(module).__name__}: the model's embeddings join each token with its neighbours, "
+            "which packing takes from other sequences",
+            "Pad the batch; in sentence-transformers, model[0].unpad_inputs = False.",
+        )
     rest = (
         dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,
         cu_seq_lens_k, position_ids, cache,
@@ -259,17 +265,17 @@ def _kept_of_packed(
     offsets: tuple[torch.Tensor, torch.Tensor],
 ) -> _Kept | None:
     """Returns what layers that attend to packed sequences alike keep; None before their layout is known."""
-    pattern = None
+    pattern, carrier = None, None
     if isinstance(mask, RaggedMask):
-        if mask.was_modified or mask.spec.packed is not None or mask.spec.padding_mask is not None:
+        if mask.was_modified or mask.spec.padding_mask is not None:
             return None
         lane: _PackedLane | None = mask.packed_lane
         if lane is not None and lane.is_of(*offsets):
             return lane.kept
-        pattern = mask.spec.pattern
+        pattern, carrier = mask.spec.pattern, mask.carrier
     elif mask is not None or sliding_window is not None:
         return None
-    layout = known_layout(mask, *offsets, ((query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])))
+    layout = known_layout(carrier, *offsets, ((query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])))
     if layout is None:
         return None
     # Layers with another band share the layout, and nothing else.
@@ -365,7 +371,8 @@ def _attend(
             position_bias is not None and (bias is None or (lazy is not None and lazy.spec.packed is not None))
         ),
         biased_window=position_bias is not None and (pattern.is_window or softcap is not None),
-        mask_holes=lazy is not None and lazy.has_holes,
+        # Transformers finds packed sequences in positions too, which need not be read where offsets tell.
+        mask_holes=lazy is not None and (offsets is None or lazy.spec.packed is None) and lazy.has_holes,
         window_keeps_padded_queries=(
             lazy is not None and pattern.is_window and keep_padded_queries and lazy.has_padding
         ),
@@ -395,6 +402,9 @@ def _attend(
     may_be_native = (
         decision.path is Path.FLASHINFER and current_settings().backend == "auto" and bias is None and s_aux is None
     )
+    # Before anything is looked up that rides on it, so that the first layer already leaves what the second one finds.
+    if packed is None and offsets is not None:
+        packed = _packed_layout(lazy, *offsets, query, key)
     kept = None
     prepared: PreparedAttention | NativeAttention | None = None
     if decision.path is Path.FLASHINFER and not query.dtype == key.dtype == value.dtype:
@@ -415,8 +425,8 @@ def _attend(
             if kept is not None:
                 kept.store.keep(signature, prepared)
             return prepared(query, key, value, layer), None
-    if offsets is not None:
-        layout = _packed_layout(lazy, *offsets, query, key) if packed is None else packed
+    if packed is not None:
+        layout = packed
     elif lazy is not None:
         layout = lazy.layout_of_forward(keep_padded_queries=keep_padded_queries)
     elif mask is None:
@@ -524,14 +534,14 @@ def _packed_layout(
     query: torch.Tensor,
     key: torch.Tensor,
 ) -> RaggedLayout:
-    """Returns the layout of packed sequences, which rides on the mask, or else on the offsets."""
+    """Returns the layout of packed sequences, which rides on what masks share, or else on the offsets."""
     if lazy is not None and lazy.has_padding:
         raise UnsupportedAttentionError(
             "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
             "Packed input has no padding: leave the attention_mask out.",
         )
     shapes = ((query.shape[0], query.shape[2]), (key.shape[0], key.shape[2]))
-    return packed_layout(query_offsets if lazy is None else lazy, query_offsets, key_offsets, shapes)
+    return packed_layout(query_offsets if lazy is None else lazy.carrier, query_offsets, key_offsets, shapes)
 
 
 def _image_offsets(position_ids: torch.Tensor) -> torch.Tensor:
@@ -629,6 +639,7 @@ _PADDING_IS_READ = frozenset(
         "T5GemmaSelfAttention",
     }
 )  # fmt: skip
+_READS_NEIGHBOURS = frozenset({"MobileBertSelfAttention"})
 _PACKED_IMAGES = frozenset({"PixtralAttention"})
 # Takes for a second sequence that these encoder-only models never give.
 _SECOND_SEQUENCE = frozenset({"key_value_states", "encoder_hidden_states", "encoder_attention_mask"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,6 +23,7 @@ from .trace import record_host_copy, record_layout
 
 __all__ = [
     "LengthsRead",
+    "PackedCarrier",
     "PreparedStore",
     "RaggedLayout",
     "RaggedSide",
@@ -256,6 +258,8 @@ class RaggedLayout:
     ) -> RaggedLayout:
         """Makes a layout of packed input from cu_seqlens, waiting for one device-to-host copy if they are on a GPU.
 
+        Offsets with the same values make a self-attention layout, be they one tensor or two.
+
         Args:
             query_offsets: Integers, shape `(sequences + 1,)`.
             key_offsets: The same of the keys; may be the very same tensor.
@@ -265,13 +269,11 @@ class RaggedLayout:
         Raises:
             ValueError: If offsets do not start at 0, decrease, or do not end at the number of slots.
         """
-        same = query_offsets is key_offsets
-        read = LengthsRead(query_offsets if same else torch.stack([query_offsets, key_offsets])).values
-        sides = [
-            RaggedSide(_lengths_of(offsets, shape), shape, None)
-            for offsets, shape in zip([read] if same else read, (query_shape, key_shape))
-        ]
-        return cls(*sides)
+        read = LengthsRead(
+            query_offsets[None] if query_offsets is key_offsets else torch.stack([query_offsets, key_offsets])
+        ).values
+        sides = dict.fromkeys(zip(map(tuple, read), (query_shape, key_shape)))
+        return cls(*(RaggedSide(_lengths_of(offsets, shape), shape, None) for offsets, shape in sides))
 
 
 def _lengths_of(offsets: Sequence[int], shape: tuple[int, int]) -> list[int]:
@@ -306,6 +308,34 @@ def offsets_of(layout: RaggedLayout) -> torch.Tensor:
     return offsets
 
 
+class PackedCarrier:
+    """What the masks of one forward share, so that the layout of packed sequences is read once for all of them.
+
+    The offsets themselves cannot carry it where nothing tells whether they were written to, as in inference mode.
+    """
+
+    __slots__ = ("__weakref__", "_packed_layout")
+
+    def __init__(self) -> None:
+        self._packed_layout: _PackedLayout | None = None
+
+    @classmethod
+    def of_forward(cls) -> PackedCarrier:
+        """Returns the carrier for a mask that is being made, in this thread.
+
+        A forward makes its masks before its layers read lengths. One that carries a layout is of an earlier forward.
+        """
+        latest: weakref.ref[PackedCarrier] | None = getattr(_latest, "carrier", None)
+        carrier = None if latest is None else latest()
+        if carrier is None or carrier._packed_layout is not None:
+            carrier = cls()
+            _latest.carrier = weakref.ref(carrier)
+        return carrier
+
+
+_latest = threading.local()
+
+
 def packed_layout(
     carrier: Any,
     query_offsets: torch.Tensor,
@@ -315,7 +345,8 @@ def packed_layout(
     """Returns the layout of packed sequences, read from their offsets once and then carried along.
 
     Args:
-        carrier: What travels with the forward, a lazy mask or the offsets themselves; the layout rides on it.
+        carrier: What travels with the forward: what its masks share, a mask, or the offsets themselves; the layout
+            rides on it.
         query_offsets: Integers, shape `(sequences + 1,)`.
         key_offsets: The same of the keys; may be the very same tensor.
         shapes: Rows and slots of the packed queries, and of the packed keys.

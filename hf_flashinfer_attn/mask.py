@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers.masking_utils import eager_mask
 
 from .errors import UnsupportedAttentionError
-from .layout import LengthsRead, PreparedStore, RaggedLayout, RaggedSide, uniform_layout
+from .layout import LengthsRead, PackedCarrier, PreparedStore, RaggedLayout, RaggedSide, uniform_layout
 from .pattern import Pattern, PatternKind, dense_pattern, recognise
 from .trace import record_host_copy
 
@@ -73,6 +73,7 @@ class _LazyLayout:
         self._dense: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, int]] = {}
         self._layouts: dict[bool, RaggedLayout] = {}
         self.prepared = PreparedStore()
+        self.carrier = PackedCarrier.of_forward()
         self._started: LengthsRead | None = None
         self._is_unread = False
         self._sides: tuple[RaggedSide, RaggedSide] | None = None
@@ -279,6 +280,11 @@ class RaggedMask(torch.Tensor):
     def prepared(self) -> PreparedStore:
         """What the attention function keeps for the next layers of this forward."""
         return self._lazy_layout.prepared
+
+    @property
+    def carrier(self) -> PackedCarrier:
+        """What carries the layout of packed sequences from layer to layer, whatever mask a layer is given."""
+        return self._lazy_layout.carrier
 
     @property
     def has_holes(self) -> bool:

@@ -1,12 +1,26 @@
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sliding_window_overlay,
+)
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.layout import RaggedLayout, RaggedSide, uniform_layout
+from hf_flashinfer_attn.integration import _kept_of_packed, attention_forward, attention_mask
+from hf_flashinfer_attn.layout import PackedCarrier, RaggedLayout, RaggedSide, uniform_layout
+from hf_flashinfer_attn.mask import RaggedMask, _LazyLayout
 
 MASKS = st.integers(1, 5).flatmap(
     lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=6)
@@ -57,3 +71,83 @@ def test_layouts_are_counted() -> None:
     with hf_flashinfer_attn.trace() as trace:
         RaggedLayout.from_padding_mask(torch.ones(2, 3))
     assert (trace.layouts, trace.host_copies) == (1, 0)
+
+
+def test_equal_offsets_make_self_attention_be_they_one_tensor_or_two() -> None:
+    offsets, others = torch.tensor([0, 2, 5]), torch.tensor([0, 4, 5])
+    shape = (1, 5)
+    for keys in (offsets, offsets.clone()):
+        layout = RaggedLayout.from_offsets(offsets, keys, shape, shape)
+        assert layout.is_self_attention
+        assert layout.query.lengths == (2, 3)
+    layout = RaggedLayout.from_offsets(offsets, others, shape, shape)
+    assert not layout.is_self_attention
+    assert (layout.query.lengths, layout.key.lengths) == ((2, 3), (4, 1))
+    with pytest.raises(ValueError, match="do not describe 6 packed tokens"):
+        RaggedLayout.from_offsets(offsets, offsets.clone(), shape, (1, 6))
+
+
+def masks_of(*functions: Callable[..., Any], length: int = 5) -> list[RaggedMask]:
+    return [attention_mask(1, length, length, mask_function=function) for function in functions]
+
+
+def attend(mask: RaggedMask | None, offsets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    side = torch.arange(20.0).reshape(1, 2, 5, 2).sin()
+    output, _ = attention_forward(
+        torch.nn.Module(), side, side, side, mask, cu_seq_lens_q=offsets[0], cu_seq_lens_k=offsets[1]
+    )
+    return output
+
+
+BANDS = (bidirectional_mask_function, and_masks(sliding_window_overlay(2), causal_mask_function))
+
+
+def test_masks_of_a_forward_share_a_layout_in_inference_mode() -> None:
+    with torch.inference_mode():
+        first, second = torch.tensor([0, 2, 5]), torch.tensor([0, 2, 5])
+        masks = masks_of(*BANDS)
+        with hf_flashinfer_attn.trace() as trace:
+            for mask in masks * 3:
+                attend(mask, (first, second))
+        assert trace.layouts == 1
+
+
+def test_the_next_forward_reads_offsets_again() -> None:
+    """Also when they were written to, which nothing counts here, and when masks of the last forward are still there."""
+    with torch.inference_mode():
+        offsets = torch.tensor([0, 2, 5]), torch.tensor([0, 2, 5])
+        masks = masks_of(*BANDS)
+        before = [attend(mask, offsets) for mask in masks]
+        for side in offsets:
+            side[1] = 4
+        with hf_flashinfer_attn.trace() as trace:
+            after = [attend(mask, offsets) for mask in masks_of(*BANDS)]
+        fresh = torch.tensor([0, 4, 5])
+        expected = [attend(mask, (fresh, fresh)) for mask in masks_of(*BANDS)]
+    assert trace.layouts == 1
+    for index, right in enumerate(expected):
+        assert torch.equal(after[index], right)
+        assert not torch.equal(before[index], right)
+
+
+def test_carriers_do_not_outlive_their_masks() -> None:
+    carrier = PackedCarrier.of_forward()
+    assert PackedCarrier.of_forward() is carrier
+    assert masks_of(bidirectional_mask_function)[0].carrier is carrier
+    watched = weakref.ref(carrier)
+    del carrier
+    gc.collect()
+    assert watched() is None
+
+
+def test_offsets_are_read_and_not_the_sequences_that_positions_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = torch.tensor([[0, 0, 1, 1, 1]])
+    packed = and_masks(packed_sequence_mask_function(sequences), causal_mask_function)
+    offsets = torch.tensor([0, 2, 5])
+    expected = attend(masks_of(causal_mask_function)[0], (offsets, offsets))
+    monkeypatch.setattr(_LazyLayout, "_packed_runs", property(lambda layout: pytest.fail("read sequences, too")))
+    (mask,) = masks_of(packed)
+    assert torch.equal(attend(mask, (offsets, offsets)), expected)
+    # And so layers after the first have nothing to look at.
+    query = torch.zeros(1, 2, 5, 2)
+    assert _kept_of_packed(query, query, mask, None, (offsets, offsets)) is not None

@@ -128,6 +128,7 @@ def family_of(model: torch.nn.Module) -> Family | None:
 
 def reason_against(model: torch.nn.Module) -> str:
     """Says why a model without a known backbone cannot be packed."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
+    model_type = getattr(getattr(inner, "config", None), "model_type", None)
     known = ", ".join(sorted(name.removesuffix("Model") for name in _FAMILIES))
     return _REASONS.get(model_type or "", f"nothing is known about packing it; known are {known}")

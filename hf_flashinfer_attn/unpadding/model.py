@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from ..layout import LengthsRead, offsets_of
 from ..mask import mask_of_ones
 from ..settings import current_settings
 from .families import Family, Positions, family_of, reason_against
+from .features import forwards_features, pack_features, spread_features
 from .packing import Packing
 
 __all__ = ["repad", "unpad"]
@@ -90,6 +91,13 @@ def unpad(model: Module) -> Module:
                 handles += family.own_attention().route(module)
         elif isinstance(module, PreTrainedModel) and any(family_of(part) for part in module.modules()):
             handles = [module.register_forward_pre_hook(_move_to_head, with_kwargs=True)]
+        elif forwards_features(module):
+            handles = [
+                module.register_forward_pre_hook(_pack_features, with_kwargs=True),
+                module.register_forward_hook(spread_features, prepend=True),
+            ]
+            if (own_attention := _family(cast(PreTrainedModel, module.model)).own_attention) is not None:
+                handles.append(module.register_forward_hook(own_attention().leave, always_call=True))
         else:
             continue
         setattr(module, _HANDLES, handles)
@@ -233,11 +241,31 @@ def _pack(
     return (), inputs
 
 
+def _pack_features(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before the forward of a module that calls its backbone's past `_pack` and `_spread`."""
+
+    def pack(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Packing | None]:
+        _, packed = _pack(backbone, (), inputs)
+        if (own_attention := _family(backbone).own_attention) is not None:
+            # Its own hooks are passed by, too.
+            own_attention().enter(packed.get("cu_seq_lens_q"))
+        return packed, _riding_on(packed)
+
+    return pack_features(module, args, kwargs, pack)
+
+
+def _riding_on(inputs: dict[str, Any]) -> Packing | None:
+    packing: Packing | None = getattr(inputs.get("cu_seq_lens_q"), _PACKING, None)
+    return packing
+
+
 def _spread(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput
 ) -> ModelOutput | tuple[Any, ...] | None:
     """After a backbone's forward: puts padding back where it was taken from."""
-    packing: Packing | None = getattr(kwargs.get("cu_seq_lens_q"), _PACKING, None)
+    packing = _riding_on(kwargs)
     if packing is None:
         return None
     last = output["last_hidden_state"]

@@ -20,7 +20,15 @@ from ..integration import attention_forward
 from ..layout import packed_layout
 from ..mask import RaggedMask
 
-__all__ = ["RaggedMPNetEncoder", "RaggedMPNetSelfAttention", "reason_to_refuse", "restore", "route"]
+__all__ = [
+    "RaggedMPNetEncoder",
+    "RaggedMPNetSelfAttention",
+    "enter",
+    "leave",
+    "reason_to_refuse",
+    "restore",
+    "route",
+]
 
 _offsets: ContextVar[torch.Tensor | None] = ContextVar("flashinfer_mpnet_offsets", default=None)
 
@@ -153,7 +161,7 @@ def route(backbone: PreTrainedModel) -> list[RemovableHandle]:
         _become(layer.attention.attn, RaggedMPNetSelfAttention)
     return [
         backbone.register_forward_pre_hook(_enter, with_kwargs=True),
-        backbone.register_forward_hook(_leave, always_call=True),
+        backbone.register_forward_hook(leave, always_call=True),
     ]
 
 
@@ -176,9 +184,15 @@ def _own_forwards(module: torch.nn.Module) -> list[str]:
     return [name for name, value in kept.items() if getattr(value, "__func__", None) is type(module).forward]
 
 
-def _enter(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _offsets.set(kwargs.get("cu_seq_lens_q"))
+def enter(offsets: torch.Tensor | None) -> None:
+    """Tells the encoder about packed rows, until `leave`."""
+    _offsets.set(offsets)
 
 
-def _leave(module: PreTrainedModel, args: tuple[Any, ...], output: Any) -> None:
+def leave(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """After the forward of a backbone, or of what calls it past its hooks."""
     _offsets.set(None)
+
+
+def _enter(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    enter(kwargs.get("cu_seq_lens_q"))

@@ -1,0 +1,86 @@
+"""Packing around a module of sentence-transformers, which calls the `forward` of its model past all hooks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .families import family_of
+from .packing import Packing
+
+__all__ = ["forwards_features", "pack_features", "spread_features"]
+
+_OFFSETS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+_PACKED_OUTPUTS = ("last_hidden_state", ("last_hidden_state",), ["last_hidden_state"])
+
+
+class _SwappedFeatures(dict[str, Any]):
+    """Features in place of the caller's, which are put in again afterwards.
+
+    Args:
+        features: What a `Transformer` is called with, and hands to its model.
+        original: The caller's.
+        packing: Where the tokens were, if they are packed; None for a batch without padding.
+    """
+
+    def __init__(self, features: dict[str, Any], original: dict[str, Any], packing: Packing | None) -> None:
+        super().__init__(features)
+        self.original = original
+        self.packing = packing
+
+
+def forwards_features(module: Any) -> bool:
+    """Whether a module is sentence-transformers' `Transformer` around a bare backbone."""
+    is_transformer = any(
+        parent.__name__ == "Transformer" and parent.__module__.startswith("sentence_transformers.")
+        for parent in type(module).__mro__
+    )
+    return is_transformer and family_of(module.model) is not None
+
+
+def pack_features(
+    module: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    pack: Callable[[Any, dict[str, Any]], tuple[dict[str, Any], Packing | None]],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before the forward of a `Transformer`: packs its features, unless they are packed or have to stay as they are.
+
+    Args:
+        module: The `Transformer`.
+        args: Its positional arguments.
+        kwargs: Its arguments by name, of which all but the features override features.
+        pack: Returns the inputs of a backbone as they are to be, and where tokens were in a batch that it packed.
+    """
+    options = dict(kwargs)
+    features: dict[str, Any] = args[0] if args else options.pop("features")
+    call = module.modality_config[features.get("modality", "text")]
+    if "cu_seq_lens_q" in features or call["method"] != "forward" or call["method_output_name"] not in _PACKED_OUTPUTS:
+        return None
+    names = inspect.signature(type(module.model).forward).parameters
+    given = {**features, **options}
+    packed, packing = pack(module.model, {name: value for name, value in given.items() if name in names})
+    if packing is None and packed.get("attention_mask") is given.get("attention_mask"):
+        return None
+    if module.model_forward_params is not None:
+        # As its `unpad_inputs` does: what is not in there does not reach the model.
+        module.model_forward_params |= _OFFSETS
+    return (_SwappedFeatures({**given, **packed}, features, packing),), {}
+
+
+def spread_features(module: Any, args: tuple[Any, ...], output: dict[str, Any]) -> dict[str, Any] | None:
+    """After the forward of a `Transformer`: puts padding back, into the features that it was called with."""
+    if not isinstance(output, _SwappedFeatures):
+        return None
+    features, packing = output.original, output.packing
+    for name in (module.module_output_name, "all_layer_embeddings"):
+        if name in output:
+            features[name] = output[name] if packing is None else _spread(output[name], packing)
+    return features
+
+
+def _spread(packed: torch.Tensor | Iterable[torch.Tensor], packing: Packing) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    return packing.spread(packed) if isinstance(packed, torch.Tensor) else tuple(map(packing.spread, packed))
