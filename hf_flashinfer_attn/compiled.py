@@ -20,7 +20,7 @@ from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
 from .hooks import weights_are_collected
 from .layout import RaggedLayout, packed_layout, uniform_layout
-from .mask import RaggedMask, lazy_mask
+from .mask import RaggedMask, copy_of, lazy_mask
 from .pattern import MaskFunction, band
 from .prepared import prepared_on
 from .settings import current_settings
@@ -74,7 +74,7 @@ def mask_handle(
     anchor = next(tensor for tensor in (padding_mask, packed, first_query) if tensor is not None)
     # The lazy mask outlives this op, and the compiler may use the memory of its inputs again after their last use.
     if padding_mask is not None:
-        padding_mask = padding_mask.clone()
+        padding_mask = copy_of(padding_mask)
     if packed is not None:
         packed = packed.clone()
         # transformers counts sequences up, and positions up in each; a mask function of anybody else might not.

@@ -23,7 +23,7 @@ from .layout import LengthsRead, PackedCarrier, PreparedStore, RaggedLayout, Rag
 from .pattern import Pattern, PatternKind, dense_pattern, recognise
 from .trace import record_host_copy
 
-__all__ = ["MaskSpec", "RaggedMask", "lazy_mask", "mask_of_ones"]
+__all__ = ["MaskSpec", "RaggedMask", "copy_of", "lazy_mask", "mask_of_ones"]
 
 _ONES = "_holds_no_padding"
 
@@ -402,6 +402,14 @@ def mask_of_ones(batch_size: int, length: int, device: torch.device) -> torch.Te
     mask = torch.ones(batch_size, length, dtype=torch.bool, device=device)
     setattr(mask, _ONES, True)
     return mask
+
+
+def copy_of(padding_mask: torch.Tensor) -> torch.Tensor:
+    """Copies a padding mask, and what is known of it without reading."""
+    copy = padding_mask.clone()
+    if getattr(padding_mask, _ONES, False):
+        setattr(copy, _ONES, True)
+    return copy
 
 
 def lazy_mask(

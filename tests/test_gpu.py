@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import (
     BertConfig,
     BertModel,
@@ -290,6 +291,31 @@ def test_an_unpadded_model_copies_lengths_at_most_once(inputs_on: str) -> None:
         valid = mask.bool().cuda()
         torch.testing.assert_close(actual[valid], expected[valid], rtol=1e-2, atol=1e-2)
         assert (actual[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("inputs_on", ["cuda", "cpu"])
+def test_a_compiled_unpadded_model_has_one_graph(inputs_on: str) -> None:
+    torch.compiler.reset()
+    counters.clear()
+    uncompiled = BertModel._from_config(copy.deepcopy(BERT), attn_implementation="flashinfer")
+    uncompiled = hf_flashinfer_attn.unpad(uncompiled.to("cuda", torch.float16).eval())
+    compiled = torch.compile(copy.deepcopy(uncompiled))
+    for lengths in ((64, 3, 20, 41), (7, 50), (33, 90, 12, 5, 64)):
+        mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+        inputs = {"input_ids": torch.randint(3, 99, mask.shape) * mask, "attention_mask": mask}
+        inputs = {name: value.to(inputs_on) for name, value in inputs.items()}
+        with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+            actual = compiled(**inputs).last_hidden_state
+        copies = 0 if inputs_on == "cpu" else 1
+        assert (trace.layouts, trace.host_copies, trace.plans) == (1, copies, 1)
+        assert len(trace.calls) == BERT.num_hidden_layers
+        assert all(kernel.startswith("flashinfer") for kernel in trace.kernels)
+        with torch.no_grad():
+            expected = uncompiled(**inputs).last_hidden_state
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+        assert (actual[mask == 0] == 0).all()
+        # Lengths, rows and tokens are other ones each time, and there is nothing to compile for that.
+        assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_plans_in_flight_are_not_overwritten() -> None:

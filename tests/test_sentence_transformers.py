@@ -325,7 +325,7 @@ def test_mpnet_whose_hooks_are_passed_by(texts: list[str], tmp_path: Path) -> No
     eager, ours = (encoder(tmp_path, implementation) for implementation in ("eager", "flashinfer"))
     expected = eager.encode(texts[:6], convert_to_tensor=True)
     unpad(ours)
-    with trace() as recorded:
+    with hf_flashinfer_attn.trace() as recorded:
         embeddings = ours.encode(texts[:6], convert_to_tensor=True)
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=TOLERANCE * expected.abs().max().item())
     assert (recorded.layouts, len(recorded.calls)) == (1, _SIZES["num_hidden_layers"])

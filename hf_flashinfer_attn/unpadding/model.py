@@ -28,6 +28,7 @@ from .packing import Packing
 __all__ = ["repad", "unpad"]
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 _HANDLES = "_flashinfer_unpadding"
 _PACKING = "_flashinfer_packing"
@@ -177,6 +178,13 @@ def _device_of(module: PreTrainedModel, default: torch.device) -> torch.device:
     return default if device.type == "meta" else device
 
 
+def _between_graphs(hook: Hook) -> Hook:
+    """Has torch.compile end a graph before a hook, and guard nothing of what the hook looks at."""
+    untraced: Hook = torch.compiler.disable(hook, reason="hf_flashinfer_attn.unpad reads row lengths on the host")
+    return untraced
+
+
+@_between_graphs
 def _move_to_head(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -208,6 +216,7 @@ def _read_from(mask: torch.Tensor) -> torch.Tensor:
     return stayed[0].reshape(mask.shape) if is_whole and in_order else mask
 
 
+@_between_graphs
 def _pack(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -238,6 +247,11 @@ def _pack(
         inputs["attention_mask"] = mask_of_ones(1, packing.layout.query.total_tokens, device)
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
+    # For torch.compile, which else makes a graph for the lengths of the first batch alone.
+    for name in (*packed, "attention_mask"):
+        if (value := inputs[name]) is not None:
+            torch._dynamo.maybe_mark_dynamic(value, 1)
+    torch._dynamo.maybe_mark_dynamic(offsets, 0)
     return (), inputs
 
 
@@ -261,6 +275,7 @@ def _riding_on(inputs: dict[str, Any]) -> Packing | None:
     return packing
 
 
+@_between_graphs
 def _spread(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput
 ) -> ModelOutput | tuple[Any, ...] | None:
