@@ -9,19 +9,23 @@ from .errors import BackendUnavailableError, FlashInferAttentionError, Unsupport
 from .registration import register
 from .settings import Settings, configure, current_settings
 from .trace import AttentionCall, Trace, trace
-from .unpadding import repad, unpad
+from .unpadding import GraphOptions, GraphStatistics, capture_graphs, graph_statistics, repad, unpad
 from .version import __version__
 
 __all__ = [
     "AttentionCall",
     "BackendUnavailableError",
     "FlashInferAttentionError",
+    "GraphOptions",
+    "GraphStatistics",
     "Settings",
     "Trace",
     "UnsupportedAttentionError",
     "__version__",
+    "capture_graphs",
     "configure",
     "current_settings",
+    "graph_statistics",
     "register",
     "repad",
     "trace",

@@ -212,6 +212,16 @@ def _unpadded(model: PreTrainedModel) -> PreTrainedModel:
     return unpad(twin(model, NAME))
 
 
+def _graphed(model: PreTrainedModel) -> PreTrainedModel:
+    return unpad(twin(model, NAME), cuda_graphs=True)
+
+
+def _refuse_graphs(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"CUDA graphs need a GPU, not {device.type}; leave it out"
+    return None if dtype.itemsize == 2 else "CUDA graphs are captured in half precision; change --dtype"
+
+
 def _on_the_host(batch: PaddedBatch, model: PreTrainedModel) -> PaddedBatch:
     return replace(batch, inputs={name: tensor.cpu() for name, tensor in batch.inputs.items()})
 
@@ -307,6 +317,11 @@ CONTENDERS: dict[str, Contender] = {
             ),
             prepare_batch=_on_the_host,
             refuse=_refuse_host,
+        ),
+        _padded("graphs", "unpad through CUDA graphs", _graphed, ours=True, refuse=_refuse_graphs),
+        replace(
+            _padded("graphs_host", "the same, and inputs left on the CPU", _graphed, ours=True, refuse=_refuse_graphs),
+            prepare_batch=_on_the_host,
         ),
     )
 }

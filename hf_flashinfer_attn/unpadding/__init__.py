@@ -1,5 +1,6 @@
 """Whole models on ragged tokens: padding is dropped before the embeddings and put back before what needs rows."""
 
-from .model import repad, unpad
+from .graphs import GraphOptions, GraphStatistics
+from .model import capture_graphs, graph_statistics, repad, unpad
 
-__all__ = ["repad", "unpad"]
+__all__ = ["GraphOptions", "GraphStatistics", "capture_graphs", "graph_statistics", "repad", "unpad"]

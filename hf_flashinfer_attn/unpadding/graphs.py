@@ -12,9 +12,9 @@ import threading
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -29,7 +29,17 @@ from ..mask import mask_of_ones
 from ..settings import current_settings
 from ..trace import AttentionCall, is_tracing, record_call, trace
 
-__all__ = ["GraphOptions", "GraphStatistics", "GraphedForward", "row_bucket", "token_bucket"]
+__all__ = [
+    "GraphOptions",
+    "GraphStatistics",
+    "GraphedForward",
+    "ModelState",
+    "graphs_of",
+    "install_graphs",
+    "row_bucket",
+    "token_bucket",
+    "uninstall_graphs",
+]
 
 _MIN_ROWS, _MIN_TOKENS = 8, 64
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
@@ -89,6 +99,15 @@ class GraphStatistics:
     def waste(self) -> float:
         """Filler, of all tokens that graphs computed."""
         return 1 - self.tokens / self.slots if self.slots else 0.0
+
+    @classmethod
+    def total(cls, parts: Iterable[GraphStatistics]) -> GraphStatistics:
+        """Adds up several."""
+        whole = cls()
+        for part in parts:
+            for one in fields(cls):
+                setattr(whole, one.name, getattr(whole, one.name) + getattr(part, one.name))
+        return whole
 
 
 def token_bucket(tokens: int) -> int:
@@ -359,12 +378,12 @@ class GraphedForward:
         current = torch.cuda.current_stream(memory.device)
         memory.stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        free = torch.cuda.mem_get_info(memory.device)[0]
         try:
             with torch.cuda.stream(memory.stream):
                 # Compiles kernels, makes plans, and finds out whether it can be done at all.
                 run()
                 memory.stream.synchronize()
+                free = torch.cuda.mem_get_info(memory.device)[0]
                 with trace() as recorded, _no_collection():
                     graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
                     try:
@@ -403,6 +422,31 @@ class GraphedForward:
         for key in list(self._graphs):
             self._drop(key)
         self._memory, self._state = None, None
+
+
+def graphs_of(module: torch.nn.Module) -> GraphedForward | None:
+    """Returns what stands for the forward of a module, beneath the hooks of accelerate or without; None if nothing."""
+    kept = (vars(module).get(name) for name in ("forward", "_old_forward"))
+    return next((found for found in kept if isinstance(found, GraphedForward)), None)
+
+
+def install_graphs(module: PreTrainedModel, options: GraphOptions) -> None:
+    """Puts captured graphs in the place of a backbone's forward."""
+    # Accelerate keeps what it wraps, and puts that in again afterwards.
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    setattr(module, name, GraphedForward(module, options))
+
+
+def uninstall_graphs(module: torch.nn.Module) -> None:
+    """Gives a module its own forward back, if graphs stand for it."""
+    for name in ("forward", "_old_forward"):
+        found = vars(module).get(name)
+        if isinstance(found, GraphedForward):
+            found.reset()
+            if name == "forward":
+                del module.forward
+            else:
+                setattr(module, name, types.MethodType(type(module).forward, module))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,9 +23,10 @@ from ..mask import mask_of_ones
 from ..settings import current_settings
 from .families import Family, Positions, family_of, reason_against
 from .features import forwards_features, pack_features, spread_features
+from .graphs import GraphOptions, GraphStatistics, graphs_of, install_graphs, uninstall_graphs
 from .packing import Packing
 
-__all__ = ["repad", "unpad"]
+__all__ = ["capture_graphs", "graph_statistics", "repad", "unpad"]
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -37,7 +38,7 @@ _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 _READ_ON_THE_HOST = frozenset({*_PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
 
 
-def unpad(model: Module) -> Module:
+def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
     """Makes a model compute tokens only: padding is dropped before its embeddings and is zero in its outputs.
 
     Calls stay as they are, and so do the types and shapes of outputs. A batch without padding runs as before. So does
@@ -51,6 +52,9 @@ def unpad(model: Module) -> Module:
         model: A transformers model with `attn_implementation="flashinfer"`, or any module with such models in it.
             Changed in place: hooks are added to its backbones, and attention that is MPNet's own changes its class.
             Weights and configuration stay as they are.
+        cuda_graphs: Whether forwards without gradients, in half precision on a GPU, go through captured CUDA graphs,
+            and with which options. A size is captured when it first comes, or ahead by `capture_graphs`. Models that
+            it is not known how to capture run without, which is logged once.
 
     Returns:
         The same model.
@@ -102,7 +106,77 @@ def unpad(model: Module) -> Module:
         else:
             continue
         setattr(module, _HANDLES, handles)
+    for backbone in backbones:
+        uninstall_graphs(backbone)
+        if cuda_graphs:
+            _install_graphs(backbone, GraphOptions() if cuda_graphs is True else cuda_graphs)
     return model
+
+
+def _install_graphs(backbone: torch.nn.Module, options: GraphOptions) -> None:
+    family = _family(backbone)
+    if family.own_attention is not None or family.embeds_rows:
+        # Their packed inputs are more than ids.
+        log_once(f"no CUDA graphs of {type(backbone).__name__}: it is not known how to capture it")
+    else:
+        install_graphs(cast(PreTrainedModel, backbone), options)
+
+
+def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
+    """Captures the CUDA graphs of some sizes ahead, so that no forward has to.
+
+    Args:
+        model: What `unpad` was called with, on a GPU.
+        shapes: Rows and tokens, padding aside, of the batches to come; each takes the graph of the next larger size.
+
+    Raises:
+        ValueError: If the model has no graphs, or none of a size that large.
+
+    Examples:
+        >>> import torch, hf_flashinfer_attn
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        >>> config._attn_implementation = "flashinfer"
+        >>> model = hf_flashinfer_attn.unpad(BertModel(config).eval(), cuda_graphs=True)
+        >>> if torch.cuda.is_available():
+        ...     hf_flashinfer_attn.capture_graphs(model.half().cuda(), [(8, 400), (1, 30)])
+    """
+    backbones = [module for module in model.modules() if graphs_of(module) is not None]
+    if not backbones:
+        raise ValueError(f"{type(model).__name__} has no CUDA graphs; expected a model after unpad(cuda_graphs=True).")
+    for rows, tokens in shapes:
+        lengths = torch.full((rows,), tokens // rows)
+        lengths[: tokens % rows] += 1
+        width = int(lengths.max())
+        mask = (torch.arange(width) < lengths[:, None]).long()
+        for backbone in backbones:
+            graphs = graphs_of(backbone)
+            with torch.no_grad():
+                if graphs is None or not graphs.takes(cast(PreTrainedModel, backbone), rows, tokens) or tokens < rows:
+                    raise ValueError(
+                        f"there is no graph of {tokens} tokens in {rows} rows; expected 1 token a row to "
+                        f"{'0' if graphs is None else graphs.options.max_tokens} tokens, a model on a GPU, and eval()."
+                    )
+                backbone(input_ids=torch.zeros_like(mask), attention_mask=mask, use_cache=False)
+
+
+def graph_statistics(model: torch.nn.Module) -> GraphStatistics:
+    """Returns what the CUDA graphs of a model did since `unpad`; of a model with several backbones, of all.
+
+    Args:
+        model: What `unpad` was called with.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        >>> config._attn_implementation = "flashinfer"
+        >>> model = hf_flashinfer_attn.unpad(BertModel(config).eval(), cuda_graphs=True)
+        >>> hf_flashinfer_attn.graph_statistics(model).captured
+        0
+    """
+    found = (graphs_of(module) for module in model.modules())
+    return GraphStatistics.total(graphs.statistics for graphs in found if graphs is not None)
 
 
 def repad(model: Module) -> Module:
@@ -124,6 +198,7 @@ def repad(model: Module) -> Module:
         (0, 0)
     """
     for module in model.modules():
+        uninstall_graphs(module)
         handles, family = vars(module).pop(_HANDLES, ()), family_of(module)
         for handle in handles:
             handle.remove()
@@ -301,13 +376,20 @@ def _spread(
 def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> Packing | None:
     """Returns where the tokens of a padded batch are; None for a batch that is not padded or has to stay so."""
     mask = inputs.get("attention_mask")
+    returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
     if mask is None:
-        return None
+        ids = inputs.get("input_ids")
+        if ids is None or ids.ndim != 2 or not _goes_through_a_graph(module, inputs, *ids.shape):
+            return None
+        # Without padding there is nothing to gain but a graph.
+        reason = _reason_to_stay(module, {**inputs, "attention_mask": ids})
+        return Packing.full(tuple(ids.shape), returns_dict=returns_dict) if reason is None else None
     reason = _reason_to_stay(module, inputs)
     if reason is None:
-        returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
         measure = _measure_of_distance(module)
         packing = Packing.of(_read_from(mask), returns_dict=returns_dict, find_holes=measure is not None)
+        if packing.is_full and _goes_through_a_graph(module, inputs, *packing.shape):
+            return packing
         if packing.is_full:
             # So that attention does not ask for the lengths again.
             inputs["attention_mask"] = mask_of_ones(*packing.shape, device)
@@ -319,6 +401,11 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
         reason = f"{measure} over padding with holes"
     _tell_why(module, mask, reason)
     return None
+
+
+def _goes_through_a_graph(module: PreTrainedModel, inputs: dict[str, Any], rows: int, width: int) -> bool:
+    graphs = graphs_of(module)
+    return graphs is not None and inputs.get("input_ids") is not None and graphs.takes(module, rows, rows * width)
 
 
 def _tell_why(module: PreTrainedModel, mask: object, reason: str) -> None:

@@ -62,6 +62,11 @@ class Packing:
             packing.slots[found.device] = found
         return packing
 
+    @classmethod
+    def full(cls, shape: tuple[int, int], *, returns_dict: bool) -> Packing:
+        """Makes the packing of a batch without padding."""
+        return cls(shape, RaggedLayout.from_lengths((shape[1],) * shape[0]), False, returns_dict, {})
+
     @property
     def is_full(self) -> bool:
         """Whether there is no padding."""
@@ -75,6 +80,8 @@ class Packing:
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Returns the slot of each token within its row, int64, shape `(1, total_tokens)`."""
+        if self.is_full:
+            return torch.arange(self.shape[1], device=device).repeat(self.shape[0])[None]
         slots = self.slots_on(device)
         if device.type == "cpu":
             starts = np.arange(self.shape[0]) * self.shape[1]
@@ -84,6 +91,8 @@ class Packing:
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """Drops padding, where the tensor is: `(batch, slots, ...)` to `(1, total_tokens, ...)`."""
         flat = padded.expand(*self.shape, *padded.shape[2:]).reshape(-1, *padded.shape[2:])
+        if self.is_full:
+            return flat[None]
         slots = self.slots_on(padded.device)
         if _is_host_number(padded):
             return torch.from_numpy(flat.numpy().take(slots.numpy()))[None]
@@ -108,6 +117,8 @@ class Packing:
 
     def spread(self, packed: torch.Tensor) -> torch.Tensor:
         """Undoes `pack`, with zeros in padding; differentiable."""
+        if self.is_full:
+            return packed.view(*self.shape, *packed.shape[2:])
         padded = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[2:])
         padded.index_copy_(0, self.slots_on(packed.device).long(), packed[0])
         return padded.view(*self.shape, *packed.shape[2:])
