@@ -407,13 +407,13 @@ class _GraphWrapper(_Wrapper):
     def __init__(self, key: _PlanKey, layout: RaggedLayout, index: int) -> None:
         workspace: GraphWorkspace = layout.graph_workspace
         self._rows, self._tokens = len(layout.query.lengths), layout.query.padded_shape[1]
-        self._offsets = [torch.zeros(self._rows + 1, dtype=torch.int32, device=key.device) for _ in range(2)]
+        self._offsets = torch.zeros(self._rows + 1, dtype=torch.int32, device=key.device)
         super().__init__(
             _Module.of(key),
             workspace.float_buffer,
             use_cuda_graph=True,
-            qo_indptr_buf=self._offsets[0],
-            kv_indptr_buf=self._offsets[1],
+            qo_indptr_buf=self._offsets,
+            kv_indptr_buf=self._offsets,
         )
         self._buffer, self._ring = workspace.part(index)
         self._plan_info: list[int] | None = None
@@ -439,6 +439,8 @@ class _GraphWrapper(_Wrapper):
         torch.cuda.current_stream(key.device).synchronize()
         prefill._int_workspace_buffer = self._buffer
         prefill._pin_memory_int_workspace_buffer = self._ring[0][0]
+        # Tokens after the last row are none of the plan's business.
+        prefill._qo_indptr_last = self._tokens
         prefill._plan_info = self._plan(layout.query.cu_seqlens_host, layout.query.lengths_host)
         self._plan_info = list(prefill._plan_info)
 
@@ -465,8 +467,7 @@ class _GraphWrapper(_Wrapper):
         ]  # fmt: skip
         if key.kernel == "fa2":
             arguments += [-1, True, 0, 0]
-            for buffer in self._offsets:
-                buffer.copy_(offsets, non_blocking=True)
+            self._offsets.copy_(offsets, non_blocking=True)
         plan_info = self._module.plan(*arguments)
         event.record(torch.cuda.current_stream(key.device))
         record_plan()

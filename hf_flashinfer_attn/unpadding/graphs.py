@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 import threading
 import types
 import weakref
@@ -44,7 +45,12 @@ __all__ = [
 _MIN_ROWS, _MIN_TOKENS = 8, 64
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
 # What every packed forward is given besides, and does not change what is computed.
-_KNOWN = frozenset({*_INPUTS, "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+_KNOWN = frozenset(
+    {
+        *_INPUTS, "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache",
+        "return_dict", "output_attentions", "output_hidden_states",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,28 +151,28 @@ class ModelState:
 
     def __init__(self, model: torch.nn.Module) -> None:
         modules = list(model.modules())
+        # Held, so that nothing new takes the place in memory, and with it the identity, of what is gone. Not the model
+        # itself, which owns what owns this.
+        self._submodules = modules[1:]
         self._dicts = [vars(module) for module in modules]
-        self._hooks = [
-            vars(module)[name]
-            for module in modules
-            for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        ]
+        stores = [one[name] for one in self._dicts for name in ("_parameters", "_buffers", "_modules")]
+        self._stores = [store for store in stores if store]
+        # What is empty, most of it, and stays so.
+        self._empty = [store for store in stores if not store]
+        self._hooks = [one[name] for one in self._dicts for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self._tensors = [value for store in self._stores for value in store.values() if isinstance(value, torch.Tensor)]
+        self.is_half = next((value.dtype.itemsize == 2 for value in self._tensors if value.is_floating_point()), False)
         self._seen = self._look()
 
     def _look(self) -> tuple[Any, ...]:
-        tensors = [
-            tensor
-            for one in self._dicts
-            for store in (one["_parameters"], one["_buffers"])
-            for tensor in store.values()
-            if tensor is not None
-        ]
+        # Once per forward, over hundreds of modules: loops in C.
         return (
-            list(map(torch.Tensor.data_ptr, tensors)),
-            [child for one in self._dicts for child in one["_modules"].values()],
-            [one["training"] for one in self._dicts],
-            [one.get("forward") for one in self._dicts],
+            list(map(id, itertools.chain.from_iterable(map(dict.values, self._stores)))),
+            list(map(torch.Tensor.data_ptr, self._tensors)),
+            any(self._empty),
             list(map(len, self._hooks)),
+            list(map(dict.get, self._dicts, itertools.repeat("training"))),
+            list(map(dict.get, self._dicts[1:], itertools.repeat("forward"))),
         )
 
     def holds(self) -> bool:
@@ -258,7 +264,7 @@ class GraphedForward:
                         return outputs
         return type(module).forward(module, *args, **kwargs)
 
-    def takes(self, module: PreTrainedModel, rows: int, tokens: int) -> bool:
+    def takes(self, module: PreTrainedModel, device: torch.device, rows: int, tokens: int) -> bool:
         """Whether a batch of this size would go through a graph, as far as can be told before it is packed."""
         return (
             self._refused is None
@@ -266,7 +272,7 @@ class GraphedForward:
             and rows <= self.options.max_rows
             and not module.training
             and not torch.is_grad_enabled()
-            and module.device.type == "cuda"
+            and device.type == "cuda"
         )
 
     def reset(self) -> None:
@@ -283,12 +289,11 @@ class GraphedForward:
             return False
         config = module.config
         return (
-            self.takes(module, len(known.layout.query.lengths), ids.shape[1])
+            self.takes(module, ids.device, len(known.layout.query.lengths), ids.shape[1])
             and not torch.is_autocast_enabled("cuda")
             and not torch.cuda.is_current_stream_capturing()
             and not kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
             and not kwargs.get("output_attentions", getattr(config, "output_attentions", False))
-            and module.dtype.itemsize == 2
             and current_settings().backend != "torch"
             and unavailable_reason(ids.device) is None
             and all(
@@ -307,9 +312,11 @@ class GraphedForward:
         key = (token_bucket(tokens), row_bucket(len(lengths)), names, extras, current_settings())
         # Tensors made in inference mode could not be written to outside of it.
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-            if self._state is None or not self._state.holds() or self._memory is None or self._memory.device != device:
+            if self._state is None or not self._state.holds() or (self._memory and self._memory.device != device):
                 self._drop_all()
                 self._state = ModelState(module)
+            if not self._state.is_half:
+                return None
             memory = self._memory
             if memory is None:
                 memory = self._memory = _Memory(device, {})

@@ -152,7 +152,8 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]]) ->
         for backbone in backbones:
             graphs = graphs_of(backbone)
             with torch.no_grad():
-                if graphs is None or not graphs.takes(cast(PreTrainedModel, backbone), rows, tokens) or tokens < rows:
+                known = cast(PreTrainedModel, backbone)
+                if graphs is None or not graphs.takes(known, known.device, rows, tokens) or tokens < rows:
                     raise ValueError(
                         f"there is no graph of {tokens} tokens in {rows} rows; expected 1 token a row to "
                         f"{'0' if graphs is None else graphs.options.max_tokens} tokens, a model on a GPU, and eval()."
@@ -322,6 +323,8 @@ def _pack(
         inputs["attention_mask"] = mask_of_ones(1, packing.layout.query.total_tokens, device)
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
+    if graphs_of(module) is not None:
+        return (), inputs
     # For torch.compile, which else makes a graph for the lengths of the first batch alone.
     for name in (*packed, "attention_mask"):
         if (value := inputs[name]) is not None:
@@ -379,7 +382,7 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
     if mask is None:
         ids = inputs.get("input_ids")
-        if ids is None or ids.ndim != 2 or not _goes_through_a_graph(module, inputs, *ids.shape):
+        if ids is None or ids.ndim != 2 or not _goes_through_a_graph(module, inputs, device, *ids.shape):
             return None
         # Without padding there is nothing to gain but a graph.
         reason = _reason_to_stay(module, {**inputs, "attention_mask": ids})
@@ -388,7 +391,7 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     if reason is None:
         measure = _measure_of_distance(module)
         packing = Packing.of(_read_from(mask), returns_dict=returns_dict, find_holes=measure is not None)
-        if packing.is_full and _goes_through_a_graph(module, inputs, *packing.shape):
+        if packing.is_full and _goes_through_a_graph(module, inputs, device, *packing.shape):
             return packing
         if packing.is_full:
             # So that attention does not ask for the lengths again.
@@ -403,9 +406,13 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     return None
 
 
-def _goes_through_a_graph(module: PreTrainedModel, inputs: dict[str, Any], rows: int, width: int) -> bool:
+def _goes_through_a_graph(
+    module: PreTrainedModel, inputs: dict[str, Any], device: torch.device, rows: int, width: int
+) -> bool:
     graphs = graphs_of(module)
-    return graphs is not None and inputs.get("input_ids") is not None and graphs.takes(module, rows, rows * width)
+    return (
+        graphs is not None and inputs.get("input_ids") is not None and graphs.takes(module, device, rows, rows * width)
+    )
 
 
 def _tell_why(module: PreTrainedModel, mask: object, reason: str) -> None:
