@@ -412,6 +412,11 @@ def copy_of(padding_mask: torch.Tensor) -> torch.Tensor:
     return copy
 
 
+def is_mask_of_ones(mask: torch.Tensor) -> bool:
+    """Whether a padding mask is known to have no padding."""
+    return bool(getattr(mask, _ONES, False))
+
+
 def lazy_mask(
     batch_size: int,
     q_length: int,

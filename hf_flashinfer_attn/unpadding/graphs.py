@@ -14,7 +14,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -24,9 +24,8 @@ from transformers.utils import ModelOutput
 
 from ..backends.flashinfer import GraphWorkspace, plan_graph, unavailable_reason
 from ..dispatch import log_once
-from ..errors import FlashInferAttentionError
-from ..layout import RaggedLayout, offsets_of
-from ..mask import mask_of_ones
+from ..layout import RaggedLayout, known_layout, offsets_of
+from ..mask import is_mask_of_ones, mask_of_ones
 from ..settings import current_settings
 from ..trace import AttentionCall, is_tracing, record_call, trace
 
@@ -35,6 +34,7 @@ __all__ = [
     "GraphStatistics",
     "GraphedForward",
     "ModelState",
+    "carry_state",
     "graphs_of",
     "install_graphs",
     "row_bucket",
@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 _MIN_ROWS, _MIN_TOKENS = 8, 64
+# Rides on offsets: the state of the model, found to hold while they were made.
+_LOOKED_AT = "_flashinfer_model_state"
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
 # What every packed forward is given besides, and does not change what is computed.
 _KNOWN = frozenset(
@@ -275,6 +277,15 @@ class GraphedForward:
             and device.type == "cuda"
         )
 
+    def look(self) -> ModelState | None:
+        """Looks at the model ahead of a forward, while the host would else wait for lengths.
+
+        Returns:
+            What graphs were captured with, if the model is still so; None if it is not, or there are none.
+        """
+        state = self._state
+        return state if state is not None and state.holds() else None
+
     def reset(self) -> None:
         """Drops all graphs and their memory; they are captured again when they are needed."""
         with self._lock:
@@ -284,12 +295,12 @@ class GraphedForward:
         ids, offsets = kwargs.get("input_ids"), kwargs.get("cu_seq_lens_q")
         if ids is None or offsets is None or offsets is not kwargs.get("cu_seq_lens_k") or not ids.is_cuda:
             return False
-        known = getattr(offsets, "_packed_layout", None)
-        if known is None or ids.shape != (1, known.layout.query.total_tokens):
+        layout, mask = _layout_of(ids, offsets), kwargs.get("attention_mask")
+        if layout is None or not (mask is None or is_mask_of_ones(mask)):
             return False
         config = module.config
         return (
-            self.takes(module, ids.device, len(known.layout.query.lengths), ids.shape[1])
+            self.takes(module, ids.device, len(layout.query.lengths), ids.shape[1])
             and not torch.is_autocast_enabled("cuda")
             and not torch.cuda.is_current_stream_capturing()
             and not kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
@@ -304,36 +315,49 @@ class GraphedForward:
         )
 
     def _replay(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> ModelOutput | None:
-        layout: RaggedLayout = kwargs["cu_seq_lens_q"]._packed_layout.layout
-        lengths, device = layout.query.lengths, kwargs["input_ids"].device
+        offsets = kwargs["cu_seq_lens_q"]
+        layout, device = _layout_of(kwargs["input_ids"], offsets), kwargs["input_ids"].device
+        if layout is None:
+            return None
+        lengths = layout.query.lengths
         tokens = layout.query.total_tokens
         names = tuple(name for name in _INPUTS if kwargs.get(name) is not None)
         extras = tuple(sorted((name, value) for name, value in kwargs.items() if name not in _KNOWN))
         key = (token_bucket(tokens), row_bucket(len(lengths)), names, extras, current_settings())
-        # Tensors made in inference mode could not be written to outside of it.
-        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-            if self._state is None or not self._state.holds() or (self._memory and self._memory.device != device):
-                self._drop_all()
-                self._state = ModelState(module)
-            if not self._state.is_half:
-                return None
-            memory = self._memory
-            if memory is None:
-                memory = self._memory = _Memory(device, {})
-            stream = torch.cuda.current_stream(device)
-            if memory.last_stream is not None and memory.last_stream != stream.cuda_stream:
-                stream.wait_event(memory.done)
-            for name in names:
-                self._input(memory, name, kwargs[name])[:, :tokens].copy_(kwargs[name], non_blocking=True)
-            found = self._graphs.get(key)
-            if found is None:
+        if torch.cuda.current_device() != device.index:
+            # Plans and replays go to the current device.
+            with torch.cuda.device(device):
+                return self._replay(module, kwargs)
+        state: ModelState | None = getattr(offsets, _LOOKED_AT, None)
+        if state is None or state is not self._state:
+            state = self._state
+            if state is not None and not state.holds():
+                state = None
+        memory = self._memory
+        if state is None or (memory is not None and memory.device != device):
+            self._drop_all()
+            state = self._state = ModelState(module)
+            memory = None
+        if not state.is_half:
+            return None
+        if memory is None:
+            memory = self._memory = _Memory(device, {})
+        stream = torch.cuda.current_stream(device)
+        if memory.last_stream is not None and memory.last_stream != stream.cuda_stream:
+            stream.wait_event(memory.done)
+        for name in names:
+            self._input(memory, name, kwargs[name])[:, :tokens].copy_(kwargs[name], non_blocking=True)
+        found = self._graphs.get(key)
+        if found is None:
+            # Tensors made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
                 found = self._capture(module, memory, key, lengths, kwargs)
-                if found is None:
-                    return None
-            else:
-                self._graphs.move_to_end(key)
-            plan_graph(found.layout, lengths)
-            found.graph.replay()
+            if found is None:
+                return None
+        else:
+            self._graphs.move_to_end(key)
+        plan_graph(found.layout, lengths)
+        found.graph.replay()
         assert memory.output is not None
         hidden = memory.output[:, :tokens].clone()
         memory.done.record(stream)
@@ -352,9 +376,10 @@ class GraphedForward:
     def _input(self, memory: _Memory, name: str, value: torch.Tensor) -> torch.Tensor:
         if name not in memory.inputs:
             # Zeros are valid ids, and what earlier batches leave behind is valid, too.
-            memory.inputs[name] = torch.zeros(
-                1, token_bucket(self.options.max_tokens), dtype=value.dtype, device=memory.device
-            )
+            with torch.inference_mode(False):
+                memory.inputs[name] = torch.zeros(
+                    1, token_bucket(self.options.max_tokens), dtype=value.dtype, device=memory.device
+                )
         return memory.inputs[name]
 
     def _capture(
@@ -395,13 +420,20 @@ class GraphedForward:
                     graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
                     try:
                         outputs = run()
-                    finally:
-                        graph.capture_end()
-        except FlashInferAttentionError as error:
-            # A model that cannot be captured for one size cannot be for another.
+                    except BaseException:
+                        with suppress(RuntimeError):
+                            graph.capture_end()
+                        raise
+                    graph.capture_end()
+        except RuntimeError as error:
+            # Ours, or torch's of an operation that cannot be captured, or too little memory. A model that cannot be
+            # captured for one size cannot be for another; if the model itself is at fault, that shows without a graph.
             self._refused = str(error)
+            torch.cuda.synchronize(memory.device)
             self._drop_all()
-            log_once(f"no CUDA graphs of {type(module).__name__}: {error}")
+            log_once(
+                f"no CUDA graphs of {type(module).__name__}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            )
             return None
         finally:
             current.wait_stream(memory.stream)
@@ -429,6 +461,18 @@ class GraphedForward:
         for key in list(self._graphs):
             self._drop(key)
         self._memory, self._state = None, None
+
+
+def _layout_of(ids: torch.Tensor, offsets: torch.Tensor) -> RaggedLayout | None:
+    """Returns the layout that rides on the offsets of packed ids."""
+    shape = (ids.shape[0], ids.shape[1])
+    return known_layout(None, offsets, offsets, (shape, shape)) if ids.shape[0] == 1 else None
+
+
+def carry_state(offsets: torch.Tensor, state: object) -> None:
+    """Has offsets tell the forward that they go to what `look` found, if it did."""
+    if state is not None:
+        setattr(offsets, _LOOKED_AT, state)
 
 
 def graphs_of(module: torch.nn.Module) -> GraphedForward | None:

@@ -23,7 +23,7 @@ from ..mask import mask_of_ones
 from ..settings import current_settings
 from .families import Family, Positions, family_of, reason_against
 from .features import forwards_features, pack_features, spread_features
-from .graphs import GraphOptions, GraphStatistics, graphs_of, install_graphs, uninstall_graphs
+from .graphs import GraphOptions, GraphStatistics, carry_state, graphs_of, install_graphs, uninstall_graphs
 from .packing import Packing
 
 __all__ = ["capture_graphs", "graph_statistics", "repad", "unpad"]
@@ -324,6 +324,7 @@ def _pack(
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
     if graphs_of(module) is not None:
+        carry_state(offsets, packing.meanwhile)
         return (), inputs
     # For torch.compile, which else makes a graph for the lengths of the first batch alone.
     for name in (*packed, "attention_mask"):
@@ -390,7 +391,13 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     reason = _reason_to_stay(module, inputs)
     if reason is None:
         measure = _measure_of_distance(module)
-        packing = Packing.of(_read_from(mask), returns_dict=returns_dict, find_holes=measure is not None)
+        graphs = graphs_of(module)
+        packing = Packing.of(
+            _read_from(mask),
+            returns_dict=returns_dict,
+            find_holes=measure is not None,
+            meanwhile=(lambda: None) if graphs is None else graphs.look,
+        )
         if packing.is_full and _goes_through_a_graph(module, inputs, device, *packing.shape):
             return packing
         if packing.is_full:

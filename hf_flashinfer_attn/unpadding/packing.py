@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Packing:
         returns_dict: Whether the caller wants an output object rather than a tuple.
         slots: The slot of each token, counted through all rows, integers of shape `(total_tokens,)`, by device; none
             without padding.
+        meanwhile: What was found out while the host would else have waited.
     """
 
     shape: tuple[int, int]
@@ -32,10 +34,21 @@ class Packing:
     has_holes: bool
     returns_dict: bool
     slots: dict[torch.device, torch.Tensor]
+    meanwhile: object = None
 
     @classmethod
-    def of(cls, attention_mask: torch.Tensor, *, returns_dict: bool, find_holes: bool) -> Packing:
-        """Reads a mask of ones and zeros, shape `(batch, slots)`; the host waits for it if it is on another device."""
+    def of(
+        cls,
+        attention_mask: torch.Tensor,
+        *,
+        returns_dict: bool,
+        find_holes: bool,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> Packing:
+        """Reads a mask of ones and zeros, shape `(batch, slots)`; the host waits for it if it is on another device.
+
+        What there is to do meanwhile is called before the wait, if there is one.
+        """
         rows, width = attention_mask.shape
         on_host = attention_mask.device.type == "cpu"
         if on_host:
@@ -51,11 +64,13 @@ class Packing:
             if find_holes:
                 starts = torch.nn.functional.pad(valid, (1, 0)).to(torch.int8).diff(dim=1) == 1
                 counts = torch.stack([counts, starts.sum(-1, dtype=torch.int32)])
-            read = LengthsRead(counts).values
+            lengths_read = LengthsRead(counts)
+            found_out = meanwhile()
+            read = lengths_read.values
             lengths, runs = read if find_holes else (read, ())
             layout = RaggedLayout.from_lengths(lengths)
             has_holes = max(runs, default=0) > 1
-        packing = cls((rows, width), layout, has_holes, returns_dict, {})
+        packing = cls((rows, width), layout, has_holes, returns_dict, {}, None if on_host else found_out)
         if not packing.is_full:
             total = layout.query.total_tokens
             found = torch.from_numpy(slots) if on_host else TokenMap.of(valid, total).slots
