@@ -431,9 +431,8 @@ class GraphedForward:
             self._refused = str(error)
             torch.cuda.synchronize(memory.device)
             self._drop_all()
-            log_once(
-                f"no CUDA graphs of {type(module).__name__}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            )
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            log_once(f"no CUDA graphs of {type(module).__name__}: {reason}")
             return None
         finally:
             current.wait_stream(memory.stream)
@@ -463,7 +462,7 @@ class GraphedForward:
         self._memory, self._state = None, None
 
 
-def _layout_of(ids: torch.Tensor, offsets: torch.Tensor) -> RaggedLayout | None:
+def _layout_of(ids: torch.Tensor, offsets: Any) -> RaggedLayout | None:
     """Returns the layout that rides on the offsets of packed ids."""
     shape = (ids.shape[0], ids.shape[1])
     return known_layout(None, offsets, offsets, (shape, shape)) if ids.shape[0] == 1 else None
