@@ -2,8 +2,8 @@
 
     python benchmarks/measure_graphs.py --json benchmarks/results/graphs.json --seconds 300
 
-Host time is that of one forward with inputs on the CPU, packing included, from the call to its return, with an idle GPU;
-medians of 50. Filler is that of all batches of a request set, and memory what its graphs took of the GPU. The server
+Host time is that of one forward with inputs on the CPU, packing included, from the call to its return, while the GPU is
+idle; medians of 50. Filler is that of all batches of a request set, and memory what its graphs took of the GPU. The server
 gets batches of 1 to 256 rows of random lengths for so many seconds; every answer is compared with that of the same
 weights without graphs, and the GPU's memory is looked at all along.
 """
@@ -104,23 +104,19 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--shapes", default="gte-small,bge-base")
     options = parser.parse_args()
-    cells, server = [], None
+    report: dict[str, Any] = {"passed": False, "dtype": "float16", "environment": describe_environment(), "cells": []}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     for shape in options.shapes.split(","):
         torch.manual_seed(0)
         with torch.device("cuda"):
             plain = AutoModel.from_config(shape_config(shape), attn_implementation="sdpa", dtype=torch.float16).eval()
-        cells += request_sets(shape, plain)
-        if server is None:
-            server = {"shape": shape, **serve(plain, options.seconds)}
-            print({key: value for key, value in server.items() if key != "memory_used_bytes"}, flush=True)
-    assert server is not None
-    passed = server["worst_error_against_ungraphed"] < 3e-3
-    report = {
-        "passed": passed, "dtype": "float16", "environment": describe_environment(), "cells": cells, "server": server,
-    }  # fmt: skip
-    options.json.parent.mkdir(parents=True, exist_ok=True)
+        report["cells"] += request_sets(shape, plain)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    server = report["server"] = {"shape": shape, **serve(plain, options.seconds)}
+    print({key: value for key, value in server.items() if key != "memory_used_bytes"}, flush=True)
+    report["passed"] = server["worst_error_against_ungraphed"] < 3e-3
     options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if passed else 1
+    return 0 if report["passed"] else 1
 
 
 if __name__ == "__main__":
