@@ -3,9 +3,9 @@
     python benchmarks/measure_graphs.py --json benchmarks/results/graphs.json --seconds 300
 
 Host time is that of one forward with inputs on the CPU, packing included, from the call to its return, while the GPU is
-idle; medians of 50. Filler is that of all batches of a request set, and memory what its graphs took of the GPU. The server
-gets batches of 1 to 256 rows of random lengths for so many seconds; every answer is compared with that of the same
-weights without graphs, and the GPU's memory is looked at all along.
+idle; medians of 50. Filler is that of all batches of a request set, and memory what its graphs took of the GPU. The
+server gets batches of 1 to 256 rows of random lengths for so many seconds; every answer is compared with that of the
+same weights without graphs, and the GPU's memory is looked at all along.
 """
 
 from __future__ import annotations
