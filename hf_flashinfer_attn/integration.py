@@ -19,7 +19,16 @@ from .dispatch import AttentionRequest, Path, decide
 from .errors import UnsupportedAttentionError
 from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
-from .layout import LengthsRead, PreparedStore, RaggedLayout, known_layout, packed_layout, uniform_layout, versions_of
+from .layout import (
+    LengthsRead,
+    PreparedStore,
+    RaggedLayout,
+    is_of_graph,
+    known_layout,
+    packed_layout,
+    uniform_layout,
+    versions_of,
+)
 from .mask import MaskSpec, RaggedMask, lazy_mask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
 from .prepared import NativeAttention, PreparedAttention, native, native_masked, prepare
@@ -380,6 +389,10 @@ def _attend(
         mask_modified=lazy is not None and lazy.was_modified,
     )
     decision = decide(request, current_settings())
+    if offsets is not None and is_of_graph(offsets[0]) and (decision.path is not Path.FLASHINFER or bias is not None):
+        # These look at lengths on the host, and every replay would repeat those of the capture.
+        what = f"{decision.path.value} attention ({decision.reason})" if bias is None else "a position_bias"
+        raise UnsupportedAttentionError(f"{what} in a captured graph", "Use unpad without cuda_graphs for this model.")
     layer = _layer_name(module)
     if decision.path is Path.DENSE:
         if bias is not None and packed is not None:

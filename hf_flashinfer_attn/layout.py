@@ -27,6 +27,7 @@ __all__ = [
     "PreparedStore",
     "RaggedLayout",
     "RaggedSide",
+    "is_of_graph",
     "known_layout",
     "offsets_of",
     "packed_layout",
@@ -244,6 +245,8 @@ class RaggedLayout:
         """
         side = RaggedSide([*lengths, *(0,) * (rows - len(lengths))], (1, sum(lengths)), None)
         side.padded_shape = (1, tokens)
+        # A replay may have one row of all tokens: bounds that no row reaches now, some row will.
+        side.max_length = tokens
         layout = cls(side)
         layout.graph_workspace = workspace
         return layout
@@ -387,6 +390,12 @@ def known_layout(
     return None
 
 
+def is_of_graph(offsets: torch.Tensor) -> bool:
+    """Whether offsets are those of a captured graph, whose lengths are others in each replay."""
+    known: _PackedLayout | None = getattr(offsets, "_packed_layout", None)
+    return known is not None and known.layout.graph_workspace is not None
+
+
 def versions_of(query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> tuple[int, int] | None:
     """Returns what changes when offsets are written to; None where nobody counts that."""
     untracked = query_offsets.is_inference() or key_offsets.is_inference()
@@ -402,6 +411,10 @@ class _PackedLayout:
     versions: tuple[int, int] | None
     shapes: tuple[tuple[int, int], tuple[int, int]]
     layout: RaggedLayout
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Offsets are often the user's. A copy, or what is loaded from a file, has lengths of its own to be read.
+        return type(None), ()
 
     def is_of(
         self,

@@ -205,7 +205,8 @@ def aligned(side: torch.Tensor) -> torch.Tensor:
     row, head, slot, last = side.stride()
     size = side.element_size()
     fits = last == 1 and not (side.data_ptr() | row * size | head * size | slot * size) & 15
-    return side if fits else side.contiguous()
+    # Not `contiguous`, which returns what has no gaps wherever it starts.
+    return side if fits else side.clone(memory_format=torch.contiguous_format)
 
 
 def _is_one_run(side: torch.Tensor) -> bool:

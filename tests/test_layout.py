@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +20,9 @@ from transformers.masking_utils import (
 )
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn import UnsupportedAttentionError
 from hf_flashinfer_attn.integration import _kept_of_packed, attention_forward, attention_mask
-from hf_flashinfer_attn.layout import PackedCarrier, RaggedLayout, RaggedSide, uniform_layout
+from hf_flashinfer_attn.layout import PackedCarrier, RaggedLayout, RaggedSide, offsets_of, uniform_layout
 from hf_flashinfer_attn.mask import RaggedMask, _LazyLayout
 
 MASKS = st.integers(1, 5).flatmap(
@@ -151,3 +154,34 @@ def test_offsets_are_read_and_not_the_sequences_that_positions_tell(monkeypatch:
     # And so layers after the first have nothing to look at.
     query = torch.zeros(1, 2, 5, 2)
     assert _kept_of_packed(query, query, mask, None, (offsets, offsets)) is not None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tensor: pickle.loads(pickle.dumps(tensor))])
+def test_offsets_can_be_copied_after_a_forward(copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    offsets = torch.tensor([0, 2, 5])
+    query = torch.randn(1, 2, 5, 4)
+    layer = torch.nn.Identity()
+    expected, _ = attention_forward(layer, query, query, query, None, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+    other = copied(offsets)
+    assert torch.equal(other, offsets)
+    with hf_flashinfer_attn.trace() as trace:
+        actual, _ = attention_forward(layer, query, query, query, None, cu_seq_lens_q=other, cu_seq_lens_k=other)
+    assert torch.equal(actual, expected)
+    assert trace.layouts == 1
+
+
+def test_a_graph_is_planned_for_rows_as_long_as_all_of_its_tokens() -> None:
+    """Else a window that no row reaches at the capture would be missing where a row of a replay reaches it."""
+    layout = RaggedLayout.for_graph([2, 3], rows=8, tokens=64, workspace=object())
+    assert layout.query.lengths == (2, 3, 0, 0, 0, 0, 0, 0)
+    assert (layout.query.max_length, layout.query.padded_shape) == (64, (1, 64))
+
+
+@pytest.mark.parametrize("options", [{}, {"output_attentions": True}, {"position_bias": torch.zeros(1, 2, 5, 5)}])
+def test_attention_that_would_repeat_the_lengths_of_a_capture_is_refused(options: dict[str, Any]) -> None:
+    offsets = offsets_of(RaggedLayout.for_graph([2, 3], rows=8, tokens=5, workspace=object()))
+    query = torch.randn(1, 2, 5, 4)
+    with pytest.raises(UnsupportedAttentionError, match="in a captured graph"):
+        attention_forward(
+            torch.nn.Identity(), query, query, query, None, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, **options
+        )

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flashinfer_attn.movement import Packer, TokenMap, Unpacker
+from hf_flashinfer_attn.movement import Packer, TokenMap, Unpacker, aligned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -120,3 +120,14 @@ def test_what_fits_is_not_copied() -> None:
     some = whole[:, :4].transpose(1, 2).chunk(3, dim=1)
     for side, tokens in zip(some, Packer(None, None, 64)(*some)):
         assert torch.equal(tokens, side.transpose(1, 2).flatten(0, 1))
+
+
+@pytest.mark.parametrize("start", [0, 1, 8])
+@pytest.mark.parametrize("is_contiguous", [True, False], ids=["contiguous", "transposed"])
+def test_what_kernels_cannot_read_is_copied_to_where_they_can(start: int, is_contiguous: bool) -> None:
+    flat = torch.randn(start + 48, dtype=torch.float16)[start:]
+    side = flat.view(1, 2, 3, 8) if is_contiguous else flat.view(1, 3, 2, 8).transpose(1, 2)
+    found = aligned(side)
+    assert torch.equal(found, side)
+    assert found.data_ptr() % 16 == 0
+    assert (found is side) == (start % 8 == 0)

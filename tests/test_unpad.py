@@ -16,6 +16,7 @@ import torch
 import transformers
 from paired_models import build_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
@@ -26,6 +27,7 @@ from hf_flashinfer_attn.integration import _kept_of_packed, attention_mask
 from hf_flashinfer_attn.layout import PreparedStore, RaggedLayout, offsets_of
 from hf_flashinfer_attn.unpadding import model as model_module
 from hf_flashinfer_attn.unpadding.families import family_of
+from hf_flashinfer_attn.unpadding.packing import Packing
 
 TOLERANCE = 1e-5
 PAD, VOCAB_SIZE, SLOTS, LABELS = 1, 48, 9, 2
@@ -546,6 +548,42 @@ def test_a_mask_that_a_head_reshapes_is_read_where_it_was(monkeypatch: pytest.Mo
         assert model_module._read_from(other) is other
     moved.fill_(1)
     assert model_module._read_from(moved) is moved
+
+
+def test_a_mask_that_a_head_writes_to_in_inference_mode_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "_device_of", lambda module, default: torch.device("meta"))
+    model, inputs = build("roberta", _CHOICE), inputs_of("right", _CHOICE)
+    with torch.inference_mode():
+        _, of_head = model_module._move_to_head(model, (), inputs)
+        flat = of_head["attention_mask"].view(-1, SLOTS)
+        assert torch.equal(model_module._read_from(flat), inputs["attention_mask"].view(-1, SLOTS))
+        flat[:, 0] = 0
+        assert model_module._read_from(flat) is flat
+
+
+class _CopiesToTheHost(TorchFunctionMode):
+    """Notes whether the host waits for what `to` copies to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[bool] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to and args[1].type == "cpu":
+            self.waited.append(not (kwargs or {}).get("non_blocking", False))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_what_it_reads() -> None:
+    """A mask on a GPU and tokens on the CPU; a tensor that says so stands for the slots that were found on a GPU."""
+    layout = RaggedLayout.from_lengths((2, 1))
+    slots = torch.tensor([0, 1, 3], dtype=torch.int32)
+    packing = Packing((2, 3), layout, False, True, {torch.device("cuda", 0): slots})
+    with _CopiesToTheHost() as copies:
+        packed = packing.pack(torch.arange(6).view(2, 3))
+        packing.move({"input_ids": packed}, torch.device("cpu"))
+    assert packed.tolist() == [[0, 1, 3]]
+    assert copies.waited == [True, True]
 
 
 def test_packed_input_of_the_user_passes_through() -> None:

@@ -19,6 +19,7 @@ from transformers.models.mpnet import modeling_mpnet
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
+from hf_flashinfer_attn.layout import RaggedLayout, offsets_of
 from hf_flashinfer_attn.unpadding import mpnet
 
 LENGTHS = (9, 5, 7, 3)
@@ -214,3 +215,13 @@ def test_another_version_of_its_attention_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(modeling_mpnet.MPNetSelfAttention, "forward", lambda self, hidden_states, mask: hidden_states)
     with pytest.raises(UnsupportedAttentionError, match="in another way in this version of transformers"):
         unpad(model)
+
+
+def test_the_bias_of_lengths_that_change_is_refused() -> None:
+    encoder = unpad(build()).encoder
+    mpnet.enter(offsets_of(RaggedLayout.for_graph([2, 3], rows=8, tokens=5, workspace=object())))
+    try:
+        with pytest.raises(UnsupportedAttentionError, match=r"a relative position bias.* in a captured graph"):
+            encoder.compute_position_bias(torch.zeros(1, 5, 32))
+    finally:
+        mpnet.enter(None)

@@ -271,21 +271,28 @@ def _move_to_head(
     inputs = _named(module, args, kwargs)
     for name, value in inputs.items():
         if name not in _READ_ON_THE_HOST and isinstance(value, torch.Tensor) and value.device.type == "cpu":
-            moved = inputs[name] = value.to(device, non_blocking=True)
-            if name == "attention_mask":
-                setattr(moved, _HOST_MASK, (value, _version_of(moved)))
+            if name != "attention_mask":
+                inputs[name] = _sent(value, device)
+                continue
+            # Inference tensors count no versions, and a head's writes would go unseen.
+            with torch.inference_mode(False), torch.no_grad():
+                moved = inputs[name] = _sent(value, device)
+            setattr(moved, _HOST_MASK, (value, moved._version))
     return (), inputs
 
 
-def _version_of(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return value.to(device)
+    # Pinned, so that nobody waits for the copy, and not the caller's, who may write there before it is over.
+    return torch.empty_like(value, pin_memory=True).copy_(value).to(device, non_blocking=True)
 
 
 def _read_from(mask: torch.Tensor) -> torch.Tensor:
     """Returns where to read a mask: what stayed of it on the CPU, though a head reshaped it since, or the mask."""
     moved = mask if mask._base is None else mask._base
-    stayed: tuple[torch.Tensor, int | None] | None = getattr(moved, _HOST_MASK, None)
-    if stayed is None or stayed[1] != _version_of(moved):
+    stayed: tuple[torch.Tensor, int] | None = getattr(moved, _HOST_MASK, None)
+    if stayed is None or stayed[1] != moved._version:
         return mask
     is_whole = mask.numel() == moved.numel() and mask.dtype == moved.dtype
     in_order = mask.is_contiguous() and moved.is_contiguous()

@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 
+from ..errors import UnsupportedAttentionError
 from ..integration import attention_forward
-from ..layout import packed_layout
+from ..layout import is_of_graph, packed_layout
 from ..mask import RaggedMask
 
 __all__ = [
@@ -65,6 +66,11 @@ class RaggedMPNetEncoder(MPNetEncoder):  # type: ignore[misc]
         if offsets is None:
             alone: torch.Tensor = super().compute_position_bias(x[:1], position_ids, num_buckets)
             return alone
+        if is_of_graph(offsets):
+            raise UnsupportedAttentionError(
+                "a relative position bias, as large as the longest row, in a captured graph",
+                "Use unpad without cuda_graphs for MPNet.",
+            )
         shape = (x.shape[0], x.shape[1])
         longest = packed_layout(offsets, offsets, offsets, (shape, shape)).query.max_length
         # Nothing but its shape and device is looked at.
