@@ -399,16 +399,25 @@ def _keeps_everything(mask: RaggedMask, name: str, args: tuple[Any, ...], kwargs
 
 def mask_of_ones(batch_size: int, length: int, device: torch.device) -> torch.Tensor:
     """Returns a padding mask without padding, bool, shape `(batch, length)`, that nobody has to read to know it."""
-    mask = torch.ones(batch_size, length, dtype=torch.bool, device=device)
-    setattr(mask, _ONES, True)
+    # Inference tensors count no versions, and a write would go unseen.
+    with torch.inference_mode(False):
+        mask = torch.ones(batch_size, length, dtype=torch.bool, device=device)
+    setattr(mask, _ONES, mask._version)
     return mask
+
+
+def _is_known(padding_mask: torch.Tensor) -> bool:
+    """Whether a mask is of `mask_of_ones`, and nobody wrote to it."""
+    version: int | None = getattr(padding_mask, _ONES, None)
+    return version is not None and version == padding_mask._version
 
 
 def copy_of(padding_mask: torch.Tensor) -> torch.Tensor:
     """Copies a padding mask, and what is known of it without reading."""
-    copy = padding_mask.clone()
-    if getattr(padding_mask, _ONES, False):
-        setattr(copy, _ONES, True)
+    with torch.inference_mode(False), torch.no_grad():
+        copy = padding_mask.clone()
+    if _is_known(padding_mask):
+        setattr(copy, _ONES, copy._version)
     return copy
 
 
@@ -449,7 +458,7 @@ def lazy_mask(
     first_query = int(q_offset)
     padding_mask = None
     if attention_mask is not None:
-        is_ones = getattr(attention_mask, _ONES, False)
+        is_ones = _is_known(attention_mask)
         attention_mask = attention_mask.to(torch.bool)
         padding_mask = None if is_ones else attention_mask
     if padding_mask is not None and (missing := kv_length + kv_offset - padding_mask.shape[-1]) > 0:

@@ -561,6 +561,21 @@ def test_a_mask_that_a_head_writes_to_in_inference_mode_is_read_anew(monkeypatch
         assert model_module._read_from(flat) is flat
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_a_mask_without_padding_that_somebody_writes_to_is_read(family: str, mode: Any) -> None:
+    def shorten(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        kwargs["attention_mask"][:, -3:] = 0
+
+    models, inputs = (unpad(build(family)), build(family, implementation="eager")), inputs_of("all-ones")
+    for model in models:
+        model.register_forward_pre_hook(shorten, with_kwargs=True)
+    with mode():
+        outputs = [model(**{name: value.clone() for name, value in inputs.items()}) for model in models]
+    actual, expected = (output.last_hidden_state[:, :-3] for output in outputs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE * max(1.0, expected.abs().max().item()))
+
+
 class _CopiesToTheHost(TorchFunctionMode):
     """Notes whether the host waits for what `to` copies to it."""
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 import hf_flashinfer_attn
 from hf_flashinfer_attn import unpad
 from hf_flashinfer_attn.layout import LengthsRead
+from hf_flashinfer_attn.unpadding.packing import Packing
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -78,11 +79,12 @@ def assert_equal_eager(reference: Any, actual: Any, batch: dict[str, Tensor]) ->
     torch.testing.assert_close(actual[name][valid], right[valid], rtol=0, atol=bound)
 
 
-def reads_of_lengths(monkeypatch: pytest.MonkeyPatch) -> list[LengthsRead]:
-    """Keeps every read of row lengths, each of which makes the host wait if they are on a GPU."""
-    reads: list[LengthsRead] = []
-    start = LengthsRead.__init__
-    monkeypatch.setattr(LengthsRead, "__init__", lambda read, counts: (reads.append(read), start(read, counts))[1])
+def reads_of_lengths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes every read of row lengths: before a graph by packing, and in it by what would make the host wait."""
+    reads: list[str] = []
+    pack, start = Packing.of, LengthsRead.__init__
+    monkeypatch.setattr(Packing, "of", lambda *args, **kwargs: (reads.append("packing"), pack(*args, **kwargs))[1])
+    monkeypatch.setattr(LengthsRead, "__init__", lambda *args: (reads.append("attention"), start(*args))[1])
     return reads
 
 
@@ -141,7 +143,7 @@ def test_batches_without_padding_have_a_graph_of_their_own(name: str, monkeypatc
     assert seen[2] <= 3
     assert seen[2:] == [seen[2]] * (len(batches) - 2)
     # Where the tokens are is read before the graph; inside of it nobody asks again.
-    assert len(reads) == len(batches)
+    assert reads == ["packing"] * len(batches)
 
 
 def compile_then_unpad(model: nn.Module, backend: Any) -> Any:
@@ -187,7 +189,7 @@ def test_inductor_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_equal_eager(reference, compiled(**batch), batch)
         assert trace.layouts == 1
         # A decoder's mask of packed tokens reaches attention as one that holds no padding.
-        assert len(reads) == 1
+        assert reads == ["packing"]
     assert counters["stats"]["unique_graphs"] == 1
 
 

@@ -421,9 +421,11 @@ class _GraphWrapper(_Wrapper):
 
     def plan(self, key: _PlanKey, layout: RaggedLayout) -> None:
         prefill = self.prefill
+        # `run` raises where the last plan was for another number of tokens. What follows plans for the true rows.
+        whole = torch.tensor([0] + [self._tokens] * self._rows, dtype=torch.int32)
         prefill.plan(
-            layout.query.cu_seqlens_host,
-            layout.key.cu_seqlens_host,
+            whole,
+            whole,
             key.num_heads,
             key.num_kv_heads,
             key.head_dim,
