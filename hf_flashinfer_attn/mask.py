@@ -23,7 +23,7 @@ from .layout import LengthsRead, PackedCarrier, PreparedStore, RaggedLayout, Rag
 from .pattern import Pattern, PatternKind, dense_pattern, recognise
 from .trace import record_host_copy
 
-__all__ = ["MaskSpec", "RaggedMask", "copy_of", "lazy_mask", "mask_of_ones"]
+__all__ = ["MaskSpec", "RaggedMask", "copy_of", "is_mask_of_ones", "lazy_mask", "mask_of_ones"]
 
 _ONES = "_holds_no_padding"
 
@@ -406,7 +406,7 @@ def mask_of_ones(batch_size: int, length: int, device: torch.device) -> torch.Te
     return mask
 
 
-def _is_known(padding_mask: torch.Tensor) -> bool:
+def is_mask_of_ones(padding_mask: torch.Tensor) -> bool:
     """Whether a mask is of `mask_of_ones`, and nobody wrote to it."""
     version: int | None = getattr(padding_mask, _ONES, None)
     return version is not None and version == padding_mask._version
@@ -416,14 +416,9 @@ def copy_of(padding_mask: torch.Tensor) -> torch.Tensor:
     """Copies a padding mask, and what is known of it without reading."""
     with torch.inference_mode(False), torch.no_grad():
         copy = padding_mask.clone()
-    if _is_known(padding_mask):
+    if is_mask_of_ones(padding_mask):
         setattr(copy, _ONES, copy._version)
     return copy
-
-
-def is_mask_of_ones(mask: torch.Tensor) -> bool:
-    """Whether a padding mask is known to have no padding."""
-    return bool(getattr(mask, _ONES, False))
 
 
 def lazy_mask(
@@ -458,7 +453,7 @@ def lazy_mask(
     first_query = int(q_offset)
     padding_mask = None
     if attention_mask is not None:
-        is_ones = _is_known(attention_mask)
+        is_ones = is_mask_of_ones(attention_mask)
         attention_mask = attention_mask.to(torch.bool)
         padding_mask = None if is_ones else attention_mask
     if padding_mask is not None and (missing := kv_length + kv_offset - padding_mask.shape[-1]) > 0:

@@ -135,9 +135,40 @@ def _hook_a_layer(model: Any) -> None:
 _CHANGES = [_add_an_adapter, _replace_a_weight, _replace_the_data_of_a_weight, _replace_a_forward, _hook_a_layer]
 
 
-@pytest.mark.parametrize("change", [*_CHANGES, lambda model: model.train(), lambda model: model.double()])
+def _swap_a_hook(model: Any) -> None:
+    hooks = model.encoder.layer[0].output.dense._forward_hooks
+    hooks.clear()
+    model.encoder.layer[0].output.dense.register_forward_hook(lambda module, args, output: 3 * output)
+
+
+def _transpose_a_weight(model: Any) -> None:
+    dense = model.encoder.layer[0].attention.output.dense
+    dense.weight.data = dense.weight.data.t()
+
+
+def _patch_a_class(model: Any) -> None:
+    model.encoder.layer[0].__class__ = type("Other", (type(model.encoder.layer[0]),), {})
+
+
+def _scale_attention(model: Any) -> None:
+    model.encoder.layer[1].attention.self.scaling *= 2
+
+
+def _widen_a_norm(model: Any) -> None:
+    model.encoder.layer[1].output.LayerNorm.eps = 1.0
+
+
+_MORE_CHANGES = [_swap_a_hook, _transpose_a_weight, _patch_a_class, _scale_attention, _widen_a_norm]
+
+
+@pytest.mark.parametrize(
+    "change", [*_CHANGES, *_MORE_CHANGES, lambda model: model.train(), lambda model: model.double()]
+)
 def test_a_changed_model_is_told(change: Callable[[Any], object]) -> None:
     model = build()
+    if change is _swap_a_hook:
+        _hook_a_layer(model)
+        model.encoder.layer[0].output.dense.register_forward_hook(lambda module, args, output: 2 * output)
     state = ModelState(model)
     assert state.holds()
     with torch.no_grad():
@@ -147,6 +178,40 @@ def test_a_changed_model_is_told(change: Callable[[Any], object]) -> None:
     assert state.holds()
     change(model)
     assert not state.holds()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: None, None),
+        (lambda model: model.float(), "not in half precision"),
+        (_add_an_adapter, "_Doubled in it"),
+        (_replace_a_forward, "the forward of a Linear"),
+        (_hook_a_layer, "a hook on a module"),
+        # Transformers' own hooks stay behind.
+        (lambda model: model(torch.ones(1, 3, dtype=torch.long), output_hidden_states=True), None),
+    ],
+)
+def test_what_no_graph_can_stand_for(change: Callable[[Any], object], reason: str | None) -> None:
+    model = build().to(torch.bfloat16)
+    with torch.no_grad():
+        change(model)
+    refusal = ModelState(model).refusal
+    assert (refusal is None) == (reason is None)
+    assert reason is None or reason in str(refusal)
+
+
+def test_shallow_copies_are_themselves() -> None:
+    model = unpad(build(), cuda_graphs=True)
+    other = copy.copy(model)
+    other._modules = dict(model._modules)
+    other._modules["encoder"] = copy.deepcopy(model.encoder)
+    with torch.no_grad():
+        other.encoder.layer[0].output.dense.weight.mul_(2)
+        inputs = batch(3, 9)
+        expected = unpad(build())
+        torch.testing.assert_close(model(**inputs).last_hidden_state, expected(**inputs).last_hidden_state)
+        assert not torch.equal(model(**inputs).last_hidden_state, other(**inputs).last_hidden_state)
 
 
 def test_on_a_cpu_everything_runs_without() -> None:

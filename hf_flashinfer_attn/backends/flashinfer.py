@@ -441,8 +441,6 @@ class _GraphWrapper(_Wrapper):
         torch.cuda.current_stream(key.device).synchronize()
         prefill._int_workspace_buffer = self._buffer
         prefill._pin_memory_int_workspace_buffer = self._ring[0][0]
-        # Tokens after the last row are none of the plan's business.
-        prefill._qo_indptr_last = self._tokens
         prefill._plan_info = self._plan(layout.query.cu_seqlens_host, layout.query.lengths_host)
         self._plan_info = list(prefill._plan_info)
 
@@ -624,6 +622,7 @@ class KernelPlan:
     _parts: tuple[_Part, ...]
     _key: _PlanKey
     _layout_slots: tuple[torch.Tensor | None, torch.Tensor | None]
+    _is_of_graph: bool = False
 
     def run(
         self,
@@ -647,7 +646,10 @@ class KernelPlan:
         """
         if not self._parts:
             return torch.zeros_like(query, memory_format=torch.contiguous_format)
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        # Tokens of no row get no output. What is in their place becomes keys and values of the next layer, of which fa3
+        # reads some with those of the last row: with a weight of zero, which makes NaN of NaN.
+        make = torch.zeros_like if self._is_of_graph else torch.empty_like
+        output = make(query, memory_format=torch.contiguous_format)
         if bias is None and sinks is None:
             if len(self._parts) == 1:
                 self._parts[0].wrapper.run(query, key, value, output)
@@ -753,7 +755,7 @@ def make_plan(
             else:
                 order, parts = _plan_ahead(layout, key, left, right)
         slots = (layout.query.slots(device), layout.key.slots(device)) if biased else (None, None)
-    return KernelPlan(kernel, size, order, tuple(parts), key, slots)
+    return KernelPlan(kernel, size, order, tuple(parts), key, slots, layout.graph_workspace is not None)
 
 
 def attend(

@@ -1,7 +1,8 @@
 """CUDA graphs of a backbone on packed tokens: one launch in place of hundreds.
 
 A graph has fixed shapes. Packed batches are therefore topped up to the next size of a few: with rows of length zero,
-which cost attention nothing, and with tokens that belong to no row, which nobody reads.
+which cost attention nothing, and with tokens that belong to no row. Nobody sees what becomes of those, but it must be
+finite: fa3 reads keys and values after the last row, and weighs them with zero.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gc
 import inspect
 import itertools
+import operator
 import threading
 import types
 import weakref
@@ -26,10 +28,12 @@ from ..backends.flashinfer import GraphWorkspace, plan_graph, unavailable_reason
 from ..dispatch import log_once
 from ..layout import RaggedLayout, known_layout, offsets_of
 from ..mask import is_mask_of_ones, mask_of_ones
-from ..settings import current_settings
+from ..settings import Settings, current_settings
 from ..trace import AttentionCall, is_tracing, record_call, trace
+from .packing import RIDER
 
 __all__ = [
+    "CALLER",
     "GraphOptions",
     "GraphStatistics",
     "GraphedForward",
@@ -37,6 +41,7 @@ __all__ = [
     "carry_state",
     "graphs_of",
     "install_graphs",
+    "is_copied_with",
     "row_bucket",
     "token_bucket",
     "uninstall_graphs",
@@ -45,6 +50,10 @@ __all__ = [
 _MIN_ROWS, _MIN_TOKENS = 8, 64
 # Rides on offsets: the state of the model, found to hold while they were made.
 _LOOKED_AT = "_flashinfer_model_state"
+# An argument that tells a forward which module it was called of, where that is not the one it was made for.
+CALLER = "_flashinfer_caller"
+# What one thread switches off for the time of a capture, another must not switch on.
+_capture_lock = threading.Lock()
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
 # What every packed forward is given besides, and does not change what is computed.
 _KNOWN = frozenset(
@@ -144,42 +153,89 @@ def row_bucket(rows: int) -> int:
     return max(_MIN_ROWS, 1 << (rows - 1).bit_length())
 
 
+# What `torch.nn.Module` keeps for itself; all else in a module's dictionary is its own.
+_PRIVATE = frozenset(vars(torch.nn.Module()))
+
+
 class ModelState:
     """What a captured graph depends on of a model besides the values of its weights.
 
     Weights may be written to in place. Whatever else is done to a model changes what is compared here: other memory
-    (`to`, `half`), other modules or parameters (adapters), hooks, a forward that was replaced, train and eval.
+    (`to`, `half`), other modules or parameters, hooks, a forward that was replaced, attributes of a layer, train and
+    eval.
+
+    Args:
+        model: A backbone.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         modules = list(model.modules())
-        # Held, so that nothing new takes the place in memory, and with it the identity, of what is gone. Not the model
-        # itself, which owns what owns this.
-        self._submodules = modules[1:]
         self._dicts = [vars(module) for module in modules]
         stores = [one[name] for one in self._dicts for name in ("_parameters", "_buffers", "_modules")]
         self._stores = [store for store in stores if store]
         # What is empty, most of it, and stays so.
         self._empty = [store for store in stores if not store]
-        self._hooks = [one[name] for one in self._dicts for name in ("_forward_hooks", "_forward_pre_hooks")]
-        self._tensors = [value for store in self._stores for value in store.values() if isinstance(value, torch.Tensor)]
-        self.is_half = next((value.dtype.itemsize == 2 for value in self._tensors if value.is_floating_point()), False)
+        # Those of the model itself run around graphs, not in them.
+        inner = modules[1:]
+        self._hooks = [vars(module)[name] for module in inner for name in ("_forward_hooks", "_forward_pre_hooks")]
+        # Held, here and below: nothing new may take the place in memory, and with it the identity, of what is gone.
+        self._held = list(itertools.chain.from_iterable(map(dict.values, self._stores)))
+        self._tensors = [value for value in self._held if isinstance(value, torch.Tensor)]
+        self._modules = inner
+        attributes = [
+            (vars(module), name)
+            for module in inner
+            for name in vars(module)
+            # Of torch's own modules, the one that changes what they compute and not what memory they use.
+            if name not in _PRIVATE and (name == "eps" or not type(module).__module__.startswith("torch.nn."))
+        ]
+        self._owners, self._names = [owner for owner, _ in attributes], [name for _, name in attributes]
+        self._values = list(map(dict.get, self._owners, self._names))
+        kinds: set[Any] = set(map(type, modules))
+        self._forwards = {kind: kind.forward for kind in kinds}
+        self.refusal = self._refuse(model, inner)
         self._seen = self._look()
+
+    def _refuse(self, model: torch.nn.Module, inner: list[torch.nn.Module]) -> str | None:
+        """Says why no graph can stand for the forward of a model as it is now."""
+        if next((value.dtype.itemsize for value in self._tensors if value.is_floating_point()), 0) != 2:
+            return "its weights are not in half precision"
+        for module in inner:
+            kind = type(module)
+            if not kind.__module__.startswith(("torch.nn.", "transformers.")):
+                return f"{kind.__module__}.{kind.__qualname__} in it may compute something else each time"
+            if "forward" in vars(module):
+                return f"the forward of a {kind.__name__} in it was replaced"
+        for hook in itertools.chain.from_iterable(map(dict.values, self._hooks)):
+            # Transformers leaves its own behind, which do nothing unless hidden states are asked for.
+            if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+                return f"a hook on a module in it, {getattr(hook, '__qualname__', hook)}, would not be called"
+        return None
 
     def _look(self) -> tuple[Any, ...]:
         # Once per forward, over hundreds of modules: loops in C.
         return (
-            list(map(id, itertools.chain.from_iterable(map(dict.values, self._stores)))),
             list(map(torch.Tensor.data_ptr, self._tensors)),
+            list(map(torch.Tensor.stride, self._tensors)),
+            list(map(torch.Tensor.numel, self._tensors)),
+            list(map(operator.attrgetter("dtype"), self._tensors)),
             any(self._empty),
-            list(map(len, self._hooks)),
+            list(itertools.chain.from_iterable(self._hooks)),
             list(map(dict.get, self._dicts, itertools.repeat("training"))),
-            list(map(dict.get, self._dicts[1:], itertools.repeat("forward"))),
+            list(map(type, self._modules)),
+            any(map(dict.__contains__, self._dicts[1:], itertools.repeat("forward"))),
         )
 
     def holds(self) -> bool:
         """Whether the model is still as it was."""
-        return self._look() == self._seen
+        now = itertools.chain.from_iterable(map(dict.values, self._stores))
+        return (
+            sum(map(len, self._stores)) == len(self._held)
+            and all(map(operator.is_, now, self._held))
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
+            and all(kind.forward is forward for kind, forward in self._forwards.items())
+            and self._look() == self._seen
+        )
 
 
 @dataclass(slots=True)
@@ -194,6 +250,7 @@ class _Graph:
         has_pooler: Whether that has a `pooler_output`.
         calls: Of attention, for traces.
         memory_bytes: Of the GPU that it took.
+        inputs: What it reads besides what all share.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -203,6 +260,7 @@ class _Graph:
     has_pooler: bool
     calls: tuple[AttentionCall, ...]
     memory_bytes: int
+    inputs: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -245,7 +303,13 @@ class GraphedForward:
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._memory: _Memory | None = None
         self._state: ModelState | None = None
-        self._refused: str | None = None
+        # Why, and with what settings.
+        self._refused: tuple[str, Settings] | None = None
+
+    @property
+    def module(self) -> PreTrainedModel | None:
+        """The backbone; None if it is gone."""
+        return self._module()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
         module = self._module()
@@ -255,12 +319,13 @@ class GraphedForward:
         return GraphedForward, (self._module(), self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self._module()
+        copied = kwargs.pop(CALLER, None)
+        module = self._module() if copied is None else copied
         if module is None:
             raise ReferenceError("the model that this forward belongs to is gone")
-        if not torch.compiler.is_compiling() and not args and self._accepts(module, kwargs):
+        if copied is None and not torch.compiler.is_compiling() and not args and self._accepts(module, kwargs):
             with self._lock:
-                if self._refused is None:
+                if not self._is_refused():
                     outputs = self._replay(module, kwargs)
                     if outputs is not None:
                         return outputs
@@ -269,7 +334,7 @@ class GraphedForward:
     def takes(self, module: PreTrainedModel, device: torch.device, rows: int, tokens: int) -> bool:
         """Whether a batch of this size would go through a graph, as far as can be told before it is packed."""
         return (
-            self._refused is None
+            not self._is_refused()
             and 0 < tokens <= self.options.max_tokens
             and rows <= self.options.max_rows
             and not module.training
@@ -289,22 +354,32 @@ class GraphedForward:
     def reset(self) -> None:
         """Drops all graphs and their memory; they are captured again when they are needed."""
         with self._lock:
+            self._refused = None
             self._drop_all()
+
+    def _is_refused(self) -> bool:
+        return self._refused is not None and self._refused[1] == current_settings()
+
+    def _refuse(self, module: PreTrainedModel, reason: str) -> None:
+        self._refused = reason, current_settings()
+        log_once(f"no CUDA graphs of {type(module).__name__}: {reason}")
 
     def _accepts(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
         ids, offsets = kwargs.get("input_ids"), kwargs.get("cu_seq_lens_q")
         if ids is None or offsets is None or offsets is not kwargs.get("cu_seq_lens_k") or not ids.is_cuda:
             return False
         layout, mask = _layout_of(ids, offsets), kwargs.get("attention_mask")
-        if layout is None or not (mask is None or is_mask_of_ones(mask)):
+        # Of `unpad`, which pools from padded rows again; a model's own pooler has seen the first packed row alone.
+        if layout is None or not hasattr(offsets, RIDER) or not (mask is None or is_mask_of_ones(mask)):
             return False
-        config = module.config
         return (
             self.takes(module, ids.device, len(layout.query.lengths), ids.shape[1])
             and not torch.is_autocast_enabled("cuda")
             and not torch.cuda.is_current_stream_capturing()
-            and not kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
-            and not kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+            and not _is_asked_for("output_hidden_states", module, kwargs)
+            and not _is_asked_for("output_attentions", module, kwargs)
+            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._get_tracing_state() is None
             and current_settings().backend != "torch"
             and unavailable_reason(ids.device) is None
             and all(
@@ -323,7 +398,7 @@ class GraphedForward:
         tokens = layout.query.total_tokens
         names = tuple(name for name in _INPUTS if kwargs.get(name) is not None)
         extras = tuple(sorted((name, value) for name, value in kwargs.items() if name not in _KNOWN))
-        key = (token_bucket(tokens), row_bucket(len(lengths)), names, extras, current_settings())
+        key = (token_bucket(tokens), row_bucket(len(lengths)), names, extras, current_settings(), _numerics())
         if torch.cuda.current_device() != device.index:
             # Plans and replays go to the current device.
             with torch.cuda.device(device):
@@ -338,7 +413,8 @@ class GraphedForward:
             self._drop_all()
             state = self._state = ModelState(module)
             memory = None
-        if not state.is_half:
+        if state.refusal is not None:
+            log_once(f"no CUDA graphs of {type(module).__name__}: {state.refusal}")
             return None
         if memory is None:
             memory = self._memory = _Memory(device, {})
@@ -358,10 +434,12 @@ class GraphedForward:
             self._graphs.move_to_end(key)
         plan_graph(found.layout, lengths)
         found.graph.replay()
-        assert memory.output is not None
-        hidden = memory.output[:, :tokens].clone()
-        memory.done.record(stream)
-        memory.last_stream = stream.cuda_stream
+        try:
+            assert memory.output is not None
+            hidden = memory.output[:, :tokens].clone()
+        finally:
+            memory.done.record(stream)
+            memory.last_stream = stream.cuda_stream
         statistics = self.statistics
         statistics.replayed += 1
         statistics.tokens += tokens
@@ -390,7 +468,7 @@ class GraphedForward:
         lengths: Sequence[int],
         kwargs: dict[str, Any],
     ) -> _Graph | None:
-        tokens, rows, names, _, _ = key
+        tokens, rows, names, *_ = key
         layout = RaggedLayout.for_graph(lengths, rows, tokens, memory.workspace)
         offsets = offsets_of(layout)
         inputs = {**kwargs, **{name: memory.inputs[name][:, :tokens] for name in names}}
@@ -416,7 +494,7 @@ class GraphedForward:
                 run()
                 memory.stream.synchronize()
                 free = torch.cuda.mem_get_info(memory.device)[0]
-                with trace() as recorded, _no_collection():
+                with _capture_lock, trace() as recorded, _no_collection():
                     graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
                     try:
                         outputs = run()
@@ -428,17 +506,22 @@ class GraphedForward:
         except RuntimeError as error:
             # Ours, or torch's of an operation that cannot be captured, or too little memory. A model that cannot be
             # captured for one size cannot be for another; if the model itself is at fault, that shows without a graph.
-            self._refused = str(error)
             torch.cuda.synchronize(memory.device)
             self._drop_all()
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            log_once(f"no CUDA graphs of {type(module).__name__}: {reason}")
+            self._refuse(module, str(error).partition("\n")[0] or type(error).__name__)
             return None
         finally:
             current.wait_stream(memory.stream)
         taken = max(0, free - torch.cuda.mem_get_info(memory.device)[0])
         found = _Graph(
-            graph, layout, tokens, type(outputs), outputs.get("pooler_output") is not None, tuple(recorded.calls), taken
+            graph,
+            layout,
+            tokens,
+            type(outputs),
+            outputs.get("pooler_output") is not None,
+            tuple(recorded.calls),
+            taken,
+            inputs,
         )
         self._graphs[key] = found
         self.statistics.captured += 1
@@ -460,6 +543,27 @@ class GraphedForward:
         for key in list(self._graphs):
             self._drop(key)
         self._memory, self._state = None, None
+
+
+def _is_asked_for(name: str, module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get(name)
+    return bool(getattr(module.config, name, False) if asked is None else asked)
+
+
+def _numerics() -> tuple[bool, ...]:
+    """What torch's matrix products depend on besides their operands."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def is_copied_with(module: torch.nn.Module) -> bool:
+    """Whether graphs stand for a module's forward that are another's, as in shallow copies and replicas."""
+    graphs = graphs_of(module)
+    return graphs is not None and graphs.module is not module
 
 
 def _layout_of(ids: torch.Tensor, offsets: Any) -> RaggedLayout | None:

@@ -23,8 +23,17 @@ from ..mask import mask_of_ones
 from ..settings import current_settings
 from .families import Family, Positions, family_of, reason_against
 from .features import forwards_features, pack_features, spread_features
-from .graphs import GraphOptions, GraphStatistics, carry_state, graphs_of, install_graphs, uninstall_graphs
-from .packing import Packing
+from .graphs import (
+    CALLER,
+    GraphOptions,
+    GraphStatistics,
+    carry_state,
+    graphs_of,
+    install_graphs,
+    is_copied_with,
+    uninstall_graphs,
+)
+from .packing import RIDER, Packing
 
 __all__ = ["capture_graphs", "graph_statistics", "repad", "unpad"]
 
@@ -32,7 +41,6 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 _HANDLES = "_flashinfer_unpadding"
-_PACKING = "_flashinfer_packing"
 _HOST_MASK = "_flashinfer_host_mask"
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 _READ_ON_THE_HOST = frozenset({*_PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
@@ -305,22 +313,24 @@ def _pack(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before a backbone's forward: packs its inputs, or leaves them as they are."""
     inputs = _named(module, args, kwargs)
+    if is_copied_with(module):
+        inputs[CALLER] = module
     tokens = next((value for name in _PER_TOKEN if (value := inputs.get(name)) is not None), None)
     if tokens is None:
-        return args, kwargs
+        return (), inputs
     device = _device_of(module, tokens.device)
     packing = _packing_of(module, inputs, device)
     if packing is None:
         for name in (*_PER_TOKEN, "attention_mask"):
             if isinstance(value := inputs.get(name), torch.Tensor) and value.device.type == "cpu":
-                inputs[name] = value.to(device)
+                inputs[name] = _sent(value, device)
         return (), inputs
     _embed_rows(module, inputs, device)
     packed = {name: packing.pack(value) for name in _PER_TOKEN if (value := inputs.get(name)) is not None}
     if "position_ids" not in packed:
         packed["position_ids"] = _positions(module, inputs, packing)
     offsets = offsets_of(packing.layout)
-    setattr(offsets, _PACKING, packing)
+    setattr(offsets, RIDER, packing)
     length = packing.layout.query.max_length
     inputs.update(packing.move(packed, device))
     inputs["attention_mask"] = None
@@ -357,7 +367,7 @@ def _pack_features(
 
 
 def _riding_on(inputs: dict[str, Any]) -> Packing | None:
-    packing: Packing | None = getattr(inputs.get("cu_seq_lens_q"), _PACKING, None)
+    packing: Packing | None = getattr(inputs.get("cu_seq_lens_q"), RIDER, None)
     return packing
 
 
@@ -446,7 +456,8 @@ def _reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | No
     mask, config = inputs["attention_mask"], module.config
     if _implementation(module) != NAME:
         return f"attn_implementation={_implementation(module)!r}, expected {NAME!r}"
-    if inputs.get("output_attentions", getattr(config, "output_attentions", False)):
+    wants_weights = inputs.get("output_attentions")
+    if getattr(config, "output_attentions", False) if wants_weights is None else wants_weights:
         return "output_attentions=True"
     if inputs.get("encoder_hidden_states") is not None:
         return "cross-attention"

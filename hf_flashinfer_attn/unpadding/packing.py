@@ -12,7 +12,10 @@ import torch
 from ..layout import LengthsRead, RaggedLayout
 from ..movement import TokenMap
 
-__all__ = ["Packing"]
+__all__ = ["RIDER", "Packing"]
+
+# Where a packing rides on the offsets that a backbone is given.
+RIDER = "_flashinfer_packing"
 
 
 @dataclass(frozen=True, slots=True)
