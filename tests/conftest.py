@@ -8,11 +8,14 @@ import hypothesis
 import pytest
 import torch
 
-from hf_flashinfer_attn import settings
+from hf_flashinfer_attn import dispatch, settings
 
 # A first call may compile or load something, on a machine of any speed.
 hypothesis.settings.register_profile("any-machine", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("any-machine")
+
+# Models this small lose more to threads than they gain.
+torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined: before anything imports ours.
@@ -32,6 +35,11 @@ def _default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(settings.BACKEND_VARIABLE, raising=False)
     monkeypatch.delenv(settings.STRICT_VARIABLE, raising=False)
     monkeypatch.setattr(settings, "_settings", None)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_logged_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_logged", set())
 
 
 @pytest.fixture(autouse=True)

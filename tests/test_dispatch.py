@@ -38,7 +38,6 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretends that FlashInfer runs on any device, so that the rules can be read without a GPU."""
     monkeypatch.setattr(flashinfer, "unavailable_reason", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(dispatch, "_logged", set())
 
 
 def request(**changes: object) -> AttentionRequest:
@@ -79,10 +78,7 @@ def test_every_rule_is_covered_above() -> None:
     assert fired == set(range(len(dispatch.RULES)))
 
 
-def test_without_a_gpu_torch_serves_and_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(dispatch, "_logged", set())
+def test_without_a_gpu_torch_serves_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="hf_flashinfer_attn"):
         for strict in (False, True):
             assert decide(request(device=CPU), Settings(strict=strict)) == dispatch.Decision(Path.TORCH, None)

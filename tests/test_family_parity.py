@@ -6,7 +6,6 @@ On a machine without a GPU the torch backend runs: masks, layouts and the choice
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,15 +35,6 @@ EQUAL_TO_SDPA = (
 )  # fmt: skip
 PADDED_CASES = [case for case in CASES if case.values[1] is not Padding.NO_MASK]
 EACH_FAMILY = [pytest.param(family, id=family.name) for family in FAMILIES]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    # Models this small lose more to threads than they gain.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.lru_cache(maxsize=4)

@@ -7,7 +7,6 @@ import functools
 import io
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +121,6 @@ CASES = [
 ]
 EACH_FAMILY = [family for family in FAMILIES if not family.endswith("-mean")]
 ROBERTA_LIKE = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "mpnet")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def class_of(family: str, head: str) -> type[PreTrainedModel]:
@@ -729,9 +720,6 @@ each_reason = pytest.mark.parametrize(("arguments", "reason"), STAYING, ids=["ou
 
 @each_reason
 def test_stays_padded(arguments: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture) -> None:
-    from hf_flashinfer_attn import dispatch
-
-    dispatch._logged.clear()
     inputs = {**inputs_of("right"), **arguments}
     model = unpad(build("bert"))
     shapes = record_inputs(model)
@@ -769,9 +757,6 @@ def test_strict_and_padding_with_holes(family: str, measure: str) -> None:
 
 
 def test_a_cache_stays_padded(caplog: pytest.LogCaptureFixture) -> None:
-    from hf_flashinfer_attn import dispatch
-
-    dispatch._logged.clear()
     model, inputs = unpad(build("qwen3")), inputs_of("left")
     shapes = record_inputs(model)
     with torch.no_grad(), caplog.at_level(logging.WARNING, "hf_flashinfer_attn"):

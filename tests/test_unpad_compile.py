@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,13 +44,9 @@ BATCHES = [(9, 4, 6), (3, 12), (7, 7, 1, 2, 5), (5, 20, 11, 2), (4, 3), (10, 2, 
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _fresh_compiler() -> None:
     torch.compiler.reset()
     counters.clear()
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str, implementation: str = "flashinfer") -> Any:

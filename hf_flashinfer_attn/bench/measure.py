@@ -218,7 +218,7 @@ def run_bench(
         >>> plan = Plan(("gte-small",), request_sets=(parse_request_set("4+9"),), requests=8, layers=1, device="cpu")
         >>> report = run_bench(plan)
         >>> report.passed, [outcome.name for outcome in report.cells[0].contenders]
-        (True, ['sdpa', 'flashinfer'])
+        (True, ['sdpa', 'flashinfer', 'unpad'])
     """
     device = _choose_device(plan.device)
     dtype = _choose_dtype(plan.dtype, device)
