@@ -11,14 +11,18 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hf_flashinfer_attn.bench import draw_chart, load_reports
+from hf_flashinfer_attn.bench.workload import REQUEST_SETS, SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+# What a contender's name ends in whose inputs stay on the CPU.
+HOST = "_host"
 BLOCK = re.compile(r"(?<=<!-- bench -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
 
 
@@ -44,6 +48,22 @@ def chart_file(machine: str, folder: Path = RESULTS) -> Path:
     return folder / f"bench_{re.sub(r'[^a-z0-9]+', '_', machine.lower()).strip('_')}.png"
 
 
+def in_chart(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what one chart shows of reports: cells in order, of shapes that all of ours ran, inputs on the GPU."""
+    cells = [
+        {**cell, "contenders": [one for one in cell["contenders"] if not one["name"].endswith(HOST)]}
+        for report in reports
+        for cell in report["cells"]
+    ]
+    ways = len(_ways(reports))
+    whole = {cell["shape"] for cell in cells if sum(one["ours"] for one in cell["contenders"]) == ways}
+    shapes, lengths = (_in_order({cell[name]: None for cell in cells}, known)
+                       for name, known in (("shape", SHAPES), ("lengths", REQUEST_SETS)))  # fmt: skip
+    kept = [cell for cell in cells if cell["shape"] in whole]
+    kept.sort(key=lambda cell: (shapes.index(cell["shape"]), lengths.index(cell["lengths"])))
+    return [{**reports[-1], "cells": kept}]
+
+
 def digest(reports: list[dict[str, Any]]) -> str:
     """Returns what tells, in a chart's metadata, which results it shows."""
     return hashlib.sha256(json.dumps(reports, sort_keys=True).encode()).hexdigest()
@@ -59,7 +79,8 @@ def block(grouped: dict[str, list[dict[str, Any]]]) -> str:
         picture = chart_file(machine).relative_to(ROOT)
         parts.append(
             f"{machine}, torch {environment['torch']}, transformers {environment['transformers']}: seconds for all "
-            f"requests with sdpa, and how many times faster {_list(_ours(reports))} was; {_passes(reports)}.\n\n"
+            f"requests with sdpa, and how many times faster {_list(_ways(reports))} was; in brackets: with inputs "
+            f"on the CPU; {_passes(reports)}.\n\n"
             f"{_table(reports)}\n\n![Tokens per second]({picture})\n"
         )
     return "\n".join(parts)
@@ -80,33 +101,48 @@ def _ours(reports: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(outcome["name"] for outcome in outcomes if outcome["ours"]))
 
 
+def _ways(reports: list[dict[str, Any]]) -> list[str]:
+    return [name for name in _ours(reports) if not name.endswith(HOST)]
+
+
 def _list(names: list[str]) -> str:
     *first, last = (f"`{name}`" for name in names)
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def _in_order(names: dict[str, Any], known: Iterable[str]) -> list[str]:
+    order = {name: at for at, name in enumerate(known)}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
+
+
 def _table(reports: list[dict[str, Any]]) -> str:
     cells = [cell for report in reports for cell in report["cells"]]
-    shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
-    ours = _ours(reports)
-    rows: dict[str, dict[str, str]] = {}
+    shapes = _in_order(dict.fromkeys(cell["shape"] for cell in cells), SHAPES)
+    ways = _ways(reports)
+    rows: dict[str, dict[str, dict[str, str]]] = {}
     for cell in cells:
         outcomes = {outcome["name"]: outcome for outcome in cell["contenders"]}
         batches = f"{cell['requests']:,} in batches of {cell['batch_size']}"
         title = f"{cell['lengths']}: {batches}, {cell['padded_fraction']:.0%} padding"
-        figures = [_best(outcomes["sdpa"]), *(_ratio(outcomes.get(name)) for name in ours)]
-        rows.setdefault(title, {})[cell["shape"]] = ", ".join(figures)
+        ratios = [_ratio(outcomes, name) for name in ways]
+        while ratios and not ratios[-1]:
+            ratios.pop()
+        figures = ", ".join([_best(outcomes["sdpa"]), *(ratio or "-" for ratio in ratios)])
+        rows.setdefault(cell["lengths"], {}).setdefault(title, {})[cell["shape"]] = figures
     lines = [f"| requests | {' | '.join(shapes)} |", "|---" * (len(shapes) + 1) + "|"]
-    for title, columns in rows.items():
-        lines.append(f"| {title} | {' | '.join(columns.get(shape, '') for shape in shapes)} |")
+    for lengths in _in_order(rows, REQUEST_SETS):
+        for title, columns in rows[lengths].items():
+            lines.append(f"| {title} | {' | '.join(columns.get(shape, '') for shape in shapes)} |")
     return "\n".join(lines)
 
 
-def _ratio(outcome: dict[str, Any] | None) -> str:
-    if outcome is None:
-        return "-"
-    ratio = outcome["speedup_over_sdpa"]
-    return outcome["status"] if outcome["best_seconds"] is None else "-" if ratio is None else f"{ratio:.2f}x"
+def _ratio(outcomes: dict[str, dict[str, Any]], name: str) -> str:
+    if name not in outcomes:
+        return ""
+    host = outcomes.get(name + HOST)
+    bracket = "" if host is None or host["speedup_over_sdpa"] is None else f" ({host['speedup_over_sdpa']:.2f}x)"
+    ratio = outcomes[name]["speedup_over_sdpa"]
+    return (outcomes[name]["status"] if ratio is None else f"{ratio:.2f}x") + bracket
 
 
 def _best(outcome: dict[str, Any]) -> str:
@@ -117,7 +153,7 @@ def _best(outcome: dict[str, Any]) -> str:
 def main() -> int:
     grouped = machines()
     for machine, reports in grouped.items():
-        draw_chart(reports, chart_file(machine), description=digest(reports))
+        draw_chart(in_chart(reports), chart_file(machine), description=digest(reports))
     text, found = BLOCK.subn(lambda _: block(grouped), README.read_text(encoding="utf-8"))
     if found != 1:
         print("error: README.md has no block between <!-- bench --> and <!-- /bench -->", file=sys.stderr)

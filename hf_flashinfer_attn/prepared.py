@@ -77,7 +77,7 @@ class PreparedAttention:
 
 # Logits of padded attention in one layer below which torch's own kernel with a padding mask costs less than a wait for
 # the lengths, a plan, a gather and a scatter: 0.18 ms on an H200, whatever the head_dim up to 64
-# (benchmarks/results/small_batches.json, attention_alone.json).
+# (benchmarks/results/attention_alone.json, benchmarks/NOTES.md).
 SMALL_LOGITS = 1 << 26
 
 

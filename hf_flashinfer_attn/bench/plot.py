@@ -12,7 +12,7 @@ from .errors import BenchError
 __all__ = ["draw_chart", "require_matplotlib"]
 
 _INK, _MUTED, _RULE = "#1f2933", "#697586", "#e4e7eb"
-_OURS = ("#0b7a75", "#2aa198", "#7bc8a4", "#b7e0c8")
+_OURS = ("#0b7a75", "#35a79c", "#8fd1b5", "#e0912f", "#f3c47d")
 _RIVALS = {
     BASELINE: "#b8c0cc",
     "eager": "#dfe3e8",
@@ -58,10 +58,11 @@ def draw_chart(reports: Sequence[dict[str, Any]], file: Path, *, description: st
     contenders = {outcome["name"]: outcome["ours"] for cell in cells for outcome in cell["contenders"]}
     colours = _colours(contenders)
     panels = [[cell for cell in cells if cell["shape"] == shape] for shape in shapes]
-    heights = [sum(len(cell["contenders"]) + 1 for cell in panel) * _BAR_INCHES + 0.55 for panel in panels]
+    bars = [sum(len(cell["contenders"]) + 0.9 for cell in panel) for panel in panels]
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    row_heights = [max(heights[row * columns : (row + 1) * columns]) for row in range(rows)]
+    row_bars = [max(bars[row * columns : (row + 1) * columns]) for row in range(rows)]
+    row_heights = [most * _BAR_INCHES + 0.55 for most in row_bars]
     header, footer = 0.95, 0.35
     size = (4.3 * columns + 0.4 if columns > 1 else 7.0, sum(row_heights) + header + footer)
     figure = Figure(figsize=size, dpi=160, facecolor="white")
@@ -95,7 +96,7 @@ def draw_chart(reports: Sequence[dict[str, Any]], file: Path, *, description: st
     )
     for at, (shape, panel) in enumerate(zip(shapes, panels)):
         axes = figure.add_subplot(grid[at // columns, at % columns])
-        _panel(axes, shape, panel, colours)
+        _panel(axes, shape, panel, colours, row_bars[at // columns])
     figure.savefig(file, format="png", metadata={"Description": description})
 
 
@@ -121,7 +122,7 @@ def _legend(figure: Any, colours: dict[str, str], size: tuple[float, float]) -> 
     )
 
 
-def _panel(axes: Any, shape: str, cells: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
+def _panel(axes: Any, shape: str, cells: Sequence[dict[str, Any]], colours: dict[str, str], bars: float) -> None:
     best = max((outcome["tokens_per_second"] or 0 for cell in cells for outcome in cell["contenders"]), default=0) or 1
     place = 0.0
     ticks, names = [], []
@@ -152,7 +153,8 @@ def _panel(axes: Any, shape: str, cells: Sequence[dict[str, Any]], colours: dict
         names.append(f"{cell['lengths']}\n{cell['padded_fraction']:.0%} padding")
         place += 0.9
     axes.set_yticks(ticks, names, size=8, color=_INK)
-    axes.set_ylim(place - 0.9 - 0.2, -0.8)
+    # Bars are as high in all panels of a row.
+    axes.set_ylim(bars - 0.9 - 0.2, -0.8)
     # Room for the labels.
     axes.set_xlim(0, best * 1.28)
     # A folder's name says enough; an id of a hub stays whole.

@@ -430,12 +430,20 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     return None
 
 
+# A larger batch without padding is bound by the GPU, and torch's own kernels are faster there than a packed forward.
+_MOST_TOKENS_WITHOUT_PADDING = 8_192
+
+
 def _goes_through_a_graph(
     module: PreTrainedModel, inputs: dict[str, Any], device: torch.device, rows: int, width: int
 ) -> bool:
-    graphs = graphs_of(module)
+    """Whether a batch without padding is packed all the same, for a graph."""
+    graphs, tokens = graphs_of(module), rows * width
     return (
-        graphs is not None and inputs.get("input_ids") is not None and graphs.takes(module, device, rows, rows * width)
+        graphs is not None
+        and inputs.get("input_ids") is not None
+        and tokens <= _MOST_TOKENS_WITHOUT_PADDING
+        and graphs.takes(module, device, rows, tokens)
     )
 
 
