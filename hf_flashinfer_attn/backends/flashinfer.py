@@ -295,25 +295,27 @@ class _Wrapper:
             self._plan_again(key, layout, self._replay)
         else:
             self.key, self._replay = None, None
-            self.prefill.plan(
-                # On the host, so that FlashInfer need not copy them back.
-                layout.query.cu_seqlens_host,
-                layout.key.cu_seqlens_host,
-                key.num_heads,
-                key.num_kv_heads,
-                key.head_dim,
-                causal=key.causal,
-                window_left=key.window_left,
-                sm_scale=key.sm_scale,
-                logits_soft_cap=key.softcap,
-                q_data_type=key.dtype,
-                # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream
-                # #4972).
-                disable_split_kv=True,
-            )
+            self._plan_anew(key, layout.query.cu_seqlens_host, layout.key.cu_seqlens_host)
             self.key = key
         self.event.record(torch.cuda.current_stream(key.device))
         record_plan()
+
+    def _plan_anew(self, key: _PlanKey, query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> None:
+        """Plans with all of FlashInfer's own checks; offsets are on the host, from where it need not copy them back."""
+        self.prefill.plan(
+            query_offsets,
+            key_offsets,
+            key.num_heads,
+            key.num_kv_heads,
+            key.head_dim,
+            causal=key.causal,
+            window_left=key.window_left,
+            sm_scale=key.sm_scale,
+            logits_soft_cap=key.softcap,
+            q_data_type=key.dtype,
+            # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream #4972).
+            disable_split_kv=True,
+        )
 
     def _plan_again(self, key: _PlanKey, layout: RaggedLayout, replay: _Replay) -> None:
         prefill = self.prefill
@@ -423,19 +425,7 @@ class _GraphWrapper(_Wrapper):
         prefill = self.prefill
         # `run` raises where the last plan was for another number of tokens. What follows plans for the true rows.
         whole = torch.tensor([0] + [self._tokens] * self._rows, dtype=torch.int32)
-        prefill.plan(
-            whole,
-            whole,
-            key.num_heads,
-            key.num_kv_heads,
-            key.head_dim,
-            causal=key.causal,
-            window_left=key.window_left,
-            sm_scale=key.sm_scale,
-            logits_soft_cap=key.softcap,
-            q_data_type=key.dtype,
-            disable_split_kv=True,
-        )
+        self._plan_anew(key, whole, whole)
         self.key, self._module = key, prefill._cached_module
         # In place of the wrapper's own, 16 MiB for each graph: one for all.
         torch.cuda.current_stream(key.device).synchronize()
