@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -29,7 +31,7 @@ import hf_flashinfer_attn
 from hf_flashinfer_attn import GraphOptions, graph_statistics, repad, unpad
 from hf_flashinfer_attn.bench.workload import REQUEST_SETS
 from hf_flashinfer_attn.layout import RaggedLayout
-from hf_flashinfer_attn.unpadding.graphs import ModelState, graphs_of, row_bucket, token_bucket
+from hf_flashinfer_attn.unpadding.graphs import GraphedForward, ModelState, graphs_of, row_bucket, token_bucket
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 200,
@@ -158,7 +160,24 @@ def _widen_a_norm(model: Any) -> None:
     model.encoder.layer[1].output.LayerNorm.eps = 1.0
 
 
-_MORE_CHANGES = [_swap_a_hook, _transpose_a_weight, _patch_a_class, _scale_attention, _widen_a_norm]
+def _replace_a_method(model: Any) -> None:
+    layer = model.encoder.layer[1]
+    layer.feed_forward_chunk = lambda hidden: hidden
+
+
+def _norm_embeddings(model: Any) -> None:
+    model.embeddings.word_embeddings.max_norm = 1.0
+
+
+_MORE_CHANGES = [
+    _swap_a_hook,
+    _transpose_a_weight,
+    _patch_a_class,
+    _scale_attention,
+    _widen_a_norm,
+    _replace_a_method,
+    _norm_embeddings,
+]
 
 
 @pytest.mark.parametrize(
@@ -180,10 +199,30 @@ def test_a_changed_model_is_told(change: Callable[[Any], object]) -> None:
     assert not state.holds()
 
 
+class _Quantized(torch.Tensor):
+    """A tensor without memory of its own, as those of torchao."""
+
+    @staticmethod
+    def __new__(cls) -> _Quantized:
+        made: _Quantized = torch.Tensor._make_wrapper_subclass(cls, (128, 128), dtype=torch.bfloat16)  # type: ignore[attr-defined]
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return _Quantized()
+        raise NotImplementedError(func)
+
+
+def _quantize(model: Any) -> None:
+    model.encoder.layer[0].attention.output.dense.weight = nn.Parameter(_Quantized(), requires_grad=False)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda model: None, None),
+        (_quantize, "weights of type _Quantized"),
         (lambda model: model.float(), "not in half precision"),
         (_add_an_adapter, "_Doubled in it"),
         (_replace_a_forward, "the forward of a Linear"),
@@ -245,6 +284,100 @@ def test_copies_have_graphs_of_their_own(duplicate: Callable[[Any], Any]) -> Non
     assert graphs_of(model) is None
     assert "forward" not in vars(model)
     assert graphs_of(other) is its
+
+
+def test_what_is_known_not_to_be_captured_takes_no_graph() -> None:
+    model = unpad(build(), cuda_graphs=True)
+    graphs = graphs_of(model)
+    assert graphs is not None
+    cuda = torch.device("cuda")
+    with torch.no_grad():
+        assert graphs.takes(model, cuda, 2, 10)
+        graphs._state = ModelState(model)
+        assert graphs.refusal() == "its weights are not in half precision"
+        assert not graphs.takes(model, cuda, 2, 10)
+        model.half()
+        assert graphs.takes(model, cuda, 2, 10)
+
+
+def _hook_with_accelerate(model: Any) -> Any:
+    return add_hook_to_module(model, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+
+
+def test_copies_beneath_the_hooks_of_accelerate() -> None:
+    model = _hook_with_accelerate(unpad(build(), cuda_graphs=True))
+    deep, shallow = copy.deepcopy(model), copy.copy(model)
+    graphs = graphs_of(deep)
+    assert graphs is not None
+    assert graphs.module is deep
+
+    def to(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a copy was moved as if it were an input")
+
+    shallow.to = to
+    shallow._modules = dict(model._modules)
+    shallow._modules["encoder"] = copy.deepcopy(model.encoder)
+    with torch.no_grad():
+        for other in (deep, shallow):
+            other.encoder.layer[0].output.dense.weight.mul_(2)
+        inputs = batch(3, 9)
+        doubled = unpad(build())
+        doubled.encoder.layer[0].output.dense.weight.mul_(2)
+        for each, expected in ((model, unpad(build())), (deep, doubled), (shallow, doubled)):
+            torch.testing.assert_close(each(**inputs).last_hidden_state, expected(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_a_shallow_copy_alone_says_what_is_missing(duplicate: Callable[[Any], Any]) -> None:
+    model = unpad(build(), cuda_graphs=True)
+    other = copy.copy(model)
+    del model
+    gc.collect()
+    with torch.no_grad():
+        other(**batch(3, 9))
+    with pytest.raises(ReferenceError, match="call repad and unpad on its shallow copy"):
+        duplicate(other)
+    other = unpad(repad(other), cuda_graphs=True)
+    duplicate(other)
+
+
+def test_undoing_a_shallow_copy_leaves_the_graphs_of_the_model() -> None:
+    model = unpad(build(), cuda_graphs=True)
+    graphs = graphs_of(model)
+    assert graphs is not None
+    state = graphs._state = ModelState(model)
+    other = repad(copy.copy(model))
+    assert "forward" not in vars(other)
+    assert graphs._state is state
+    repad(model)
+    assert graphs._state is None
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "qwen3"])
+@pytest.mark.parametrize("returns_dict", [True, False, None])
+@torch.no_grad()
+def test_without_a_mask(name: str, returns_dict: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is packed for a graph although there is no padding, up to the graph itself."""
+    monkeypatch.setattr(GraphedForward, "takes", lambda *_: True)
+    model, expected = unpad(build(name), cuda_graphs=True), build(name, "eager")
+    model.config.return_dict = expected.config.return_dict = False
+    ids = torch.randint(3, 199, (3, 8))
+    ids[1, 2] = 1  # padding, by its id, which RoBERTa counts by
+    for inputs in (ids, ids.int()):
+        actual, wanted = (one(inputs, return_dict=returns_dict) for one in (model, expected))
+        assert type(actual) is type(wanted)
+        wanted = wanted if isinstance(wanted, tuple) else wanted.to_tuple()
+        for one, other in zip(actual if isinstance(actual, tuple) else actual.to_tuple(), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_positions_that_start_again_are_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphedForward, "takes", lambda *_: True)
+    model, expected = unpad(build("qwen3"), cuda_graphs=True), build("qwen3", "eager")
+    ids, positions = torch.randint(3, 199, (1, 8)), torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    actual, wanted = (one(ids, position_ids=positions).last_hidden_state for one in (model, expected))
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_families_without_graphs_say_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from .families import family_of
+from .graphs import CALLER
 from .packing import Packing
 
 __all__ = ["forwards_features", "pack_features", "spread_features"]
 
-_OFFSETS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+_ADDED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", CALLER})
 _PACKED_OUTPUTS = ("last_hidden_state", ("last_hidden_state",), ["last_hidden_state"])
 
 
@@ -63,11 +64,12 @@ def pack_features(
     names = inspect.signature(type(module.model).forward).parameters
     given = {**features, **options}
     packed, packing = pack(module.model, {name: value for name, value in given.items() if name in names})
-    if packing is None and packed.get("attention_mask") is given.get("attention_mask"):
+    is_as_before = packed.get("attention_mask") is given.get("attention_mask") and CALLER not in packed
+    if packing is None and is_as_before:
         return None
     if module.model_forward_params is not None:
         # As its `unpad_inputs` does: what is not in there does not reach the model.
-        module.model_forward_params |= _OFFSETS
+        module.model_forward_params |= _ADDED
     return (_SwappedFeatures({**given, **packed}, features, packing),), {}
 
 

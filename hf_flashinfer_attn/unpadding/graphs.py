@@ -50,7 +50,7 @@ __all__ = [
 _MIN_ROWS, _MIN_TOKENS = 8, 64
 # Rides on offsets: the state of the model, found to hold while they were made.
 _LOOKED_AT = "_flashinfer_model_state"
-# An argument that tells a forward which module it was called of, where that is not the one it was made for.
+# An argument that tells a forward which module it was called of, by weak reference, where that is not its own.
 CALLER = "_flashinfer_caller"
 # What one thread switches off for the time of a capture, another must not switch on.
 _capture_lock = threading.Lock()
@@ -155,6 +155,13 @@ def row_bucket(rows: int) -> int:
 
 # What `torch.nn.Module` keeps for itself; all else in a module's dictionary is its own.
 _PRIVATE = frozenset(vars(torch.nn.Module()))
+# Attributes of torch's own layers, most of all attributes there are, that nothing in eval mode is computed from.
+_INERT = frozenset(
+    {
+        "in_features", "out_features", "num_embeddings", "embedding_dim", "normalized_shape", "elementwise_affine",
+        "p", "inplace", "padding_idx", "scale_grad_by_freq", "sparse",
+    }
+)  # fmt: skip
 
 
 class ModelState:
@@ -180,24 +187,28 @@ class ModelState:
         self._hooks = [vars(module)[name] for module in inner for name in ("_forward_hooks", "_forward_pre_hooks")]
         # Held, here and below: nothing new may take the place in memory, and with it the identity, of what is gone.
         self._held = list(itertools.chain.from_iterable(map(dict.values, self._stores)))
-        self._tensors = [value for value in self._held if isinstance(value, torch.Tensor)]
+        tensors = [value for value in self._held if isinstance(value, torch.Tensor)]
+        # Others, such as quantized weights, may have neither memory nor strides to be compared.
+        self._tensors = list(filter(_is_plain, tensors))
         self._modules = inner
         attributes = [
             (vars(module), name)
             for module in inner
             for name in vars(module)
-            # Of torch's own modules, the one that changes what they compute and not what memory they use.
-            if name not in _PRIVATE and (name == "eps" or not type(module).__module__.startswith("torch.nn."))
+            if name not in _PRIVATE and not (name in _INERT and type(module).__module__.startswith("torch.nn."))
         ]
         self._owners, self._names = [owner for owner, _ in attributes], [name for _, name in attributes]
         self._values = list(map(dict.get, self._owners, self._names))
         kinds: set[Any] = set(map(type, modules))
         self._forwards = {kind: kind.forward for kind in kinds}
-        self.refusal = self._refuse(model, inner)
+        others = (type(value) for value in tensors if not _is_plain(value))
+        self.refusal = self._refuse(inner, next(others, None))
         self._seen = self._look()
 
-    def _refuse(self, model: torch.nn.Module, inner: list[torch.nn.Module]) -> str | None:
+    def _refuse(self, inner: list[torch.nn.Module], other: type[torch.Tensor] | None) -> str | None:
         """Says why no graph can stand for the forward of a model as it is now."""
+        if other is not None:
+            return f"weights of type {other.__name__} in it may compute something else each time"
         if next((value.dtype.itemsize for value in self._tensors if value.is_floating_point()), 0) != 2:
             return "its weights are not in half precision"
         for module in inner:
@@ -223,7 +234,8 @@ class ModelState:
             list(itertools.chain.from_iterable(self._hooks)),
             list(map(dict.get, self._dicts, itertools.repeat("training"))),
             list(map(type, self._modules)),
-            any(map(dict.__contains__, self._dicts[1:], itertools.repeat("forward"))),
+            # Methods of an instance are attributes, too.
+            sum(map(len, self._dicts[1:])),
         )
 
     def holds(self) -> bool:
@@ -236,6 +248,10 @@ class ModelState:
             and all(kind.forward is forward for kind, forward in self._forwards.items())
             and self._look() == self._seen
         )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
 
 
 @dataclass(slots=True)
@@ -294,6 +310,13 @@ class GraphedForward:
         options: How to capture.
     """
 
+    # What wraps a forward, as accelerate does, takes a copy of its dictionary (`functools.update_wrapper`), which must
+    # therefore have nothing in it that is this one's alone.
+    __slots__ = (
+        "__dict__", "__weakref__", "_graphs", "_lock", "_memory", "_module", "_refused", "_state", "options",
+        "statistics",
+    )  # fmt: skip
+
     def __init__(self, module: PreTrainedModel, options: GraphOptions) -> None:
         self._module = weakref.ref(module)
         self.options = options
@@ -312,20 +335,27 @@ class GraphedForward:
         return self._module()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
-        module = self._module()
+        module = self._required_module()
         return GraphedForward(memo.get(id(module), module), self.options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GraphedForward, (self._module(), self.options)
+        return GraphedForward, (self._required_module(), self.options)
+
+    def _required_module(self) -> PreTrainedModel:
+        if (module := self._module()) is None:
+            raise ReferenceError(
+                "the model that this forward belongs to is gone; keep it, or call repad and unpad on its shallow copy"
+            )
+        return module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        copied = kwargs.pop(CALLER, None)
-        module = self._module() if copied is None else copied
-        if module is None:
-            raise ReferenceError("the model that this forward belongs to is gone")
+        copied: weakref.ref[PreTrainedModel] | None = kwargs.pop(CALLER, None)
+        module = self._required_module() if copied is None else copied()
+        assert module is not None, "its forward was called"
         if copied is None and not torch.compiler.is_compiling() and not args and self._accepts(module, kwargs):
             with self._lock:
-                if not self._is_refused():
+                # Another thread may have found out meanwhile.
+                if self.refusal() is None:
                     outputs = self._replay(module, kwargs)
                     if outputs is not None:
                         return outputs
@@ -334,7 +364,7 @@ class GraphedForward:
     def takes(self, module: PreTrainedModel, device: torch.device, rows: int, tokens: int) -> bool:
         """Whether a batch of this size would go through a graph, as far as can be told before it is packed."""
         return (
-            not self._is_refused()
+            self.refusal() is None
             and 0 < tokens <= self.options.max_tokens
             and rows <= self.options.max_rows
             and not module.training
@@ -349,7 +379,7 @@ class GraphedForward:
             What graphs were captured with, if the model is still so; None if it is not, or there are none.
         """
         state = self._state
-        return state if state is not None and state.holds() else None
+        return state if state is not None and state.refusal is None and state.holds() else None
 
     def reset(self) -> None:
         """Drops all graphs and their memory; they are captured again when they are needed."""
@@ -357,8 +387,12 @@ class GraphedForward:
             self._refused = None
             self._drop_all()
 
-    def _is_refused(self) -> bool:
-        return self._refused is not None and self._refused[1] == current_settings()
+    def refusal(self) -> str | None:
+        """Why the model as it is runs without graphs, once that was found out; None while nothing is known."""
+        refused, state = self._refused, self._state
+        if refused is not None and refused[1] == current_settings():
+            return refused[0]
+        return state.refusal if state is not None and state.refusal is not None and state.holds() else None
 
     def _refuse(self, module: PreTrainedModel, reason: str) -> None:
         self._refused = reason, current_settings()
@@ -421,23 +455,24 @@ class GraphedForward:
         stream = torch.cuda.current_stream(device)
         if memory.last_stream is not None and memory.last_stream != stream.cuda_stream:
             stream.wait_event(memory.done)
-        for name in names:
-            self._input(memory, name, kwargs[name])[:, :tokens].copy_(kwargs[name], non_blocking=True)
-        found = self._graphs.get(key)
-        if found is None:
-            # Tensors made in inference mode could not be written to outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                found = self._capture(module, memory, key, lengths, kwargs)
-            if found is None:
-                return None
-        else:
-            self._graphs.move_to_end(key)
-        plan_graph(found.layout, lengths)
-        found.graph.replay()
         try:
+            for name in names:
+                self._input(memory, name, kwargs[name])[:, :tokens].copy_(kwargs[name], non_blocking=True)
+            found = self._graphs.get(key)
+            if found is None:
+                # Tensors made in inference mode could not be written to outside of it.
+                with torch.inference_mode(False), torch.no_grad():
+                    found = self._capture(module, memory, key, lengths, kwargs)
+                if found is None:
+                    return None
+            else:
+                self._graphs.move_to_end(key)
+            plan_graph(found.layout, lengths)
+            found.graph.replay()
             assert memory.output is not None
             hidden = memory.output[:, :tokens].clone()
         finally:
+            # Whatever became of it, inputs and plans were written to on this stream.
             memory.done.record(stream)
             memory.last_stream = stream.cuda_stream
         statistics = self.statistics
@@ -556,6 +591,7 @@ def _numerics() -> tuple[bool, ...]:
     return (
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
+        getattr(matmul, "allow_fp16_accumulation", False),
         torch.are_deterministic_algorithms_enabled(),
     )
 
@@ -596,7 +632,8 @@ def uninstall_graphs(module: torch.nn.Module) -> None:
     for name in ("forward", "_old_forward"):
         found = vars(module).get(name)
         if isinstance(found, GraphedForward):
-            found.reset()
+            if found.module is module:
+                found.reset()
             if name == "forward":
                 del module.forward
             else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
@@ -138,7 +139,7 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]]) ->
         shapes: Rows and tokens, padding aside, of the batches to come; each takes the graph of the next larger size.
 
     Raises:
-        ValueError: If the model has no graphs, or none of a size that large.
+        ValueError: If the model has no graphs, or none of a size that large, or runs without them as it is.
 
     Examples:
         >>> import torch, hf_flashinfer_attn
@@ -161,12 +162,20 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]]) ->
             graphs = graphs_of(backbone)
             with torch.no_grad():
                 known = cast(PreTrainedModel, backbone)
+                _require_graphs(known)
                 if graphs is None or not graphs.takes(known, known.device, rows, tokens) or tokens < rows:
                     raise ValueError(
                         f"there is no graph of {tokens} tokens in {rows} rows; expected 1 token a row to "
                         f"{'0' if graphs is None else graphs.options.max_tokens} tokens, a model on a GPU, and eval()."
                     )
                 backbone(input_ids=torch.zeros_like(mask), attention_mask=mask, use_cache=False)
+                _require_graphs(known)
+
+
+def _require_graphs(backbone: PreTrainedModel) -> None:
+    graphs = graphs_of(backbone)
+    if graphs is not None and (reason := graphs.refusal()) is not None:
+        raise ValueError(f"no CUDA graphs of {type(backbone).__name__}: {reason}; the model runs without.")
 
 
 def graph_statistics(model: torch.nn.Module) -> GraphStatistics:
@@ -314,7 +323,8 @@ def _pack(
     """Before a backbone's forward: packs its inputs, or leaves them as they are."""
     inputs = _named(module, args, kwargs)
     if is_copied_with(module):
-        inputs[CALLER] = module
+        # Not the module itself: accelerate moves whatever it can among arguments.
+        inputs[CALLER] = weakref.ref(module)
     tokens = next((value for name in _PER_TOKEN if (value := inputs.get(name)) is not None), None)
     if tokens is None:
         return (), inputs
@@ -400,7 +410,10 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
     if mask is None:
         ids = inputs.get("input_ids")
-        if ids is None or ids.ndim != 2 or not _goes_through_a_graph(module, inputs, device, *ids.shape):
+        # Positions that start again tell decoders of packed sequences, where there is no mask.
+        if ids is None or ids.ndim != 2 or inputs.get("position_ids") is not None:
+            return None
+        if not _goes_through_a_graph(module, inputs, device, *ids.shape):
             return None
         # Without padding there is nothing to gain but a graph.
         reason = _reason_to_stay(module, {**inputs, "attention_mask": ids})
