@@ -414,3 +414,24 @@ def test_reranker_on_a_gpu_is_as_exact_as_sdpa() -> None:
     assert (trace.layouts, trace.host_copies, trace.plans, len(trace.calls)) == (6, 6, 6, 6 * 6)
     ours, sdpa = errors_of(outputs)
     assert ours <= 1.25 * sdpa
+
+
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_a_shallow_copy_with_graphs_is_itself(is_padded: bool, saved: Any) -> None:
+    """Its forward is still that of the model that it was copied from, and must be told."""
+    models = [unpad(encoder(saved("bert"), "flashinfer"), cuda_graphs=True) for _ in range(2)]
+    original = models[0][0].model
+    shallow = models[0][0].model = copy.copy(original)
+    shallow._modules = dict(original._modules)
+    shallow._modules["encoder"] = copy.deepcopy(original.encoder)
+    with torch.no_grad():
+        for changed in (shallow, models[1][0].model):
+            changed.encoder.layer[0].output.dense.weight.mul_(2)
+        inputs = {"input_ids": torch.tensor([[101, 2054, 2003, 102], [101, 102, 0, 0]])}
+        if is_padded:
+            inputs["attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        for model in models:
+            # As for models whose forward names all that it takes.
+            model[0].model_forward_params = {"input_ids", "attention_mask", "position_ids", "return_dict"}
+        actual, expected = (model[0](dict(inputs))["token_embeddings"] for model in models)
+    torch.testing.assert_close(actual, expected)
