@@ -56,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    cells = []
+    cells: list[dict[str, object]] = []
+    report = {"dtype": "float16", "environment": describe_environment(), "cells": cells}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     for shape in SHAPES:
         torch.manual_seed(0)
         config = shape_config(shape)
@@ -85,15 +87,14 @@ def main() -> None:
                 {"shape": shape, "rows": rows, "longest": longest, "logits_per_layer": logits,
                  "padded_fraction": 1 - float(valid.float().mean()), "forward_ms": found}
             )  # fmt: skip
+            # After each, so that what was interrupted keeps what it has.
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
             times_text = "  ".join(f"{name} {value:7.2f}" for name, value in found.items())
             print(
                 f"{shape:10s} {rows:4d} x {longest:4d}  {logits / 2**26:8.2f} x 2^26 logits  ms: {times_text}",
                 flush=True,
             )
         del sdpa, ours
-    report = {"dtype": "float16", "environment": describe_environment(), "cells": cells}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
