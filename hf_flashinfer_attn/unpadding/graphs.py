@@ -180,11 +180,12 @@ class ModelState:
         self._dicts = [vars(module) for module in modules]
         stores = [one[name] for one in self._dicts for name in ("_parameters", "_buffers", "_modules")]
         self._stores = [store for store in stores if store]
-        # What is empty, most of it, and stays so.
-        self._empty = [store for store in stores if not store]
         # Those of the model itself run around graphs, not in them.
         inner = modules[1:]
-        self._hooks = [vars(module)[name] for module in inner for name in ("_forward_hooks", "_forward_pre_hooks")]
+        hooks = [vars(module)[name] for module in inner for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self._hooks = [store for store in hooks if store]
+        # What is empty, most of it, and stays so.
+        self._empty = [store for store in stores + hooks if not store]
         # Held, here and below: nothing new may take the place in memory, and with it the identity, of what is gone.
         self._held = list(itertools.chain.from_iterable(map(dict.values, self._stores)))
         tensors = [value for value in self._held if isinstance(value, torch.Tensor)]
