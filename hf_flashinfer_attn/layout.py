@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .errors import UnsupportedAttentionError
-from .movement import TokenMap
+from .movement import TokenMap, sent
 from .trace import record_host_copy, record_layout
 
 __all__ = [
@@ -126,12 +126,7 @@ class RaggedSide:
         if self._valid is None:
             return None
         if (found := self._maps.get(device)) is None:
-            valid = self._valid
-            if device.type == "cuda" and valid.device.type == "cpu":
-                # From any other memory the driver may wait for what is under way on the GPU.
-                valid = valid.pin_memory()
-            valid = valid.to(device, non_blocking=True)
-            found = self._maps[device] = TokenMap.of(valid, self.total_tokens)
+            found = self._maps[device] = TokenMap.of(sent(self._valid, device), self.total_tokens)
         return found
 
     def slots(self, device: torch.device) -> torch.Tensor | None:

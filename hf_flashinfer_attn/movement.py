@@ -15,7 +15,7 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from . import kernels
 
-__all__ = ["Packer", "TokenMap", "Unpacker", "aligned"]
+__all__ = ["Packer", "TokenMap", "Unpacker", "aligned", "sent"]
 
 
 @functools.cache
@@ -192,6 +192,18 @@ class Unpacker:
             return packed.new_zeros(*self._shape, packed.shape[1], head_dim)
         padded = cropped.index_select(0, tokens.clamp(min=0)).masked_fill_((tokens < 0)[:, None, None], 0)
         return padded.view(*self._shape, *cropped.shape[1:])
+
+
+def sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor to a device without a wait of the host for what is under way there; differentiable."""
+    if device.type != "cuda":
+        # The host reads what it is sent at once, and torch would not wait until it is there.
+        return value.to(device)
+    if value.device.type == "cpu":
+        # Unless memory is pinned the driver may wait for the GPU; and what is the caller's, pinned or not, may be
+        # written to before the copy is over.
+        value = torch.empty_like(value, pin_memory=True).copy_(value)
+    return value.to(device, non_blocking=True)
 
 
 def aligned(side: torch.Tensor) -> torch.Tensor:

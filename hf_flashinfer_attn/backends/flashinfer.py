@@ -270,6 +270,35 @@ def _planner_is_known() -> bool:
     return Version(flashinfer.__version__).release[:3] == (0, 7, 2)
 
 
+def _planner_arguments(
+    key: _PlanKey,
+    workspaces: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    rows_on_host: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tokens: int,
+    rows: int,
+    *,
+    for_graph: bool = False,
+) -> list[Any]:
+    """Returns what the planner of FlashInfer's compiled module takes.
+
+    Args:
+        key: What is planned.
+        workspaces: For floats, for integers, and pinned for integers.
+        rows_on_host: Offsets of the queries, offsets of the keys, and lengths of the keys, int32.
+        tokens: Queries, those of no row included.
+        rows: How many.
+        for_graph: Whether plans for other lengths must ask for the same launches.
+    """
+    arguments = [
+        *workspaces, *rows_on_host, tokens, rows, key.num_heads, key.num_kv_heads,
+        1,  # tokens of a page
+        for_graph, key.head_dim, key.head_dim, key.causal, key.window_left,
+    ]  # fmt: skip
+    if key.kernel == "fa2":
+        arguments += [-1, True, 0, 0]  # no fixed split, no split at all, no other CTAs, no promise of equal lengths
+    return arguments
+
+
 class _Wrapper:
     """A FlashInfer wrapper with its own plan buffers.
 
@@ -319,26 +348,17 @@ class _Wrapper:
 
     def _plan_again(self, key: _PlanKey, layout: RaggedLayout, replay: _Replay) -> None:
         prefill = self.prefill
-        arguments = [
-            prefill._float_workspace_buffer,
-            prefill._int_workspace_buffer,
-            prefill._pin_memory_int_workspace_buffer,
-            layout.query.cu_seqlens_host,
-            layout.key.cu_seqlens_host,
-            layout.key.lengths_host,
+        arguments = _planner_arguments(
+            key,
+            (
+                prefill._float_workspace_buffer,
+                prefill._int_workspace_buffer,
+                prefill._pin_memory_int_workspace_buffer,
+            ),
+            (layout.query.cu_seqlens_host, layout.key.cu_seqlens_host, layout.key.lengths_host),
             layout.query.total_tokens,
             len(layout.query.lengths),
-            key.num_heads,
-            key.num_kv_heads,
-            1,  # tokens of a page
-            False,  # a plan for CUDA graphs
-            key.head_dim,
-            key.head_dim,
-            key.causal,
-            key.window_left,
-        ]
-        if key.kernel == "fa2":
-            arguments += [-1, True, 0, 0]  # no fixed split, no split at all, no other CTAs, no promise of equal lengths
+        )
         replay.arguments[replay.plan] = replay.module.plan(*arguments)
         query_offsets = layout.query.cu_seqlens_host.to(key.device, non_blocking=True)
         key_offsets = query_offsets
@@ -450,14 +470,17 @@ class _GraphWrapper(_Wrapper):
         pinned, event = self._ring[0]
         self._ring.rotate(-1)
         event.synchronize()
-        arguments = [
-            self.prefill._float_workspace_buffer, self._buffer, pinned, offsets, offsets, lengths, self._tokens,
-            self._rows, key.num_heads, key.num_kv_heads, 1, True, key.head_dim, key.head_dim, key.causal,
-            key.window_left,
-        ]  # fmt: skip
         if key.kernel == "fa2":
-            arguments += [-1, True, 0, 0]
+            # fa3 finds them in the plan.
             self._offsets.copy_(offsets, non_blocking=True)
+        arguments = _planner_arguments(
+            key,
+            (self.prefill._float_workspace_buffer, self._buffer, pinned),
+            (offsets, offsets, lengths),
+            self._tokens,
+            self._rows,
+            for_graph=True,
+        )
         plan_info = self._module.plan(*arguments)
         event.record(torch.cuda.current_stream(key.device))
         record_plan()

@@ -41,6 +41,7 @@ __all__ = [
     "carry_state",
     "graphs_of",
     "install_graphs",
+    "is_asked_for",
     "is_copied_with",
     "row_bucket",
     "token_bucket",
@@ -353,11 +354,14 @@ class GraphedForward:
         copied: weakref.ref[PreTrainedModel] | None = kwargs.pop(CALLER, None)
         module = self._required_module() if copied is None else copied()
         assert module is not None, "its forward was called"
-        if copied is None and not torch.compiler.is_compiling() and not args and self._accepts(module, kwargs):
+        layout = None
+        if copied is None and not torch.compiler.is_compiling() and not args:
+            layout = self._accepted_layout(module, kwargs)
+        if layout is not None:
             with self._lock:
                 # Another thread may have found out meanwhile.
                 if self.refusal() is None:
-                    outputs = self._replay(module, kwargs)
+                    outputs = self._replay(module, layout, kwargs)
                     if outputs is not None:
                         return outputs
         return type(module).forward(module, *args, **kwargs)
@@ -399,20 +403,21 @@ class GraphedForward:
         self._refused = reason, current_settings()
         log_once(f"no CUDA graphs of {type(module).__name__}: {reason}")
 
-    def _accepts(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    def _accepted_layout(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> RaggedLayout | None:
+        """Returns the layout of a packed batch that may go through a graph; None for any other."""
         ids, offsets = kwargs.get("input_ids"), kwargs.get("cu_seq_lens_q")
         if ids is None or offsets is None or offsets is not kwargs.get("cu_seq_lens_k") or not ids.is_cuda:
-            return False
+            return None
         layout, mask = _layout_of(ids, offsets), kwargs.get("attention_mask")
         # Of `unpad`, which pools from padded rows again; a model's own pooler has seen the first packed row alone.
         if layout is None or not hasattr(offsets, RIDER) or not (mask is None or is_mask_of_ones(mask)):
-            return False
-        return (
+            return None
+        is_accepted = (
             self.takes(module, ids.device, len(layout.query.lengths), ids.shape[1])
             and not torch.is_autocast_enabled("cuda")
             and not torch.cuda.is_current_stream_capturing()
-            and not _is_asked_for("output_hidden_states", module, kwargs)
-            and not _is_asked_for("output_attentions", module, kwargs)
+            and not is_asked_for("output_hidden_states", module, kwargs)
+            and not is_asked_for("output_attentions", module, kwargs)
             and torch._C._len_torch_dispatch_stack() == 0
             and torch._C._get_tracing_state() is None
             and current_settings().backend != "torch"
@@ -423,12 +428,10 @@ class GraphedForward:
                 if name not in _KNOWN
             )
         )
+        return layout if is_accepted else None
 
-    def _replay(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> ModelOutput | None:
-        offsets = kwargs["cu_seq_lens_q"]
-        layout, device = _layout_of(kwargs["input_ids"], offsets), kwargs["input_ids"].device
-        if layout is None:
-            return None
+    def _replay(self, module: PreTrainedModel, layout: RaggedLayout, kwargs: dict[str, Any]) -> ModelOutput | None:
+        offsets, device = kwargs["cu_seq_lens_q"], kwargs["input_ids"].device
         lengths = layout.query.lengths
         tokens = layout.query.total_tokens
         names = tuple(name for name in _INPUTS if kwargs.get(name) is not None)
@@ -437,7 +440,7 @@ class GraphedForward:
         if torch.cuda.current_device() != device.index:
             # Plans and replays go to the current device.
             with torch.cuda.device(device):
-                return self._replay(module, kwargs)
+                return self._replay(module, layout, kwargs)
         state: ModelState | None = getattr(offsets, _LOOKED_AT, None)
         if state is None or state is not self._state:
             state = self._state
@@ -581,7 +584,8 @@ class GraphedForward:
         self._memory, self._state = None, None
 
 
-def _is_asked_for(name: str, module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+def is_asked_for(name: str, module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward is asked for something, by its arguments or else by its configuration."""
     asked = kwargs.get(name)
     return bool(getattr(module.config, name, False) if asked is None else asked)
 

@@ -21,6 +21,7 @@ from ..errors import UnsupportedAttentionError
 from ..integration import NAME
 from ..layout import LengthsRead, offsets_of
 from ..mask import mask_of_ones
+from ..movement import sent
 from ..settings import current_settings
 from .families import Family, Positions, family_of, reason_against
 from .features import forwards_features, pack_features, spread_features
@@ -31,6 +32,7 @@ from .graphs import (
     carry_state,
     graphs_of,
     install_graphs,
+    is_asked_for,
     is_copied_with,
     uninstall_graphs,
 )
@@ -289,20 +291,13 @@ def _move_to_head(
     for name, value in inputs.items():
         if name not in _READ_ON_THE_HOST and isinstance(value, torch.Tensor) and value.device.type == "cpu":
             if name != "attention_mask":
-                inputs[name] = _sent(value, device)
+                inputs[name] = sent(value, device)
                 continue
             # Inference tensors count no versions, and a head's writes would go unseen.
             with torch.inference_mode(False), torch.no_grad():
-                moved = inputs[name] = _sent(value, device)
+                moved = inputs[name] = sent(value, device)
             setattr(moved, _HOST_MASK, (value, moved._version))
     return (), inputs
-
-
-def _sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type != "cuda":
-        return value.to(device)
-    # Pinned, so that nobody waits for the copy, and not the caller's, who may write there before it is over.
-    return torch.empty_like(value, pin_memory=True).copy_(value).to(device, non_blocking=True)
 
 
 def _read_from(mask: torch.Tensor) -> torch.Tensor:
@@ -333,7 +328,7 @@ def _pack(
     if packing is None:
         for name in (*_PER_TOKEN, "attention_mask"):
             if isinstance(value := inputs.get(name), torch.Tensor) and value.device.type == "cpu":
-                inputs[name] = _sent(value, device)
+                inputs[name] = sent(value, device)
         return (), inputs
     _embed_rows(module, inputs, device)
     packed = {name: packing.pack(value) for name in _PER_TOKEN if (value := inputs.get(name)) is not None}
@@ -474,11 +469,10 @@ def _tell_why(module: PreTrainedModel, mask: object, reason: str) -> None:
 
 def _reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
     """Says why a forward cannot run on packed tokens, before any length is read."""
-    mask, config = inputs["attention_mask"], module.config
+    mask = inputs["attention_mask"]
     if _implementation(module) != NAME:
         return f"attn_implementation={_implementation(module)!r}, expected {NAME!r}"
-    wants_weights = inputs.get("output_attentions")
-    if getattr(config, "output_attentions", False) if wants_weights is None else wants_weights:
+    if is_asked_for("output_attentions", module, inputs):
         return "output_attentions=True"
     if inputs.get("encoder_hidden_states") is not None:
         return "cross-attention"
@@ -501,10 +495,9 @@ def _makes_cache(module: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     config = module.config
     if not (_family(module).is_causal or getattr(config, "is_decoder", False)):
         return False
-    use_cache = inputs.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(config, "use_cache", False)
-    return bool(use_cache) and not (getattr(module, "gradient_checkpointing", False) and module.training)
+    return is_asked_for("use_cache", module, inputs) and not (
+        getattr(module, "gradient_checkpointing", False) and module.training
+    )
 
 
 def _measure_of_distance(module: PreTrainedModel) -> str | None:

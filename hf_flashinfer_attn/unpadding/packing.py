@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..layout import LengthsRead, RaggedLayout
-from ..movement import TokenMap
+from ..movement import TokenMap, sent
 
 __all__ = ["RIDER", "Packing"]
 
@@ -93,7 +93,7 @@ class Packing:
     def slots_on(self, device: torch.device) -> torch.Tensor:
         """Returns the slot of each token on a device."""
         if (slots := self.slots.get(device)) is None:
-            slots = self.slots[device] = _sent(next(iter(self.slots.values())), device)
+            slots = self.slots[device] = sent(next(iter(self.slots.values())), device)
         return slots
 
     def positions(self, device: torch.device) -> torch.Tensor:
@@ -120,17 +120,17 @@ class Packing:
         """Copies packed inputs to a device, integers of the CPU in one piece, and with them what `spread` needs."""
         numbers = [name for name, value in packed.items() if _is_host_number(value)]
         if device.type != "cuda" or not numbers:
-            return {name: _sent(value, device) for name, value in packed.items()}
+            return {name: sent(value, device) for name, value in packed.items()}
         rows = [packed[name] for name in numbers]
         slots = self.slots.get(torch.device("cpu"))
         if slots is not None and device not in self.slots:
             rows.append(slots[None])
-        # From any other memory the driver may wait for what is under way on the GPU.
+        # As `sent` does, but for all of them at once.
         pinned = torch.empty(len(rows), rows[0].shape[1], dtype=torch.long, pin_memory=True)
         moved = torch.cat(rows, out=pinned).to(device, non_blocking=True).unsqueeze(1)
         if len(rows) > len(numbers):
             self.slots[device] = moved[-1, 0]
-        others = {name: value.to(device, non_blocking=True) for name, value in packed.items() if name not in numbers}
+        others = {name: sent(value, device) for name, value in packed.items() if name not in numbers}
         return others | dict(zip(numbers, moved))
 
     def spread(self, packed: torch.Tensor) -> torch.Tensor:
@@ -140,11 +140,6 @@ class Packing:
         padded = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[2:])
         padded.index_copy_(0, self.slots_on(packed.device).long(), packed[0])
         return padded.view(*self.shape, *packed.shape[2:])
-
-
-def _sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # The host reads what it is sent at once, and torch would not wait until it is there.
-    return value.to(device, non_blocking=device.type != "cpu")
 
 
 def _has_holes(slots: np.ndarray[Any, Any], width: int) -> bool:
