@@ -116,19 +116,23 @@ def _unpack_kernel(
     tl.store(padded + target, values, mask=kept & inside[:, None])
 
 
-def number_tokens(valid: torch.Tensor, ranks: torch.Tensor, total_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def number_tokens(
+    valid: torch.Tensor, ranks: torch.Tensor, total_tokens: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers the tokens of a padded batch.
 
     Args:
         valid: Which slots hold a token, bool, contiguous, any shape.
         ranks: How many slots up to each one, itself included, hold a token, int32, contiguous.
-        total_tokens: How many do.
+        total_tokens: How many do; None for as many as there are slots at most.
 
     Returns:
-        The slot of each token, int32, shape `(total_tokens,)`; and the token of each slot, -1 for padding, int32.
+        The slot of each token, int32, shape `(total_tokens,)`, or zeros after the last one; and the token of each slot,
+        -1 for padding, int32.
     """
     num_slots, block = valid.numel(), 1024
-    slots, tokens = (torch.empty(size, dtype=torch.int32, device=valid.device) for size in (total_tokens, num_slots))
+    tokens = torch.empty(num_slots, dtype=torch.int32, device=valid.device)
+    slots = torch.zeros_like(tokens) if total_tokens is None else tokens.new_empty(total_tokens)
     grid = (triton.cdiv(num_slots, block), 1, 1)
     _Launch(_number_tokens_kernel, grid, (valid.view(torch.uint8), ranks, slots, tokens), (), (num_slots,), (block,))
     return slots, tokens

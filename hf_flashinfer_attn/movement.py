@@ -43,12 +43,13 @@ class TokenMap:
     tokens: torch.Tensor
 
     @classmethod
-    def of(cls, valid: torch.Tensor, total_tokens: int) -> TokenMap:
+    def of(cls, valid: torch.Tensor, total_tokens: int | None) -> TokenMap:
         """Numbers the tokens row by row, without a wait for the device.
 
         Args:
             valid: Which slots hold a token, bool, shape `(batch, slots)`.
-            total_tokens: How many do.
+            total_tokens: How many do; None where the host does not know yet, for `slots` as long as `tokens`, with
+                zeros after the last token.
         """
         flat = valid.reshape(-1)
         ranks = flat.cumsum(0, dtype=torch.int32)
@@ -58,14 +59,14 @@ class TokenMap:
             with torch.cuda.device(valid.device):
                 return cls(*kernels.number_tokens(flat.contiguous(), ranks, total_tokens))
         tokens = torch.where(flat, ranks - 1, -1)
-        return cls(_inverse(tokens, total_tokens), tokens)
+        return cls(_inverse(tokens, tokens.numel() if total_tokens is None else total_tokens), tokens)
 
 
-def _inverse(tokens: torch.Tensor, total_tokens: int) -> torch.Tensor:
+def _inverse(tokens: torch.Tensor, size: int) -> torch.Tensor:
     # Not `nonzero`, which would wait for the GPU to learn the size: padding slots all land in one extra place.
-    destination = torch.where(tokens >= 0, tokens, total_tokens).long()
+    destination = torch.where(tokens >= 0, tokens, size).long()
     slots = torch.arange(tokens.numel(), dtype=torch.int32, device=tokens.device)
-    return slots.new_empty(total_tokens + 1).scatter_(0, destination, slots)[:total_tokens]
+    return slots.new_zeros(size + 1).scatter_(0, destination, slots)[:size]
 
 
 class Packer:

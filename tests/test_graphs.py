@@ -426,6 +426,24 @@ def test_graphs_give_what_the_model_gives(name: str, inputs_on: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bert", "qwen3"])
+def test_compiled_once_for_all_sizes(name: str) -> None:
+    torch.compiler.reset()
+    model = unpad(build(name, device="cuda"), cuda_graphs=GraphOptions(compile=True))
+    expected = build(name, "sdpa", "cuda")
+    check(model, batch(5, 40, "cuda"), expected)
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert counted > 0
+    first = graph_statistics(model).compile_seconds
+    for rows, longest in [(64, 90), (1, 17), (200, 60), (5, 40), (30, 7)]:
+        check(model, batch(rows, longest, "cpu"), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
+    statistics = graph_statistics(model)
+    assert statistics.replayed == 6
+    assert first < statistics.compile_seconds < 2 * first
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("change", [*_CHANGES, lambda model: model.encoder.layer[0].output.dense.weight.data.mul_(2)])
 @torch.no_grad()
 def test_a_stale_graph_is_never_replayed(change: Callable[[Any], object]) -> None:

@@ -82,6 +82,14 @@ def test_tokens_go_where_indexing_puts_them_and_back(through: str, kernels, vali
             slots, tokens = kernels.number_tokens(side.flatten(), ranks, int(side.sum()))
             assert torch.equal(slots, found.slots)
             assert torch.equal(tokens, found.tokens)
+            slots, tokens = kernels.number_tokens(side.flatten(), ranks, None)
+            assert torch.equal(tokens, found.tokens)
+        else:
+            slots = TokenMap.of(side, None).slots
+        # With room for all, and nothing beyond the last token that could not be read.
+        assert torch.equal(slots[: len(found.slots)], found.slots)
+        assert slots.shape == found.tokens.shape
+        assert not slots[len(found.slots) :].any()
     pack = (Packer if through == "torch" else kernels.Packer)(maps[0].slots, maps[1].slots, size)
     pack(torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value))  # the second call is the quick one
     packed = pack(query, key, value)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from paired_models import build_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -24,9 +26,10 @@ import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
 from hf_flashinfer_attn.integration import _kept_of_packed, attention_mask
 from hf_flashinfer_attn.layout import PreparedStore, RaggedLayout, offsets_of
+from hf_flashinfer_attn.movement import TokenMap
 from hf_flashinfer_attn.unpadding import model as model_module
 from hf_flashinfer_attn.unpadding.families import family_of
-from hf_flashinfer_attn.unpadding.packing import Packing
+from hf_flashinfer_attn.unpadding.packing import Packing, PackingAhead
 
 TOLERANCE = 1e-5
 PAD, VOCAB_SIZE, SLOTS, LABELS = 1, 48, 9, 2
@@ -578,6 +581,25 @@ class _CopiesToTheHost(TorchFunctionMode):
         if func is Tensor.to and args[1].type == "cpu":
             self.waited.append(not (kwargs or {}).get("non_blocking", False))
         return func(*args, **(kwargs or {}))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=6, max_size=6), min_size=1, max_size=5).filter(
+        lambda m: any(map(any, m))
+    )
+)
+def test_packed_ahead_is_what_is_packed(rows: list[list[int]]) -> None:
+    """What a GPU packs before the host knows how many tokens there are."""
+    mask = torch.tensor(rows)
+    packing = Packing.of(mask, returns_dict=True, find_holes=False)
+    ahead = PackingAhead((len(rows), 6), TokenMap.of(mask.bool(), None).slots)
+    total, cpu = int(mask.sum()), torch.device("cpu")
+    ids = torch.randint(0, 99, mask.shape)
+    for padded in (ids, torch.arange(6)[None], torch.randn(len(rows), 6, 3)):
+        packed = ahead.pack(padded)
+        assert packed.shape == (1, mask.numel(), *padded.shape[2:])
+        assert torch.equal(packed[:, :total], packing.pack(padded))
+    assert torch.equal(ahead.positions(cpu)[:, :total], packing.positions(cpu))
 
 
 def test_the_host_waits_for_what_it_reads() -> None:

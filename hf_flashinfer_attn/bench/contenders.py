@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..integration import NAME
-from ..unpadding import unpad
+from ..unpadding import GraphOptions, unpad
 from .errors import BenchError
 from .workload import PaddedBatch
 
@@ -212,8 +212,8 @@ def _unpadded(model: PreTrainedModel) -> PreTrainedModel:
     return unpad(twin(model, NAME))
 
 
-def _graphed(model: PreTrainedModel) -> PreTrainedModel:
-    return unpad(twin(model, NAME), cuda_graphs=True)
+def _graphed(model: PreTrainedModel, compile: bool = False) -> PreTrainedModel:
+    return unpad(twin(model, NAME), cuda_graphs=GraphOptions(compile=compile))
 
 
 def _refuse_graphs(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -321,6 +321,23 @@ CONTENDERS: dict[str, Contender] = {
         _padded("graphs", "unpad through CUDA graphs", _graphed, ours=True, refuse=_refuse_graphs),
         replace(
             _padded("graphs_host", "the same, and inputs left on the CPU", _graphed, ours=True, refuse=_refuse_graphs),
+            prepare_batch=_on_the_host,
+        ),
+        _padded(
+            "compiled_graphs",
+            "graphs of what torch.compile made",
+            functools.partial(_graphed, compile=True),
+            ours=True,
+            refuse=_refuse_graphs,
+        ),
+        replace(
+            _padded(
+                "compiled_graphs_host",
+                "the same, and inputs left on the CPU",
+                functools.partial(_graphed, compile=True),
+                ours=True,
+                refuse=_refuse_graphs,
+            ),
             prepare_batch=_on_the_host,
         ),
     )

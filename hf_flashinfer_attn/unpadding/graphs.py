@@ -12,6 +12,7 @@ import inspect
 import itertools
 import operator
 import threading
+import time
 import types
 import weakref
 from collections import OrderedDict
@@ -73,9 +74,11 @@ class GraphOptions:
         max_tokens: Larger batches run without a graph; they are not bound by the host.
         max_rows: The same by rows.
         max_memory_gib: Of the GPU that graphs may take in all, GiB; those not used for longest are dropped.
+        compile: Whether `torch.compile` fuses what is captured. The first capture then takes up to a minute, once for
+            all sizes; `graph_statistics(model).compile_seconds` says how long.
 
     Raises:
-        ValueError: If a number is not positive.
+        ValueError: If a number is not positive, or `compile` is not a bool.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -86,8 +89,11 @@ class GraphOptions:
     max_tokens: int = 32_768
     max_rows: int = 1_024
     max_memory_gib: float = 4.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"GraphOptions(compile={self.compile!r}): expected True or False.")
         for name in ("max_tokens", "max_rows", "max_memory_gib"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"GraphOptions({name}={getattr(self, name)!r}): expected a number above 0.")
@@ -104,6 +110,7 @@ class GraphStatistics:
         tokens: Tokens in those forwards.
         slots: Tokens in those forwards, filler included.
         memory_bytes: Of the GPU that graphs take now, as far as can be told from its free memory.
+        compile_seconds: Of the first runs of what was compiled, kernels of all sizes so far included.
     """
 
     captured: int = 0
@@ -112,6 +119,7 @@ class GraphStatistics:
     tokens: int = 0
     slots: int = 0
     memory_bytes: int = 0
+    compile_seconds: float = 0.0
 
     @property
     def waste(self) -> float:
@@ -154,8 +162,8 @@ def row_bucket(rows: int) -> int:
     return max(_MIN_ROWS, 1 << (rows - 1).bit_length())
 
 
-# What `torch.nn.Module` keeps for itself; all else in a module's dictionary is its own.
-_PRIVATE = frozenset(vars(torch.nn.Module()))
+# What `torch.nn.Module` keeps for itself, and a mark that transformers leaves on each; all else is a module's own.
+_PRIVATE = frozenset({*vars(torch.nn.Module()), "_is_hf_initialized"})
 # Attributes of torch's own layers, most of all attributes there are, that nothing in eval mode is computed from.
 _INERT = frozenset(
     {
@@ -460,8 +468,12 @@ class GraphedForward:
         if memory.last_stream is not None and memory.last_stream != stream.cuda_stream:
             stream.wait_event(memory.done)
         try:
-            for name in names:
-                self._input(memory, name, kwargs[name])[:, :tokens].copy_(kwargs[name], non_blocking=True)
+            # In one launch, if they are of one dtype.
+            torch._foreach_copy_(
+                [self._input(memory, name, kwargs[name])[:, :tokens] for name in names],
+                [kwargs[name] for name in names],
+                non_blocking=True,
+            )
             found = self._graphs.get(key)
             if found is None:
                 # Tensors made in inference mode could not be written to outside of it.
@@ -515,8 +527,17 @@ class GraphedForward:
         if kwargs.get("attention_mask") is not None:
             inputs["attention_mask"] = mask_of_ones(1, tokens, memory.device)
 
+        forward = type(module).forward
+        if self.options.compile:
+            # For all sizes at once.
+            for value in (*(inputs[name] for name in names), inputs.get("attention_mask")):
+                if value is not None:
+                    torch._dynamo.maybe_mark_dynamic(value, 1)
+            torch._dynamo.maybe_mark_dynamic(offsets, 0)
+            forward = torch.compile(forward)
+
         def run() -> ModelOutput:
-            outputs: ModelOutput = type(module).forward(module, **inputs)
+            outputs: ModelOutput = forward(module, **inputs)
             hidden = outputs["last_hidden_state"]
             if memory.output is None:
                 widest = token_bucket(self.options.max_tokens)
@@ -530,8 +551,11 @@ class GraphedForward:
         try:
             with torch.cuda.stream(memory.stream):
                 # Compiles kernels, makes plans, and finds out whether it can be done at all.
+                start = time.perf_counter()
                 run()
                 memory.stream.synchronize()
+                if self.options.compile:
+                    self.statistics.compile_seconds += time.perf_counter() - start
                 free = torch.cuda.mem_get_info(memory.device)[0]
                 with _capture_lock, trace() as recorded, _no_collection():
                     graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")

@@ -10,7 +10,8 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -29,6 +30,7 @@ from .graphs import (
     CALLER,
     GraphOptions,
     GraphStatistics,
+    ModelState,
     carry_state,
     graphs_of,
     install_graphs,
@@ -36,7 +38,7 @@ from .graphs import (
     is_copied_with,
     uninstall_graphs,
 )
-from .packing import RIDER, Packing
+from .packing import RIDER, Packing, PackingAhead
 
 __all__ = ["capture_graphs", "graph_statistics", "repad", "unpad"]
 
@@ -45,7 +47,8 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 _HANDLES = "_flashinfer_unpadding"
 _HOST_MASK = "_flashinfer_host_mask"
-_PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
+_NUMBERS = ("input_ids", "token_type_ids", "position_ids")
+_PER_TOKEN = (*_NUMBERS, "inputs_embeds")
 _READ_ON_THE_HOST = frozenset({*_PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
 
 
@@ -331,9 +334,7 @@ def _pack(
                 inputs[name] = sent(value, device)
         return (), inputs
     _embed_rows(module, inputs, device)
-    packed = {name: packing.pack(value) for name in _PER_TOKEN if (value := inputs.get(name)) is not None}
-    if "position_ids" not in packed:
-        packed["position_ids"] = _positions(module, inputs, packing)
+    packed = _packed_inputs(module, inputs, packing)
     offsets = offsets_of(packing.layout)
     setattr(offsets, RIDER, packing)
     length = packing.layout.query.max_length
@@ -346,7 +347,7 @@ def _pack(
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
     if graphs_of(module) is not None:
-        carry_state(offsets, packing.meanwhile)
+        carry_state(offsets, None if packing.meanwhile is None else packing.meanwhile.state)
         return (), inputs
     # For torch.compile, which else makes a graph for the lengths of the first batch alone.
     for name in (*packed, "attention_mask"):
@@ -416,12 +417,11 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     reason = _reason_to_stay(module, inputs)
     if reason is None:
         measure = _measure_of_distance(module)
-        graphs = graphs_of(module)
         packing = Packing.of(
             _read_from(mask),
             returns_dict=returns_dict,
             find_holes=measure is not None,
-            meanwhile=(lambda: None) if graphs is None else graphs.look,
+            meanwhile=lambda ahead: _Meanwhile.do(module, inputs, ahead),
         )
         if packing.is_full and _goes_through_a_graph(module, inputs, device, *packing.shape):
             return packing
@@ -522,10 +522,52 @@ def _embed_rows(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     inputs["input_ids"] = None
 
 
-def _positions(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> torch.Tensor:
-    """Numbers tokens as the model would in a padded batch, shape `(1, total_tokens)`."""
+@dataclass(frozen=True, slots=True)
+class _Meanwhile:
+    """What is done while the host would else wait for lengths.
+
+    Args:
+        numbers: Inputs on the mask's device that were packed ahead, by name, shape `(1, room)`.
+        state: Of the model, if it is as it was when graphs were captured.
+    """
+
+    numbers: dict[str, torch.Tensor]
+    state: ModelState | None
+
+    @classmethod
+    def do(cls, module: PreTrainedModel, inputs: dict[str, Any], ahead: PackingAhead) -> _Meanwhile:
+        device, numbers = ahead.slots.device, {}
+        ids = inputs.get("input_ids")
+        if ids is not None and ids.device == device and not _family(module).embeds_rows:
+            given = {name: inputs.get(name) for name in _NUMBERS}
+            numbers = {name: ahead.pack(value) for name, value in given.items() if _is_on(value, device)}
+            if inputs.get("position_ids") is None:
+                numbers["position_ids"] = _positions(module, inputs, ahead)
+        graphs = graphs_of(module)
+        return cls(numbers, None if graphs is None else graphs.look())
+
+
+def _is_on(value: torch.Tensor | None, device: torch.device) -> TypeGuard[torch.Tensor]:
+    return value is not None and value.device == device
+
+
+def _packed_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> dict[str, torch.Tensor]:
+    """Returns the packed inputs per token, shape `(1, total_tokens, ...)`, where the padded ones are."""
+    ahead = {} if packing.meanwhile is None else packing.meanwhile.numbers
+    total = packing.layout.query.total_tokens
+    packed = {name: value[:, :total] for name, value in ahead.items()}
+    for name in _PER_TOKEN:
+        if name not in packed and (value := inputs.get(name)) is not None:
+            packed[name] = packing.pack(value)
+    if "position_ids" not in packed:
+        packed["position_ids"] = _positions(module, inputs, packing)
+    return packed
+
+
+def _positions(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing | PackingAhead) -> torch.Tensor:
+    """Numbers tokens as the model would in a padded batch, shape `(1, tokens)`."""
     ids = inputs.get("input_ids")
-    device = next(iter(packing.slots)) if ids is None else ids.device
+    device = packing.device if ids is None else ids.device
     if _family(module).positions is Positions.SLOTS:
         return packing.positions(device)
     padding_id: int = module.embeddings.padding_idx

@@ -12,7 +12,7 @@ import torch
 from ..layout import LengthsRead, RaggedLayout
 from ..movement import TokenMap, sent
 
-__all__ = ["RIDER", "Packing"]
+__all__ = ["RIDER", "Packing", "PackingAhead"]
 
 # Where a packing rides on the offsets that a backbone is given.
 RIDER = "_flashinfer_packing"
@@ -29,7 +29,7 @@ class Packing:
         returns_dict: Whether the caller wants an output object rather than a tuple.
         slots: The slot of each token, counted through all rows, integers of shape `(total_tokens,)`, by device; none
             without padding.
-        meanwhile: What was found out while the host would else have waited.
+        meanwhile: What was done while the host would else have waited.
     """
 
     shape: tuple[int, int]
@@ -37,7 +37,7 @@ class Packing:
     has_holes: bool
     returns_dict: bool
     slots: dict[torch.device, torch.Tensor]
-    meanwhile: object = None
+    meanwhile: Any = None
 
     @classmethod
     def of(
@@ -46,7 +46,7 @@ class Packing:
         *,
         returns_dict: bool,
         find_holes: bool,
-        meanwhile: Callable[[], object] = lambda: None,
+        meanwhile: Callable[[PackingAhead], object] = lambda ahead: None,
     ) -> Packing:
         """Reads a mask of ones and zeros, shape `(batch, slots)`; the host waits for it if it is on another device.
 
@@ -68,15 +68,15 @@ class Packing:
                 starts = torch.nn.functional.pad(valid, (1, 0)).to(torch.int8).diff(dim=1) == 1
                 counts = torch.stack([counts, starts.sum(-1, dtype=torch.int32)])
             lengths_read = LengthsRead(counts)
-            found_out = meanwhile()
+            ahead = PackingAhead((rows, width), TokenMap.of(valid, None).slots)
+            done = meanwhile(ahead)
             read = lengths_read.values
             lengths, runs = read if find_holes else (read, ())
             layout = RaggedLayout.from_lengths(lengths)
             has_holes = max(runs, default=0) > 1
-        packing = cls((rows, width), layout, has_holes, returns_dict, {}, None if on_host else found_out)
+        packing = cls((rows, width), layout, has_holes, returns_dict, {}, None if on_host else done)
         if not packing.is_full:
-            total = layout.query.total_tokens
-            found = torch.from_numpy(slots) if on_host else TokenMap.of(valid, total).slots
+            found = torch.from_numpy(slots) if on_host else ahead.slots[: layout.query.total_tokens]
             packing.slots[found.device] = found
         return packing
 
@@ -89,6 +89,11 @@ class Packing:
     def is_full(self) -> bool:
         """Whether there is no padding."""
         return self.layout.query.total_tokens == self.shape[0] * self.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the mask was read; of a batch without padding, the CPU."""
+        return next(iter(self.slots), torch.device("cpu"))
 
     def slots_on(self, device: torch.device) -> torch.Tensor:
         """Returns the slot of each token on a device."""
@@ -104,11 +109,11 @@ class Packing:
         if device.type == "cpu":
             starts = np.arange(self.shape[0]) * self.shape[1]
             return torch.from_numpy(slots.numpy() - np.repeat(starts, self.layout.query.lengths))[None]
-        return slots.remainder(self.shape[1]).long()[None]
+        return _slots_within(slots, self.shape[1])
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """Drops padding, where the tensor is: `(batch, slots, ...)` to `(1, total_tokens, ...)`."""
-        flat = padded.expand(*self.shape, *padded.shape[2:]).reshape(-1, *padded.shape[2:])
+        flat = _flat(padded, self.shape)
         if self.is_full:
             return flat[None]
         slots = self.slots_on(padded.device)
@@ -140,6 +145,40 @@ class Packing:
         padded = packed.new_zeros(self.shape[0] * self.shape[1], *packed.shape[2:])
         padded.index_copy_(0, self.slots_on(packed.device).long(), packed[0])
         return padded.view(*self.shape, *packed.shape[2:])
+
+
+@dataclass(frozen=True, slots=True)
+class PackingAhead:
+    """A packed batch of which the host does not know yet how many tokens it has.
+
+    Args:
+        shape: Rows and slots of the padded batch.
+        slots: The slot of each token, counted through all rows, int32 of shape `(rows * slots,)`; zeros after the last.
+    """
+
+    shape: tuple[int, int]
+    slots: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the mask is."""
+        return self.slots.device
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """Drops padding: `(batch, slots, ...)` to `(1, batch * slots, ...)`; the last token is followed by anything."""
+        return _flat(padded, self.shape).index_select(0, self.slots)[None]
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Returns the slot of each token within its row, int64, shape `(1, batch * slots)`, on the mask's device."""
+        return _slots_within(self.slots, self.shape[1])
+
+
+def _flat(padded: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    return padded.expand(*shape, *padded.shape[2:]).reshape(-1, *padded.shape[2:])
+
+
+def _slots_within(slots: torch.Tensor, width: int) -> torch.Tensor:
+    return slots.remainder(width).long()[None]
 
 
 def _has_holes(slots: np.ndarray[Any, Any], width: int) -> bool:
