@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -203,7 +204,13 @@ def sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     if value.device.type == "cpu":
         # Unless memory is pinned the driver may wait for the GPU; and what is the caller's, pinned or not, may be
         # written to before the copy is over.
-        value = torch.empty_like(value, pin_memory=True).copy_(value)
+        pinned = torch.empty_like(value, pin_memory=True)
+        if value.is_floating_point() or value.is_complex():
+            value = pinned.copy_(value)
+        else:
+            # Not torch's copy, which for much data wakes all threads: on a busy host that takes milliseconds.
+            np.copyto(pinned.numpy(), value.numpy())
+            value = pinned
     return value.to(device, non_blocking=True)
 
 

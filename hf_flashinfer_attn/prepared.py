@@ -85,8 +85,8 @@ SMALL_LOGITS = 1 << 26
 class NativeAttention:
     """torch's own attention where it is the faster choice.
 
-    That is a batch without padding, of a head_dim that FlashInfer's kernels would have to pad; and a batch so small
-    that neither lengths nor plans are worth their host time.
+    That is a batch without padding, of a head_dim that FlashInfer's kernels would have to pad or of a length at which
+    cuDNN is faster; and a batch so small that neither lengths nor plans are worth their host time.
 
     Args:
         is_causal: Whether no query sees a later key.
@@ -145,7 +145,7 @@ def native(
         and softcap is None
         and head_dim == value.shape[-1]
         and head_dim % 8 == 0
-        and head_dim not in flashinfer.KERNEL_HEAD_DIMS["auto"]
+        and _is_faster(query.device, head_dim, query.shape[2])
         # Older GPUs have no fused kernel for grouped heads.
         and (query.shape[1] == key.shape[1] or torch.cuda.get_device_capability(query.device) >= (8, 0))
     )
@@ -153,6 +153,15 @@ def native(
         return None
     record = AttentionCall("", pattern.name, "sdpa", head_dim, head_dim, None)
     return NativeAttention(pattern == CAUSAL, sm_scale, None, record)
+
+
+def _is_faster(device: torch.device, head_dim: int, length: int) -> bool:
+    """Whether torch's own attention is faster on rows of one length."""
+    if head_dim not in flashinfer.KERNEL_HEAD_DIMS["auto"]:
+        return True
+    # There it is cuDNN's; on an H200 14% to 40% ahead of our best up to 1,024 slots, even from 2,048 on, and behind fa2
+    # below 128: benchmarks/results/full_batches.json.
+    return head_dim <= 128 and 128 <= length <= 1024 and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def native_masked(

@@ -254,6 +254,23 @@ def test_without_padding_heads_that_need_none_stay_as_they_are(config) -> None:
         assert (output.double() - exact).norm() <= 1.25 * (sdpa.double() - exact).norm()
 
 
+def test_without_padding_the_faster_kernel_runs() -> None:
+    """By length, with heads that need no padding: torch's own on Hopper, where it is cuDNN's."""
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    config = BertConfig(**{**BERT.to_dict(), "num_attention_heads": BERT.hidden_size // 64})
+    for length, is_torch in ((20, False), (130, is_hopper)):
+        ids = torch.randint(0, 100, (3, length)).cuda()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            exact = build(BertModel, config, "sdpa", torch.float64)(**inputs).last_hidden_state
+            sdpa = build(BertModel, config, "sdpa")(**inputs).last_hidden_state
+            with hf_flashinfer_attn.trace() as trace, pytest.MonkeyPatch.context() as patch:
+                patch.setattr(prepared, "SMALL_LOGITS", 0)
+                output = build(BertModel, config, "flashinfer")(**inputs).last_hidden_state
+        assert [kernel == "sdpa" for kernel in trace.kernels] == [is_torch]
+        assert (output.double() - exact).norm() <= 1.25 * (sdpa.double() - exact).norm()
+
+
 def test_a_small_batch_asks_for_no_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = batch(6, 37)
     inputs["attention_mask"][2] = 0  # a row of padding only

@@ -115,6 +115,16 @@ def _relative(output: torch.Tensor, truth: torch.Tensor) -> float:
     return float((output.double() - truth.double()).norm() / truth.double().norm())
 
 
+def _distances(output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Returns how far each request is from the truth, relative to its norm, or to that of most where its own is less.
+
+    A classifier's logits may happen to be next to zero, where a relative error says nothing.
+    """
+    norms = truth.norm(dim=1)
+    distances: torch.Tensor = (output - truth).norm(dim=1) / norms.clamp(min=float(norms.square().mean().sqrt()))
+    return distances
+
+
 def judge(output: torch.Tensor, sdpa: torch.Tensor | None, reference: Reference, dtype: torch.dtype) -> Verdict:
     """Compares a contender's pooled outputs with the reference and with sdpa's.
 
@@ -127,7 +137,7 @@ def judge(output: torch.Tensor, sdpa: torch.Tensor | None, reference: Reference,
     Returns:
         With a reason if any of these holds: a value is not finite; the error over the sample is above `BUDGET` times
         sdpa's; the difference from sdpa over all requests is above the sum of both allowed errors; the difference at
-        one request is above `WORST_REQUEST` times sdpa's worst error of the sample.
+        one request is above `WORST_REQUEST` times sdpa's worst error of the sample, both as [`_distances`] has them.
     """
     smallest = 0.0 if dtype.itemsize == 2 else FLOAT32_ERROR
     sample = reference.requests
@@ -143,9 +153,8 @@ def judge(output: torch.Tensor, sdpa: torch.Tensor | None, reference: Reference,
     elif difference is not None and not difference <= allowed + max(sdpa_error, smallest):
         reason = f"{difference:.1e} from sdpa over all requests, where sdpa's own error is {sdpa_error:.1e}"
     elif sdpa is not None:
-        distance = (output.double() - sdpa.double()).norm(dim=1) / sdpa.double().norm(dim=1)
-        exact = reference.exact
-        worst = float(((yardstick.double() - exact).norm(dim=1) / exact.norm(dim=1)).max())
+        distance = _distances(output.double(), sdpa.double())
+        worst = float(_distances(yardstick.double(), reference.exact).max())
         limit = WORST_REQUEST * max(worst, smallest)
         at = int(distance.argmax())
         if not float(distance[at]) <= limit:

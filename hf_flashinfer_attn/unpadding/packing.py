@@ -132,7 +132,8 @@ class Packing:
             rows.append(slots[None])
         # As `sent` does, but for all of them at once.
         pinned = torch.empty(len(rows), rows[0].shape[1], dtype=torch.long, pin_memory=True)
-        moved = torch.cat(rows, out=pinned).to(device, non_blocking=True).unsqueeze(1)
+        np.concatenate([row.numpy() for row in rows], out=pinned.numpy())
+        moved = pinned.to(device, non_blocking=True).unsqueeze(1)
         if len(rows) > len(numbers):
             self.slots[device] = moved[-1, 0]
         others = {name: sent(value, device) for name, value in packed.items() if name not in numbers}
