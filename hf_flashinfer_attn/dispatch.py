@@ -15,7 +15,7 @@ from .errors import BackendUnavailableError, UnsupportedAttentionError
 from .pattern import Pattern, PatternKind
 from .settings import Settings
 
-__all__ = ["RULES", "AttentionRequest", "Decision", "Path", "Rule", "decide", "log_once"]
+__all__ = ["RULES", "AttentionRequest", "Decision", "Path", "Rule", "decide", "fallback_of", "log_once"]
 
 logger = logging.getLogger("hf_flashinfer_attn")
 
@@ -117,6 +117,14 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def fallback_of(request: AttentionRequest) -> tuple[Path, str] | None:
+    """Returns who computes a request that FlashInfer's kernels do not compute, and why; None where they do."""
+    for rule in RULES:
+        if (feature := rule.reason(request)) is not None:
+            return rule.path, feature
+    return None
+
+
 def decide(request: AttentionRequest, settings: Settings) -> Decision:
     """Chooses the path of a call.
 
@@ -127,11 +135,7 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
     unavailable = flashinfer.unavailable_reason(request.device) if settings.backend != "torch" else None
     if settings.backend == "flashinfer" and unavailable is not None:
         raise BackendUnavailableError("flashinfer", *unavailable)
-    path, feature = Path.FLASHINFER, None
-    for rule in RULES:
-        if (feature := rule.reason(request)) is not None:
-            path = rule.path
-            break
+    path, feature = fallback_of(request) or (Path.FLASHINFER, None)
     on_torch = settings.backend == "torch" or unavailable is not None
     if on_torch:
         # Not a fallback but the backend in force, unless a whole mask is needed.

@@ -129,8 +129,7 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
 
 def _install_graphs(backbone: torch.nn.Module, options: GraphOptions) -> None:
     family = _family(backbone)
-    if family.own_attention is not None or family.embeds_rows:
-        # Their packed inputs are more than ids.
+    if not family.packs_ids_alone:
         log_once(f"no CUDA graphs of {type(backbone).__name__}: it is not known how to capture it")
     else:
         install_graphs(cast(PreTrainedModel, backbone), options)
