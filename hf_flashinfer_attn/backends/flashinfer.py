@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from packaging.version import Version
 
+from .. import jit
 from ..bias import LogitsBias
 from ..errors import UnsupportedAttentionError
+from ..kernel_cache import KernelModule
 from ..layout import RaggedLayout
 from ..trace import record_plan
 from .biased import biased_module_arguments
@@ -38,6 +40,7 @@ __all__ = [
     "choose_kernel",
     "head_dim_reason",
     "make_plan",
+    "module_of",
     "padded_head_dim",
     "plan_graph",
     "unavailable_reason",
@@ -639,6 +642,32 @@ class KernelPlan:
         return values, *self._layout_slots, self._key.sm_scale, *values.stride()
 
 
+def _left_bound(left: int | None, layout: RaggedLayout) -> int | None:
+    """Returns a bound, or None if no row reaches it: windows need kernels of their own."""
+    return None if left is not None and left >= layout.key.max_length - 1 else left
+
+
+def module_of(
+    layout: RaggedLayout,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    left: int | None,
+    softcap: float | None,
+    biased: bool,
+    kernel: Kernel,
+) -> KernelModule | None:
+    """Returns the compiled module that a plan needs; arguments are those of [`make_plan`].
+
+    Returns:
+        None where there is nothing to compute, or only FlashInfer's plan knows, as with kernel="auto".
+    """
+    if kernel == "auto" or not (layout.query.total_tokens and layout.key.total_tokens):
+        return None
+    window, size = _left_bound(left, layout) is not None, padded_head_dim(head_dim, kernel)
+    return KernelModule(kernel, dtype, size, window, softcap is not None and softcap > 0, biased)
+
+
 def make_plan(
     layout: RaggedLayout,
     *,
@@ -656,6 +685,8 @@ def make_plan(
     kernel: Kernel,
 ) -> KernelPlan:
     """Plans attention on the current stream; once per layout, whatever is asked for again.
+
+    The first plan of a kernel compiles it, unless that was done before.
 
     Args:
         layout: Which tokens belong to which row.
@@ -675,10 +706,10 @@ def make_plan(
     Raises:
         UnsupportedAttentionError: If a CUDA graph is being captured and nothing was planned before, or a batch is too
             large for the kernel's addresses.
+        BackendUnavailableError: If the kernel cannot be compiled, or must not be.
         ValueError: If `head_dim` is above 256, or a bias comes with what its kernel lacks.
     """
-    # A bound that no row reaches is none: windows need kernels of their own.
-    left = None if left is not None and left >= layout.key.max_length - 1 else left
+    left = _left_bound(left, layout)
     right = None if right is not None and right >= layout.query.max_length - 1 else right
     if biased and (kernel != "fa2" or left is not None or right not in (None, 0) or softcap is not None):
         raise ValueError(
@@ -691,6 +722,9 @@ def make_plan(
         raise UnsupportedAttentionError(
             f"{elements:,} elements in a query or key, which fa2 addresses with 32 bits", "Use smaller batches."
         )
+    module = module_of(layout, head_dim=head_dim, dtype=dtype, left=left, softcap=softcap, biased=biased, kernel=kernel)
+    if module is not None:
+        jit.require(module)
     with torch.cuda.device(device):
         key = _PlanKey(
             kernel=kernel,
