@@ -10,12 +10,25 @@ from enum import Enum
 
 import torch
 
+from . import jit
 from .backends import flashinfer
 from .errors import BackendUnavailableError, UnsupportedAttentionError
+from .kernel_cache import KernelModule
 from .pattern import Pattern, PatternKind
 from .settings import Settings
 
-__all__ = ["RULES", "AttentionRequest", "Decision", "Path", "Rule", "decide", "fallback_of", "log_once"]
+__all__ = [
+    "RULES",
+    "AttentionRequest",
+    "Decision",
+    "KernelPendingError",
+    "Path",
+    "Rule",
+    "decide",
+    "decide_compiled",
+    "fallback_of",
+    "log_once",
+]
 
 logger = logging.getLogger("hf_flashinfer_attn")
 
@@ -153,6 +166,46 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
         )
     log_once(f"falling back to {path.value} attention: {feature}")
     return Decision(path, feature)
+
+
+class KernelPendingError(UnsupportedAttentionError):
+    """A graph was to be captured while its kernel is being compiled; it can be later."""
+
+
+def decide_compiled(module: KernelModule | None, settings: Settings, *, of_graph: bool) -> Decision:
+    """Chooses the path of a call that FlashInfer computes, by whether its kernel is compiled.
+
+    With jit="wait", and where a fallback is ruled out, it is compiled when the call is planned.
+
+    Args:
+        module: What the call needs; None where that is not known or nothing is computed.
+        settings: Those in force.
+        of_graph: Whether a graph of the whole model is captured from the call, which would keep a fallback for good.
+
+    Raises:
+        BackendUnavailableError: If the kernel must not be compiled and backend="flashinfer" was asked for.
+        UnsupportedAttentionError: If it must not be and strict=True forbids a fallback, or in a graph.
+    """
+    on_flashinfer = Decision(Path.FLASHINFER, None)
+    if module is None or settings.jit == "wait" or jit.is_ready(module):
+        return on_flashinfer
+    may_fall_back = settings.backend == "auto" and not settings.strict
+    if settings.jit == "background":
+        reason = jit.compile_in_background(module) if may_fall_back else None
+    else:
+        reason = jit.why_not(module)
+    if reason is None:
+        return on_flashinfer
+    if not may_fall_back:
+        if settings.backend == "flashinfer":
+            raise BackendUnavailableError("flashinfer", reason, jit.never_way_out())
+        raise UnsupportedAttentionError(f"{reason}, and strict=True forbids a fallback", jit.never_way_out())
+    if of_graph or torch.cuda.is_current_stream_capturing():
+        way_out = "Capture once the kernel is compiled, or compile it before: `hf-flashinfer-attn warmup --model PATH`."
+        raise KernelPendingError(f"a captured graph of attention: {reason}", way_out)
+    if settings.jit == "never":
+        log_once(f"falling back to torch attention: {reason}")
+    return Decision(Path.TORCH, reason)
 
 
 _logged: set[str] = set()

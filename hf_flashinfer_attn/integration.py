@@ -15,7 +15,7 @@ from .attention import RaggedCall, attend_ragged, needs_grad
 from .backends import dense
 from .bias import LogitsBias
 from .compiled import ragged_attention
-from .dispatch import AttentionRequest, Path, decide
+from .dispatch import AttentionRequest, Decision, Path, decide
 from .errors import UnsupportedAttentionError
 from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
@@ -455,13 +455,16 @@ def _attend(
         if may_be_native:
             prepared = native(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap)
         if prepared is None:
-            prepared = prepare(
+            made = prepare(
                 query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap, biased=bias is not None,
                 sinks=sinks is not None,
             )  # fmt: skip
-        if kept is not None:
-            kept.store.keep(signature, prepared)
-        return prepared(query, key, value, layer, bias, sinks), None
+            # While its kernel is not compiled, torch serves the call, and nothing of it is kept.
+            decision, prepared = (made, None) if isinstance(made, Decision) else (decision, made)
+        if prepared is not None:
+            if kept is not None:
+                kept.store.keep(signature, prepared)
+            return prepared(query, key, value, layer, bias, sinks), None
     call = RaggedCall(
         query=layout.query.gather(query.transpose(1, 2)),
         key=layout.key.gather(key.transpose(1, 2)),

@@ -23,10 +23,13 @@ import torch
 import torch.nn.functional as F
 from packaging.version import Version
 
+from .. import jit
 from ..bias import LogitsBias
 from ..errors import UnsupportedAttentionError
+from ..kernel_cache import KernelModule
 from ..layout import RaggedLayout
 from ..trace import record_plan
+from .biased import biased_module_arguments
 
 __all__ = [
     "GraphWorkspace",
@@ -40,6 +43,7 @@ __all__ = [
     "choose_kernel",
     "head_dim_reason",
     "make_plan",
+    "module_of",
     "padded_head_dim",
     "plan_graph",
     "unavailable_reason",
@@ -187,61 +191,6 @@ class _PlanKey:
     stream: int
     biased: bool
     sinks: bool
-
-
-# Adds a bias to the logits, read from where the model left it: by slot of the padded batch, through its own strides.
-# The module has kernels over paged keys too, whose parameters know no kv_indptr; those are compiled and never run.
-_BIASED_VARIANT = """
-DEFINE_HAS_MEMBER(kv_indptr)
-
-struct BiasedAttention : AttentionVariantBase {
-  static constexpr bool use_softmax = true;
-  uint32_t qo_len, kv_len, window_left;
-  float sm_scale, sm_scale_log2;
-
-  template <typename Params>
-  __device__ __host__ BiasedAttention(const Params& params, uint32_t batch_idx, uint8_t* smem_ptr) {
-    qo_len = params.get_qo_len(batch_idx);
-    kv_len = params.get_kv_len(batch_idx);
-    window_left = kv_len;
-    sm_scale = params.sm_scale;
-    sm_scale_log2 = math::log2e;
-  }
-
-  REGISTER_LOGITS_TRANSFORM(params, logits, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, {
-    logits *= sm_scale;
-    if (qo_idx < qo_len && kv_idx < kv_len) {
-      int64_t query_slot = qo_idx;
-      int64_t key_slot = kv_idx;
-      if (params.maybe_query_slots != nullptr) {
-        query_slot = params.maybe_query_slots[params.q_indptr[batch_idx] + qo_idx];
-      }
-      if constexpr (has_kv_indptr_v<Params>) {
-        if (params.maybe_key_slots != nullptr) {
-          key_slot = params.maybe_key_slots[params.kv_indptr[batch_idx] + kv_idx];
-        }
-      }
-      logits += float(params.bias[batch_idx * params.bias_stride_row + qo_head_idx * params.bias_stride_head +
-                                  query_slot * params.bias_stride_query + key_slot * params.bias_stride_key]);
-    }
-    return logits;
-  })
-};
-"""
-_CPP_NAMES = {torch.float16: "half", torch.bfloat16: "nv_bfloat16"}
-
-
-def biased_module_arguments(dtype: torch.dtype, head_dim: int) -> list[Any]:
-    """Returns what FlashInfer's `jit_args` takes to build the kernel that adds a bias to the logits."""
-    strides = ("bias_stride_row", "bias_stride_head", "bias_stride_query", "bias_stride_key")
-    return [
-        # Names the compiled file: whatever changes the code must change it.
-        f"hf_flashinfer_attn_bias_1_{str(dtype).removeprefix('torch.')}_{head_dim}",
-        dtype, dtype, dtype, torch.int32, head_dim, head_dim,
-        ["bias", "maybe_query_slots", "maybe_key_slots"], [_CPP_NAMES[dtype], "int32_t", "int32_t"],
-        ["sm_scale", *strides], ["double", *["int64_t"] * len(strides)],
-        "BiasedAttention", _BIASED_VARIANT,
-    ]  # fmt: skip
 
 
 class _Recorder:
@@ -712,6 +661,32 @@ class KernelPlan:
         return values, *self._layout_slots, self._key.sm_scale, *values.stride()
 
 
+def _left_bound(left: int | None, layout: RaggedLayout) -> int | None:
+    """Returns a bound, or None if no row reaches it: windows need kernels of their own."""
+    return None if left is not None and left >= layout.key.max_length - 1 else left
+
+
+def module_of(
+    layout: RaggedLayout,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    left: int | None,
+    softcap: float | None,
+    biased: bool,
+    kernel: Kernel,
+) -> KernelModule | None:
+    """Returns the compiled module that a plan needs; arguments are those of [`make_plan`].
+
+    Returns:
+        None where there is nothing to compute, or only FlashInfer's plan knows, as with kernel="auto".
+    """
+    if kernel == "auto" or not (layout.query.total_tokens and layout.key.total_tokens):
+        return None
+    window, size = _left_bound(left, layout) is not None, padded_head_dim(head_dim, kernel)
+    return KernelModule(kernel, dtype, size, window, softcap is not None and softcap > 0, biased)
+
+
 def make_plan(
     layout: RaggedLayout,
     *,
@@ -729,6 +704,8 @@ def make_plan(
     kernel: Kernel,
 ) -> KernelPlan:
     """Plans attention on the current stream; once per layout, whatever is asked for again.
+
+    The first plan of a kernel compiles it, unless that was done before.
 
     Args:
         layout: Which tokens belong to which row.
@@ -748,10 +725,10 @@ def make_plan(
     Raises:
         UnsupportedAttentionError: If a CUDA graph is being captured and nothing was planned before, or a batch is too
             large for the kernel's addresses.
+        BackendUnavailableError: If the kernel cannot be compiled, or must not be.
         ValueError: If `head_dim` is above 256, or a bias comes with what its kernel lacks.
     """
-    # A bound that no row reaches is none: windows need kernels of their own.
-    left = None if left is not None and left >= layout.key.max_length - 1 else left
+    left = _left_bound(left, layout)
     right = None if right is not None and right >= layout.query.max_length - 1 else right
     if biased and (kernel != "fa2" or left is not None or right not in (None, 0) or softcap is not None):
         raise ValueError(
@@ -764,6 +741,9 @@ def make_plan(
         raise UnsupportedAttentionError(
             f"{elements:,} elements in a query or key, which fa2 addresses with 32 bits", "Use smaller batches."
         )
+    module = module_of(layout, head_dim=head_dim, dtype=dtype, left=left, softcap=softcap, biased=biased, kernel=kernel)
+    if module is not None:
+        jit.require(module)
     with torch.cuda.device(device):
         key = _PlanKey(
             kernel=kernel,

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..backends.flashinfer import GraphWorkspace, plan_graph, unavailable_reason
-from ..dispatch import log_once
+from ..dispatch import KernelPendingError, log_once
 from ..layout import RaggedLayout, known_layout, offsets_of
 from ..mask import is_mask_of_ones, mask_of_ones
 from ..settings import Settings, current_settings
@@ -566,6 +566,10 @@ class GraphedForward:
                             graph.capture_end()
                         raise
                     graph.capture_end()
+        except KernelPendingError:
+            # Not for long; meanwhile forwards run without a graph, and other sizes keep theirs.
+            memory.stream.synchronize()
+            return None
         except RuntimeError as error:
             # Ours, or torch's of an operation that cannot be captured, or too little memory. A model that cannot be
             # captured for one size cannot be for another; if the model itself is at fault, that shows without a graph.
