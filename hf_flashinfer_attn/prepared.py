@@ -22,7 +22,15 @@ from .pattern import CAUSAL, FULL, Pattern
 from .settings import current_settings
 from .trace import AttentionCall, is_tracing, record_call
 
-__all__ = ["NativeAttention", "PreparedAttention", "native", "native_masked", "prepare", "prepared_on"]
+__all__ = [
+    "NativeAttention",
+    "PreparedAttention",
+    "native",
+    "native_masked",
+    "prepare",
+    "prepared_on",
+    "takes_padding_mask",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +174,13 @@ def _is_faster(device: torch.device, head_dim: int, length: int) -> bool:
     return head_dim <= 128 and 128 <= length <= 1024 and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def takes_padding_mask(
+    num_heads: int, num_kv_heads: int, head_dim: int, value_head_dim: int, softcap: float | None
+) -> bool:
+    """Whether full attention with a padding mask is torch's own to compute where a batch is small."""
+    return softcap is None and num_heads == num_kv_heads and head_dim == value_head_dim and head_dim % 8 == 0
+
+
 def native_masked(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -188,10 +203,7 @@ def native_masked(
     fits = (
         is_full
         and spec.packed is None
-        and softcap is None
-        and heads == key.shape[1]
-        and head_dim == value.shape[3]
-        and head_dim % 8 == 0
+        and takes_padding_mask(heads, key.shape[1], head_dim, value.shape[3], softcap)
         and batch * heads * q_length * kv_length < SMALL_LOGITS
     )
     if not fits or spec.padding_mask is None:

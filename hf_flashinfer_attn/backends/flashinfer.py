@@ -37,6 +37,9 @@ __all__ = [
     "KernelPlan",
     "PackOrder",
     "attend",
+    "capability_dtype_reason",
+    "capability_kernel",
+    "capability_reason",
     "choose_kernel",
     "head_dim_reason",
     "make_plan",
@@ -75,17 +78,20 @@ def unavailable_reason(device: torch.device) -> tuple[str, str] | None:
         return "this is a ROCm build of torch", "Use hf_flashinfer_attn.configure(backend='torch')."
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer is not installed", "Install it: pip install flashinfer-python (Linux)."
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (7, 5):
-        return (
-            f"the GPU has compute capability {capability[0]}.{capability[1]}, FlashInfer needs 7.5 or newer",
-            "Use hf_flashinfer_attn.configure(backend='torch').",
-        )
+    if (reason := capability_reason(torch.cuda.get_device_capability(device))) is not None:
+        return reason, "Use hf_flashinfer_attn.configure(backend='torch')."
     if not _can_compile():
         return (
             "there is no nvcc to compile its kernels with (looked at CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)",
             "Install the CUDA toolkit, or the package flashinfer-jit-cache with compiled kernels.",
         )
+    return None
+
+
+def capability_reason(capability: tuple[int, int]) -> str | None:
+    """Returns why FlashInfer does not run on GPUs of a compute capability; None if it does."""
+    if capability < (7, 5):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, FlashInfer needs 7.5 or newer"
     return None
 
 
@@ -100,8 +106,13 @@ def dtype_reason(dtype: torch.dtype, device: torch.device) -> str | None:
     """Returns why the kernels cannot take `dtype` on `device`; None if they can."""
     if dtype not in DTYPES:
         return f"dtype {dtype} (FlashInfer takes torch.float16 and torch.bfloat16)"
+    return capability_dtype_reason(dtype, torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+
+
+def capability_dtype_reason(dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """Returns why the kernels cannot take `dtype`, one of theirs, on GPUs of a compute capability; None if they can."""
     needed = _MIN_CAPABILITY[dtype]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < needed:
+    if capability < needed:
         return f"dtype {dtype} on a GPU older than compute capability {needed[0]}.{needed[1]}"
     return None
 
@@ -147,9 +158,17 @@ def choose_kernel(
         sinks: Whether there are attention sinks, which need the kernel's logsumexp.
         reach: How many keys a query sees on average; None for many.
     """
+    capability = torch.cuda.get_device_capability(device)
+    return capability_kernel(capability, head_dim, biased=biased, sinks=sinks, reach=reach)
+
+
+def capability_kernel(
+    capability: tuple[int, int], head_dim: int, *, biased: bool = False, sinks: bool = False, reach: float | None = None
+) -> Kernel:
+    """Returns the kernel to use on GPUs of a compute capability; arguments are those of [`choose_kernel`]."""
     if biased:
         return "fa2"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability
     if (major, minor) == (9, 0):
         return "fa2" if reach is not None and reach < _FA3_REACH else "fa3"
     if major in (10, 11) and padded_head_dim(head_dim, "auto") == 128 and not sinks:
