@@ -175,7 +175,7 @@ class KernelPendingError(UnsupportedAttentionError):
 def decide_compiled(module: KernelModule | None, settings: Settings, *, of_graph: bool) -> Decision:
     """Chooses the path of a call that FlashInfer computes, by whether its kernel is compiled.
 
-    With jit="wait", and where a fallback is ruled out, it is compiled when the call is planned.
+    Where the kernel is to be waited for, that happens when the call is planned.
 
     Args:
         module: What the call needs; None where that is not known or nothing is computed.
@@ -184,28 +184,31 @@ def decide_compiled(module: KernelModule | None, settings: Settings, *, of_graph
 
     Raises:
         BackendUnavailableError: If the kernel must not be compiled and backend="flashinfer" was asked for.
-        UnsupportedAttentionError: If it must not be and strict=True forbids a fallback, or in a graph.
+        KernelPendingError: If a graph must not be captured yet.
+        UnsupportedAttentionError: If strict=True or a graph that is captured forbids a fallback.
     """
-    on_flashinfer = Decision(Path.FLASHINFER, None)
     if module is None or settings.jit == "wait" or jit.is_ready(module):
-        return on_flashinfer
+        return _ON_FLASHINFER
     may_fall_back = settings.backend == "auto" and not settings.strict
-    if settings.jit == "background":
-        reason = jit.compile_in_background(module) if may_fall_back else None
-    else:
+    if settings.jit == "never":
         reason = jit.why_not(module)
+    else:
+        reason = jit.compile_in_background(module) if may_fall_back and not jit.is_waiting() else None
     if reason is None:
-        return on_flashinfer
+        return _ON_FLASHINFER
     if not may_fall_back:
         if settings.backend == "flashinfer":
-            raise BackendUnavailableError("flashinfer", reason, jit.never_way_out())
-        raise UnsupportedAttentionError(f"{reason}, and strict=True forbids a fallback", jit.never_way_out())
+            raise BackendUnavailableError("flashinfer", reason, jit.COMPILE_AHEAD)
+        raise UnsupportedAttentionError(f"{reason}, and strict=True forbids a fallback", jit.COMPILE_AHEAD)
     if of_graph or torch.cuda.is_current_stream_capturing():
-        way_out = "Capture once the kernel is compiled, or compile it before: `hf-flashinfer-attn warmup --model PATH`."
-        raise KernelPendingError(f"a captured graph of attention: {reason}", way_out)
+        error = KernelPendingError if jit.is_pending(module) else UnsupportedAttentionError
+        raise error(f"a captured graph of attention: {reason}", jit.COMPILE_AHEAD)
     if settings.jit == "never":
         log_once(f"falling back to torch attention: {reason}")
     return Decision(Path.TORCH, reason)
+
+
+_ON_FLASHINFER = Decision(Path.FLASHINFER, None)
 
 
 _logged: set[str] = set()

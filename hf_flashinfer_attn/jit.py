@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,20 @@ from .errors import BackendUnavailableError
 from .kernel_cache import KernelModule, aot_directories, cache_directory, compiled_library
 from .settings import Settings, current_settings
 
-__all__ = ["compile_in_background", "compile_module", "is_ready", "is_up_to_date", "nvcc_path", "require", "why_not"]
+__all__ = [
+    "COMPILE_AHEAD",
+    "compile_in_background",
+    "compile_module",
+    "is_pending",
+    "is_ready",
+    "is_up_to_date",
+    "is_waiting",
+    "log_of",
+    "nvcc_path",
+    "require",
+    "waiting",
+    "why_not",
+]
 
 logger = logging.getLogger("hf_flashinfer_attn")
 
@@ -34,6 +48,10 @@ HEARTBEAT = 10.0
 DISABLED_VARIABLE = "FLASHINFER_DISABLE_JIT"
 _WAY_OUT = (
     "Run `hf-flashinfer-attn doctor` to see what is missing, or use hf_flashinfer_attn.configure(backend='torch')."
+)
+COMPILE_AHEAD = (
+    "Compile it ahead: `hf-flashinfer-attn warmup --model PATH`; or wait for it: "
+    "hf_flashinfer_attn.configure(jit='wait')."
 )
 # What the compiler says where the machine lacks something, and what to do about it.
 _CURES = {
@@ -247,6 +265,30 @@ def is_ready(module: KernelModule) -> bool:
     return module in _ready
 
 
+def is_pending(module: KernelModule) -> bool:
+    """Whether a module is being compiled in this process."""
+    job = _jobs.get(module)
+    return job is not None and not job.done.is_set()
+
+
+_waiting: ContextVar[bool] = ContextVar("hf_flashinfer_attn_waiting", default=False)
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Has this thread wait for kernels inside the block, with jit="background" too."""
+    token = _waiting.set(True)
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+
+
+def is_waiting() -> bool:
+    """Whether this thread is in a block of [`waiting`]."""
+    return _waiting.get()
+
+
 def _look(module: KernelModule) -> bool:
     if module not in _ready and is_up_to_date(module):
         _ready.add(module)
@@ -274,7 +316,7 @@ def require(module: KernelModule) -> None:
     while module not in _ready:
         if current_settings().jit == "never":
             if (reason := why_not(module)) is not None:
-                raise BackendUnavailableError("flashinfer", reason, never_way_out())
+                raise BackendUnavailableError("flashinfer", reason, COMPILE_AHEAD)
             return
         job, is_mine = _job_of(module)
         if is_mine and _look_for(job):
@@ -389,11 +431,3 @@ def why_not(module: KernelModule) -> str | None:
             return None
         _missing[module] = settings
     return f"its kernel ({module}) is not compiled, and jit='never' forbids to compile it"
-
-
-def never_way_out() -> str:
-    """What to do where a kernel is not compiled and must not be."""
-    return (
-        "Compile it ahead: `hf-flashinfer-attn warmup --model PATH`; or let it be compiled: "
-        "hf_flashinfer_attn.configure(jit='wait')."
-    )

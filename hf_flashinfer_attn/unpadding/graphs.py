@@ -403,7 +403,8 @@ class GraphedForward:
     def refusal(self) -> str | None:
         """Why the model as it is runs without graphs, once that was found out; None while nothing is known."""
         refused, state = self._refused, self._state
-        if refused is not None and refused[1] == current_settings():
+        # After `configure`, what could not be done is tried again.
+        if refused is not None and refused[1] is current_settings():
             return refused[0]
         return state.refusal if state is not None and state.refusal is not None and state.holds() else None
 
