@@ -20,12 +20,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from paired_models import T5_IS_ON_THE_INTERFACE
 from transformers import BertConfig, BertModel, Gemma2Config, ModernBertConfig, T5Config
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import compiled, dispatch, integration, jit, prepared
 from hf_flashinfer_attn.attention import RaggedCall, attend_ragged
 from hf_flashinfer_attn.backends import flashinfer, reference
+from hf_flashinfer_attn.backends.biased import biased_module_arguments
 from hf_flashinfer_attn.dispatch import Decision, KernelPendingError, decide_compiled
 from hf_flashinfer_attn.kernel_cache import (
     KernelModule,
@@ -164,15 +166,19 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def make_plan(*args: object, **kwargs: object) -> None:
         raise PlannedError
 
-    def prepare(query: torch.Tensor, *rest: object, **options: object) -> object:
+    def prepare(query, key, value, layout, pattern, **options) -> object:
         try:
-            return prepared.prepare(query, *rest, **options)  # type: ignore[arg-type]
+            return prepared.prepare(query, key, value, layout, pattern, **options)
         except PlannedError:
-            return Computed(*rest[2:], **options)
+            return Computed(layout, **options)
+
+    def prepared_on(layout, *sides_and_pattern, **options) -> object:
+        *sides, pattern = sides_and_pattern
+        return prepare(*sides, layout, pattern, **options)
 
     class Computed:
-        def __init__(self, layout, pattern, *, sm_scale: float, softcap: float | None, **options: object) -> None:
-            self.layout, self.pattern, self.sm_scale, self.softcap = layout, pattern, sm_scale, softcap
+        def __init__(self, layout: RaggedLayout, *, sm_scale: float, softcap: float | None, **_: object) -> None:
+            self.layout, self.sm_scale, self.softcap = layout, sm_scale, softcap
 
         def __call__(self, query, key, value, layer: str, bias=None, sinks=None) -> torch.Tensor:
             sides = [side.transpose(1, 2) for side in (query, key, value)]
@@ -181,7 +187,6 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.layout.query.scatter(output)
 
     def attend_planned(*sides, kernel: object = None, **options: object) -> torch.Tensor:
-        hf_flashinfer_attn.trace  # noqa: B018
         integration.record_call(integration.AttentionCall("", "full", "flashinfer-fa2", 32, 64, None))
         return reference.attend(*sides, **options)
 
@@ -192,7 +197,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepared, "SMALL_LOGITS", 0)
     monkeypatch.setattr(integration, "_kept_of", lambda *_: None)
     monkeypatch.setattr(integration, "prepare", prepare)
-    monkeypatch.setattr(compiled, "prepared_on", prepare)
+    monkeypatch.setattr(compiled, "prepared_on", prepared_on)
 
 
 @pytest.fixture
@@ -254,13 +259,9 @@ def test_flashinfer_asks_for_the_module_of_that_name(toolkit: Toolkit, monkeypat
             flashinfer.prefill.get_batch_prefill_module(module.kernel, *module.arguments)
     with pytest.raises(InterruptedError):
         flashinfer.prefill.get_customize_batch_prefill_module(
-            "fa2", *flashinfer_arguments(MODULES[4].dtype, MODULES[4].head_dim)
+            "fa2", *biased_module_arguments(MODULES[4].dtype, MODULES[4].head_dim)
         )
     assert asked == [module.name for module in MODULES]
-
-
-def flashinfer_arguments(dtype: torch.dtype, head_dim: int) -> list[object]:
-    return flashinfer.biased_module_arguments(dtype, head_dim)
 
 
 def test_names_say_what_a_module_is() -> None:
@@ -485,7 +486,7 @@ GEMMA2 = Gemma2Config(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
     head_dim=72, vocab_size=50, sliding_window=3,
 )  # fmt: skip
-T5 = T5Config(d_model=64, d_kv=24, d_ff=64, num_layers=1, num_heads=2, vocab_size=50, architectures=["T5EncoderModel"])
+T5 = T5Config(d_model=48, d_kv=24, d_ff=64, num_layers=1, num_heads=2, vocab_size=50, architectures=["T5EncoderModel"])
 
 
 @pytest.mark.parametrize(
@@ -495,8 +496,14 @@ T5 = T5Config(d_model=64, d_kv=24, d_ff=64, num_layers=1, num_heads=2, vocab_siz
         (BERT, (8, 0), ["fa2, float16, head_dim 64"]),
         (MODERNBERT, (8, 0), ["fa2, float16, head_dim 64", "fa2, float16, head_dim 64, window"]),
         (GEMMA2, (8, 0), ["fa2, float16, head_dim 128, softcap", "fa2, float16, head_dim 128, window, softcap"]),
+        pytest.param(
+            T5,
+            (9, 0),
+            ["fa2, float16, head_dim 64, bias"],
+            marks=pytest.mark.skipif(not T5_IS_ON_THE_INTERFACE, reason="T5 computes attention by itself here"),
+        ),
     ],
-    ids=["bert-9.0", "bert-8.0", "modernbert-8.0", "gemma2-8.0"],
+    ids=["bert-9.0", "bert-8.0", "modernbert-8.0", "gemma2-8.0", "t5-9.0"],
 )
 def test_modules_of_a_model(config, capability: tuple[int, int], expected: list[str]) -> None:
     assert sorted(map(str, modules_of(plan_of_config(config, capability=capability)))) == sorted(expected)
@@ -603,3 +610,114 @@ def test_a_real_compiler(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (library,) = tmp_path.glob(".cache/flashinfer/*/80/cached_ops/*/*.so")
     assert library.stat().st_size > 100_000
+
+
+# Run in a process of its own, whose FlashInfer looks nowhere but in an empty folder.
+_ON_A_GPU = """
+import copy, logging, pathlib, sys, time
+import torch
+import flashinfer.jit.env
+from transformers import BertConfig, BertModel
+import hf_flashinfer_attn
+from hf_flashinfer_attn import jit, prepared
+
+flashinfer.jit.env.FLASHINFER_AOT_DIR = pathlib.Path(sys.argv[1]) / "nothing"
+flashinfer.jit.env.FLASHINFER_AOT_PROVIDERS = ()
+flashinfer.jit.env.FLASHINFER_AOT_DIRS = (flashinfer.jit.env.FLASHINFER_AOT_DIR,)
+prepared.SMALL_LOGITS = 0
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("hf_flashinfer_attn").addHandler(handler)
+
+config = BertConfig(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=128, vocab_size=100)
+torch.manual_seed(0)
+eager = BertModel._from_config(copy.deepcopy(config), attn_implementation="eager").eval().cuda()
+ours = BertModel._from_config(copy.deepcopy(config), attn_implementation="flashinfer", dtype=torch.float16).eval().cuda()
+ours.load_state_dict(eager.state_dict())
+graphed = hf_flashinfer_attn.unpad(copy.deepcopy(ours), cuda_graphs=True)
+traced = torch.compile(copy.deepcopy(ours))
+ids, mask = torch.randint(0, 100, (4, 60), device="cuda"), torch.ones(4, 60, dtype=torch.long, device="cuda")
+mask[0, 20:] = mask[3, 7:] = 0
+with torch.no_grad():
+    expected = eager(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+
+def check(model):
+    with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+        hidden = model(ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=2e-2)
+    return trace
+
+hf_flashinfer_attn.configure(jit="background")
+start = time.perf_counter()
+first = check(ours)
+waited = time.perf_counter() - start
+"""
+_SWITCHES = """
+assert first.kernels == ("torch",) and "being compiled" in first.fallbacks[0], first
+assert waited < 15, waited
+assert check(graphed).kernels == check(traced).kernels == ("torch",)
+assert hf_flashinfer_attn.graph_statistics(graphed).captured == 0
+while check(ours).kernels == ("torch",):
+    time.sleep(0.2)
+switched = time.perf_counter() - start
+assert set(check(ours).kernels) == set(check(traced).kernels) == {"flashinfer-fa2"}
+for _ in range(2):
+    assert check(graphed).kernels == ("flashinfer-fa2",)
+statistics = hf_flashinfer_attn.graph_statistics(graphed)
+assert (statistics.captured, statistics.replayed) == (1, 2), statistics
+assert len([line for line in said if "in the background" in line]) == 1, said
+assert len([line for line in said if "switches to it" in line]) == 1, said
+assert not any("no CUDA graphs" in line for line in said), said
+print(f"torch served at once, {waited:.1f} s; FlashInfer after {switched:.1f} s")
+"""
+_STAYS = """
+while jit._jobs and not all(job.done.is_set() for job in jit._jobs.values()):
+    time.sleep(0.05)
+for _ in range(2):
+    assert check(ours).kernels == check(graphed).kernels == check(traced).kernels == ("torch",)
+assert hf_flashinfer_attn.graph_statistics(graphed).captured == 0
+stays = [line for line in said if "stays on the torch backend" in line]
+assert len(stays) == 1 and "build.log" in stays[0] and "failed after" in stays[0], said
+assert len([line for line in said if "no CUDA graphs" in line]) == 1, said
+hf_flashinfer_attn.configure(jit="wait")
+try:
+    check(ours)
+except hf_flashinfer_attn.BackendUnavailableError as error:
+    assert "build.log" in str(error) and "configure(backend='torch')" in str(error), error
+else:
+    raise AssertionError("expected an error")
+print("failed as it should")
+"""
+
+
+def run_on_gpu(tmp_path: Path, script: str, **changes: str) -> str:
+    environment = {**os.environ, "FLASHINFER_WORKSPACE_BASE": str(tmp_path), **changes}
+    command = [sys.executable, "-c", _ON_A_GPU + script, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=560)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.gpu
+def test_torch_serves_on_a_gpu_until_the_kernel_is_there(tmp_path: Path) -> None:
+    assert "torch served at once" in run_on_gpu(tmp_path, _SWITCHES)
+
+
+@pytest.mark.gpu
+def test_torch_stays_on_a_gpu_where_the_kernel_cannot_be_compiled(tmp_path: Path) -> None:
+    assert "failed as it should" in run_on_gpu(tmp_path, _STAYS, FLASHINFER_NVCC="false")
+
+
+@pytest.mark.gpu
+def test_warmup_of_this_machine_with_graphs(tmp_path: Path) -> None:
+    BERT.save_pretrained(tmp_path / "model")
+    BertModel._from_config(BERT).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "hf_flashinfer_attn", "warmup", "--model", str(tmp_path / "model")]
+    command += ["--dtype", "float16", "--graphs", "8x400,2x16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "graphs: 2 captured in" in done.stdout
+    again = warmup(BERT, dtypes=[torch.float16])
+    assert again.passed
+    assert all(kernel.seconds is None for kernel in again.kernels)

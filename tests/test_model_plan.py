@@ -24,7 +24,7 @@ HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 6), (7, 5), (10, 0)
 NAMES = frozenset(
     {
         "albert", "bart", "bert", "bert-causal", "distilbert", "electra", "embedding-gemma", "ernie", "esm-absolute",
-        "esm-rotary", "eurobert", "gemma2", "gemma3-text", "gpt2", "jina-v3", "layoutlm", "llama", "mbart", "mistral",
+        "esm-rotary", "eurobert", "gemma2", "gemma3-text", "gpt2", "jina-v3", "layoutlm", "llama", "mbart",
         "mixtral", "mobilebert", "modernbert", "nomic-bert", "phi3", "qwen3", "roberta", "t5", "t5gemma", "umt5",
         "xlm-roberta",
     }
