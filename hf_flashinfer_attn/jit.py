@@ -40,6 +40,7 @@ __all__ = [
     "nvcc_path",
     "require",
     "waiting",
+    "watched",
     "why_not",
 ]
 
@@ -431,3 +432,40 @@ def why_not(module: KernelModule) -> str | None:
             return None
         _missing[module] = settings
     return f"its kernel ({module}) is not compiled, and jit='never' forbids to compile it"
+
+
+_watched: set[str] = set()
+
+
+@contextmanager
+def watched(name: str) -> Iterator[None]:
+    """Says that the first use of a kernel takes long, where only FlashInfer knows what it compiles.
+
+    Args:
+        name: Of what is used; watched until a block with this name ends well.
+
+    Raises:
+        BackendUnavailableError: If compiling fails.
+    """
+    if name in _watched:
+        yield
+        return
+    over, start = threading.Event(), time.perf_counter()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT):
+            seconds = time.perf_counter() - start
+            logger.warning("FlashInfer is still preparing a kernel (%s): %.0f s, most likely compiling", name, seconds)
+
+    threading.Thread(target=beat, name="hf_flashinfer_attn-heartbeat", daemon=True).start()
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("Ninja build failed"):
+            raise
+        raise BackendUnavailableError(
+            "flashinfer", f"its kernel ({name}) cannot be built: {error}", _WAY_OUT
+        ) from error
+    finally:
+        over.set()
+    _watched.add(name)

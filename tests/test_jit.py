@@ -321,6 +321,26 @@ def test_many_threads_wait_for_one_compiler_and_one_voice_speaks(
     jit.require(PLAIN)
 
 
+def test_what_flashinfer_compiles_by_itself_is_spoken_of(
+    log: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jit, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(jit, "_watched", set())
+    with jit.watched("auto, float16"):
+        wait_until(lambda: len(log()) >= 2)
+    assert all(line.startswith("FlashInfer is still preparing a kernel (auto, float16): 0 s") for line in log())
+    count = len(log())
+    with jit.watched("auto, float16"):
+        time.sleep(0.1)
+    assert len(log()) == count
+    message = r"\(auto, bfloat16\) cannot be built: Ninja"
+    with (
+        pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=message),
+        jit.watched("auto, bfloat16"),
+    ):
+        raise RuntimeError("Ninja build failed. Ninja output: ...")
+
+
 @needs_flashinfer
 def test_what_was_compiled_before_is_not_spoken_of(toolkit: Toolkit, log: Callable[[], list[str]]) -> None:
     jit.compile_module(PLAIN)
@@ -633,7 +653,8 @@ logging.getLogger("hf_flashinfer_attn").addHandler(handler)
 config = BertConfig(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=128, vocab_size=100)
 torch.manual_seed(0)
 eager = BertModel._from_config(copy.deepcopy(config), attn_implementation="eager").eval().cuda()
-ours = BertModel._from_config(copy.deepcopy(config), attn_implementation="flashinfer", dtype=torch.float16).eval().cuda()
+ours = BertModel._from_config(copy.deepcopy(config), attn_implementation="flashinfer", dtype=torch.float16)
+ours = ours.eval().cuda()
 ours.load_state_dict(eager.state_dict())
 graphed = hf_flashinfer_attn.unpad(copy.deepcopy(ours), cuda_graphs=True)
 traced = torch.compile(copy.deepcopy(ours))

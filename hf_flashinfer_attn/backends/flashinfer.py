@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -299,20 +299,24 @@ class _Wrapper:
 
     def _plan_anew(self, key: _PlanKey, query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> None:
         """Plans with all of FlashInfer's own checks; offsets are on the host, from where it need not copy them back."""
-        self.prefill.plan(
-            query_offsets,
-            key_offsets,
-            key.num_heads,
-            key.num_kv_heads,
-            key.head_dim,
-            causal=key.causal,
-            window_left=key.window_left,
-            sm_scale=key.sm_scale,
-            logits_soft_cap=key.softcap,
-            q_data_type=key.dtype,
-            # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream #4972).
-            disable_split_kv=True,
-        )
+        name = f"{key.kernel}, {str(key.dtype).removeprefix('torch.')}, head_dim {key.head_dim}"
+        # What "auto" takes is known to nobody else, nor whether it is compiled.
+        with jit.watched(name) if key.kernel == "auto" else nullcontext():
+            self.prefill.plan(
+                query_offsets,
+                key_offsets,
+                key.num_heads,
+                key.num_kv_heads,
+                key.head_dim,
+                causal=key.causal,
+                window_left=key.window_left,
+                sm_scale=key.sm_scale,
+                logits_soft_cap=key.softcap,
+                q_data_type=key.dtype,
+                # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream
+                # #4972).
+                disable_split_kv=True,
+            )
 
     def _plan_again(self, key: _PlanKey, layout: RaggedLayout, replay: _Replay) -> None:
         prefill = self.prefill
