@@ -20,7 +20,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 
-from embedding import Gatherer, PartEmbedder, Plan, add_arguments, embed_parts, options_from, write_report
+from embedding import PartEmbedder, embed_parts
+from plan import Gatherer, Plan, add_arguments, options_from, write_report
 
 
 def make_plan(accelerator: Accelerator, arguments: argparse.Namespace) -> Plan | None:

@@ -23,19 +23,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import numpy as np
 import ray
-import torch
 
-from embedding import (
-    THREADS_PER_GPU,
-    Gatherer,
-    Part,
-    PartEmbedder,
-    PartReport,
-    Plan,
-    add_arguments,
-    options_from,
-    write_report,
-)
+from plan import Gatherer, Part, PartReport, Plan, add_arguments, options_from, write_report
+
+# While one part is on the GPU, the next one is read and tokenised, and the one before is written.
+CALLS_AT_A_TIME = 4
 
 
 class Embedder:
@@ -46,6 +38,11 @@ class Embedder:
     """
 
     def __init__(self, plan: str) -> None:
+        # Here, as the program that starts actors needs no torch.
+        import torch
+
+        from embedding import PartEmbedder
+
         device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
         self._embedder = PartEmbedder(Plan.load(Path(plan)), device)
 
@@ -69,8 +66,8 @@ def embed(plan: Plan, actors: int, gpus: int) -> list[PartReport]:
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 size=actors,
-                max_tasks_in_flight_per_actor=THREADS_PER_GPU,
-                max_concurrent_calls_per_actor=THREADS_PER_GPU,
+                max_tasks_in_flight_per_actor=CALLS_AT_A_TIME,
+                max_concurrent_calls_per_actor=CALLS_AT_A_TIME,
                 enable_true_multi_threading=True,
             ),
             num_cpus=None if gpus else 1,

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import uvicorn
 from batched.aio import AsyncBatchProcessor
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StringConstraints
 
@@ -195,6 +196,11 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="embeddings", lifespan=lifespan)
     app.add_middleware(BodyTooLarge, limit=service.limits.max_body_bytes)
+
+    @app.exception_handler(RequestValidationError)
+    async def name_fault(_: Request, error: RequestValidationError) -> JSONResponse:
+        # Without the input, which may be large, or no valid text at all.
+        return JSONResponse({"detail": [{"loc": one["loc"], "msg": one["msg"]} for one in error.errors()]}, 422)
 
     @app.post("/embed", response_model=EmbedResponse)
     async def embed(request: EmbedRequest) -> Response:
