@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -64,6 +65,8 @@ class PartEmbedder:
         self.encoder = Encoder(options.model, device, pooling=options.pooling, max_length=options.max_length)
         self._reader = _Reader(plan)
         self._turn = threading.Lock()
+        # Whoever launches kernels should not wait 5 ms each time for threads that unpack tokens.
+        sys.setswitchinterval(5e-4)
         self.encoder.capture(self._shapes())
 
     def _shapes(self) -> list[tuple[int, int]]:
@@ -71,7 +74,7 @@ class PartEmbedder:
         tokens = self.plan.options.tokens_per_batch
         rows = [1 << power for power in range(3, MAX_GRAPH_ROWS.bit_length())]
         rows = [count for count in rows if count * self.encoder.max_length >= tokens and count * 3 <= tokens]
-        return [(count, size) for size in (tokens * 15 // 16, tokens) for count in rows]
+        return [(count, size) for size in (tokens * 15 // 16, tokens, tokens * 17 // 16) for count in rows]
 
     def _batches(self, lengths: np.ndarray) -> list[slice]:
         """Cuts rows that are sorted by length into batches of as many tokens each: few sizes, so few graphs."""

@@ -112,6 +112,10 @@ class Encoder:
         # The current GPU is one per thread, and kernels are launched on it.
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        # From pinned memory, or the host would wait for all that was launched before.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns token ids of each text, special tokens included. Other threads run meanwhile."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
@@ -125,12 +129,12 @@ class Encoder:
         with torch.no_grad(), self._on_device():
             ids, mask = rows.padded(self.pad_id)
             if not self.unpadded:
-                ids, mask = ids.to(self.device), mask.to(self.device)
+                ids, mask = self._send(ids), self._send(mask)
             hidden: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
             if self.pooling == "cls":
                 pooled = hidden[:, 0].float()
             else:
-                lengths = torch.from_numpy(rows.lengths)[:, None].to(self.device)
+                lengths = self._send(torch.from_numpy(rows.lengths))[:, None]
                 valid = torch.arange(hidden.shape[1], device=self.device) < lengths
                 pooled = (hidden.float() * valid[:, :, None]).sum(1) / lengths
             return F.normalize(pooled, dim=-1)

@@ -231,6 +231,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
     for name, default in ((name, getattr(Limits(), name)) for name in Limits.__dataclass_fields__):
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     arguments = parser.parse_args(command_line)
+    # The thread that launches kernels should not wait 5 ms each time for the one that reads and writes requests.
+    sys.setswitchinterval(5e-4)
     limits = Limits(**{name: getattr(arguments, name) for name in Limits.__dataclass_fields__})
     encoder = Encoder(
         arguments.model, torch.device(arguments.device), pooling=arguments.pooling, max_length=arguments.max_length,
