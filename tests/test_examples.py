@@ -1,0 +1,408 @@
+"""The programs in `examples/` in processes of their own, with a tiny model, and killed in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+import doctest
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import load_test
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import serve
+import torch
+from transformers import AutoModel, AutoTokenizer, BertConfig
+
+import encoder
+import hf_flashinfer_attn
+import plan as plans
+from embedding import PartEmbedder, embed_parts
+from plan import Gatherer, Options, Plan
+from random_model import random_texts, save_random_model
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LENGTH, ROWS = 64, 3_000
+# Above rounding of float32, far below what a wrong row would give.
+TOLERANCE = 2e-6
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A model, an input of two files, and what embeddings of its texts are by transformers' eager attention."""
+
+    model: Path
+    input: Path
+    texts: list[str]
+    expected: np.ndarray
+
+    def options(self, **changes: Any) -> Options:
+        options = Options(str(self.model), str(self.input), keep=("id",), tokens_per_batch=512, part_megabytes=0.01)
+        return replace(options, **changes)
+
+    def arguments(self, output: Path) -> list[str]:
+        return [
+            "--model", str(self.model), "--input", str(self.input), "--output", str(output), "--keep", "id",
+            "--tokens-per-batch", "512", "--part-megabytes", "0.01", "--report", str(output.with_suffix(".json")),
+        ]  # fmt: skip
+
+
+def tiny_config() -> BertConfig:
+    return BertConfig(
+        vocab_size=400, hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96,
+        max_position_embeddings=MAX_LENGTH, initializer_range=0.2,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def embed_directly(model: Path, texts: list[str]) -> np.ndarray:
+    network = AutoModel.from_pretrained(model, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    found = []
+    for start in range(0, len(texts), 100):
+        batch = tokenizer(texts[start : start + 100], padding=True, truncation=True, return_tensors="pt")
+        valid = batch["attention_mask"][:, :, None]
+        mean = (network(**batch).last_hidden_state * valid).sum(1) / valid.sum(1)
+        found.append(torch.nn.functional.normalize(mean, dim=-1))
+    return torch.cat(found).numpy()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpus")
+    save_random_model(folder / "model", tiny_config())
+    lengths = np.random.default_rng(0).integers(0, 60, ROWS)
+    # Long texts come together, an empty one and those that are cut among them.
+    lengths[: ROWS // 4].sort()
+    texts = list(random_texts(folder / "model", lengths.tolist()))
+    (folder / "input").mkdir()
+    for name, start, stop in (("a", 0, 1_700), ("b", 1_700, ROWS)):
+        table = pa.table({"id": [f"text-{row}" for row in range(start, stop)], "text": texts[start:stop]})
+        pq.write_table(table, folder / "input" / f"{name}.parquet", row_group_size=400)
+    return Corpus(folder / "model", folder / "input", texts, embed_directly(folder / "model", texts))
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+
+
+def launch(corpus: Corpus, output: Path) -> subprocess.Popen[str]:
+    """Starts `accelerate launch` with two processes on the CPU."""
+    command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    program = [str(ROOT / "examples" / "embed_accelerate.py"), "--cpu", *corpus.arguments(output)]
+    return start([*command, *program])
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def parts_of(output: Path) -> set[str]:
+    return {path.name for path in output.with_name(output.name + ".parts").glob("part-*.parquet")}
+
+
+def kill_in_the_middle(
+    process: subprocess.Popen[str], output: Path, more_than: int, is_worker: Callable[[psutil.Process], bool]
+) -> int:
+    """Kills a worker of a running program as soon as so many parts are there; returns which."""
+    end = time.monotonic() + 120
+    while len(parts_of(output)) <= more_than:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    while not (found := [one for one in psutil.Process(process.pid).children(recursive=True) if is_worker(one)]):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+    found[0].send_signal(signal.SIGKILL)
+    return int(found[0].pid)
+
+
+def is_running(process: psutil.Process, *names: str) -> bool:
+    try:
+        line = " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
+    return all(name in line for name in names)
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    log = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, log
+    return log
+
+
+def check(corpus: Corpus, output: Path) -> pa.Table:
+    """Checks an output against its input and direct calls of the model: all rows, once, in order, and right."""
+    table = pq.read_table(output)
+    assert table.column_names == ["row", "id", "embedding"]
+    assert table["row"].to_pylist() == list(range(ROWS))
+    assert table["id"].to_pylist() == [f"text-{row}" for row in range(ROWS)]
+    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), corpus.expected, atol=TOLERANCE)
+    assert not output.with_name(output.name + ".parts").exists()
+    return table
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    plan = Plan.make(corpus.options(), tmp_path_factory.mktemp("whole") / "whole.parquet", workers=2)
+    assert plan is not None
+    with Gatherer(plan, progress=False):
+        reports = embed_parts(PartEmbedder(plan, torch.device("cpu")), plan.parts)
+    assert sum(report.rows for report in reports) == ROWS
+    return check(corpus, plan.output)
+
+
+@pytest.fixture(scope="module")
+def killed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave behind of which one was killed."""
+    output = tmp_path_factory.mktemp("killed") / "embeddings.parquet"
+    process = launch(corpus, output)
+    kill_in_the_middle(process, output, 2, lambda child: is_running(child, "embed_accelerate"))
+    log = process.communicate(timeout=120)[0]
+    assert process.returncode != 0, log
+    assert not output.exists()
+    return output
+
+
+def resume_from(killed: Path, folder: Path) -> tuple[Path, set[int]]:
+    """Copies what is left of a killed run; returns its output to be and the parts that are there."""
+    output = folder / killed.name
+    shutil.copytree(killed.with_name(killed.name + ".parts"), output.with_name(output.name + ".parts"))
+    done = {int(name.removeprefix("part-").removesuffix(".parquet")) for name in parts_of(output)}
+    plan = Plan.load(output.with_name(output.name + ".parts") / "plan.json")
+    assert 2 < len(done) < len(plan.parts)
+    return output, done
+
+
+def embedded_parts(output: Path) -> tuple[list[int], set[int], int]:
+    """Returns which parts a run embedded, by which processes, and how many parts there are."""
+    report = json.loads(output.with_suffix(".json").read_text())
+    parts = report["part_reports"]
+    return [part["index"] for part in parts], {part["worker"] for part in parts}, report["parts"]
+
+
+def test_accelerate_goes_on_where_a_worker_was_killed(
+    corpus: Corpus, killed: Path, uninterrupted: pa.Table, tmp_path: Path
+) -> None:
+    output, done = resume_from(killed, tmp_path)
+    log = finished(launch(corpus, output))
+    assert "100%" in log  # of the progress bar
+    assert check(corpus, output).equals(uninterrupted)
+    embedded, workers, count = embedded_parts(output)
+    assert len(workers) == 2
+    assert embedded == [part for part in range(count) if part not in done]
+
+
+def test_ray_goes_on_and_replaces_a_killed_actor(
+    corpus: Corpus, killed: Path, uninterrupted: pa.Table, tmp_path: Path
+) -> None:
+    output, done = resume_from(killed, tmp_path)
+    process = start([str(ROOT / "examples" / "embed_ray.py"), "--actors", "2", *corpus.arguments(output)])
+    # One that is at a part: Ray writes the running method to the name of the process.
+    actor = kill_in_the_middle(process, output, len(done) + 2, lambda child: is_running(child, "MapWorker", ".submit"))
+    log = finished(process)
+    assert "100%" in log
+    assert check(corpus, output).equals(uninterrupted)
+    embedded, workers, count = embedded_parts(output)
+    # Two that were there, and one in the place of the killed one, which may or may not have finished a part.
+    assert len(workers - {actor}) == 2
+    assert embedded == [part for part in range(count) if part not in done]
+
+
+def test_parts_have_as_many_tokens_each(corpus: Corpus, tmp_path: Path) -> None:
+    plan = Plan.make(corpus.options(), tmp_path / "out.parquet", workers=3)
+    assert plan is not None
+    assert len(plan.parts) % 3 == 0
+    tokenizer = AutoTokenizer.from_pretrained(corpus.model)
+    tokens = np.array([len(ids) for ids in tokenizer(corpus.texts)["input_ids"]])
+    of_parts = np.array([tokens[part.start : part.stop].sum() for part in plan.parts])
+    rows = np.array([part.stop - part.start for part in plan.parts])
+    assert of_parts.std() / of_parts.mean() < 0.05 < rows.std() / rows.mean()
+
+
+def test_a_run_of_other_options_is_not_mixed_in(corpus: Corpus, uninterrupted: pa.Table, tmp_path: Path) -> None:
+    output = tmp_path / "out.parquet"
+    plan = Plan.make(corpus.options(), output, workers=1)
+    assert plan is not None
+    with pytest.raises(ValueError, match=r"tokens_per_batch was 512.*remove the folder"):
+        Plan.make(corpus.options(tokens_per_batch=256), output, workers=1)
+    first = PartEmbedder(plan, torch.device("cpu")).embed(plan.parts[0])
+    assert [part.index for part in plan.remaining()] == [part.index for part in plan.parts[1:]]
+    assert first.rows == plan.parts[0].stop
+    again = Plan.make(corpus.options(), output, workers=5)
+    assert again is not None
+    assert again.parts == plan.parts
+    for part in plan.parts[1:]:
+        shutil.copy(plan.folder / plan.parts[0].name, plan.folder / part.name)
+    with pytest.raises(RuntimeError, match="does not have rows"), Gatherer(plan, progress=False):
+        pass
+    assert not output.exists()
+
+
+def test_an_output_that_is_there_is_kept(corpus: Corpus, tmp_path: Path) -> None:
+    output, options = tmp_path / "out.parquet", corpus.options(part_megabytes=1.0, tokens_per_batch=4_096)
+    plan = Plan.make(options, output, workers=1)
+    assert plan is not None
+    with Gatherer(plan, progress=False):
+        embed_parts(PartEmbedder(plan, torch.device("cpu")), plan.parts)
+    check(corpus, output)
+    assert Plan.make(options, output, workers=1) is None
+    with pytest.raises(ValueError, match="there already, of another input or other options"):
+        Plan.make(corpus.options(pooling="cls"), output, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"column": "words"}, "no column words; expected one of"),
+        ({"keep": ("row",)}, "row cannot be kept"),
+        ({"input": "nowhere"}, "expected a Parquet file"),
+    ],
+)
+def test_wrong_options_are_errors(corpus: Corpus, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.make(corpus.options(**changes), tmp_path / "out.parquet", workers=1)
+
+
+def test_null_texts_are_errors(corpus: Corpus, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": ["a", "b"], "text": ["a text", None]}), tmp_path / "in.parquet")
+    with pytest.raises(ValueError, match="1 rows without a text"):
+        Plan.make(corpus.options(input=str(tmp_path / "in.parquet")), tmp_path / "out.parquet", workers=1)
+
+
+@pytest.mark.gpu
+def test_bulk_embedding_on_a_gpu_replays_graphs(corpus: Corpus, tmp_path: Path) -> None:
+    plan = Plan.make(corpus.options(), tmp_path / "out.parquet", workers=1)
+    assert plan is not None
+    embedder = PartEmbedder(plan, torch.device("cuda", torch.cuda.device_count() - 1))
+    with Gatherer(plan, progress=False):
+        embed_parts(embedder, plan.parts)
+    found = np.array(pq.read_table(plan.output)["embedding"].to_pylist())
+    np.testing.assert_allclose(found, corpus.expected, atol=5e-3)
+    assert hf_flashinfer_attn.graph_statistics(embedder.encoder.model).replayed > len(plan.parts)
+
+
+@pytest.fixture
+def server(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    options = ["--model", str(corpus.model), "--device", "cpu", "--wait-ms", "400", "--rows-per-batch", "16"]
+    with load_test.server(options, timeout=120) as url:
+        yield url
+
+
+def test_server_batches_requests_and_answers_as_the_model(corpus: Corpus, server: str) -> None:
+    short = [row for row, text in enumerate(corpus.texts) if 0 < len(text.split()) < 30][:40]
+    with ThreadPoolExecutor(len(short)) as threads:
+        answers = list(threads.map(lambda row: load_test.ask(server, [corpus.texts[row]])[0], short))
+    np.testing.assert_allclose(np.stack(answers), corpus.expected[short], atol=TOLERANCE)
+    counted = load_test.statistics(server)
+    assert counted["embedded"] == len(short)
+    assert 1 < counted["largest_batch"] <= 16
+    assert counted["forwards"] < len(short) / 4
+
+    several = [corpus.texts[row] for row in short[:20]]
+    body = {"texts": several, "encoding": "float"}
+    answer = httpx.post(f"{server}/embed", json=body, timeout=60, trust_env=False).json()
+    np.testing.assert_allclose(np.array(answer["embeddings"]), corpus.expected[short[:20]], atol=TOLERANCE)
+    tokenizer = AutoTokenizer.from_pretrained(corpus.model)
+    assert answer["tokens"] == sum(map(len, tokenizer(several)["input_ids"]))
+
+    measured = load_test.measure(server, several, clients=6, texts_per_request=2, seconds=1.5, processes=2, warm_up=0.5)
+    assert measured["requests"] > 6
+    assert 0 < measured["p50_ms"] <= measured["p99_ms"]
+    assert measured["texts_per_forward"] > 2
+
+    # Asked to end, it answers what is under way; that it ends by itself is seen to by `load_test.server`.
+    found: list[np.ndarray] = []
+    load_test.ask(server, several[:1])  # the wait for others begins anew
+    last = threading.Thread(target=lambda: found.append(load_test.ask(server, several[:3])))
+    last.start()
+    while not found and load_test.statistics(server)["waiting"] < 3:
+        time.sleep(0.01)
+    (process,) = [
+        child for child in psutil.Process().children() if str(ROOT / "examples" / "serve.py") in child.cmdline()
+    ]
+    process.terminate()
+    last.join(60)
+    np.testing.assert_allclose(found[0], corpus.expected[short[:3]], atol=TOLERANCE)
+
+
+def post(service: serve.Service, body: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(serve.make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/embed", **body)
+
+    return asyncio.run(send())
+
+
+@pytest.fixture(scope="module")
+def service(corpus: Corpus) -> serve.Service:
+    limits = serve.Limits(max_texts=3, max_characters=600, max_body_bytes=5_000, max_waiting=100)
+    return serve.Service(encoder.Encoder(str(corpus.model), torch.device("cpu"), truncate=False), limits)
+
+
+async def _pieces() -> Any:
+    for _ in range(6):
+        yield b" " * 1_000
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"json": {"texts": []}}, 422, "at least 1 item"),
+        ({"json": {"texts": ["a", ""]}}, 422, "at least 1 character"),
+        ({"json": {"texts": ["a"] * 4}}, 422, "4 texts; expected at most 3"),
+        ({"json": {"texts": ["a", "b" * 601]}}, 422, "text 1 has 601 characters; expected at most 600"),
+        ({"json": {"texts": ["a " * 70]}}, 422, "text 0 has 72 tokens; expected 1 to 64"),
+        ({"json": {"texts": [1]}}, 422, "valid string"),
+        ({"json": {"texts": ["a"], "model": "other"}}, 422, "Extra inputs"),
+        ({"json": {"texts": ["a"], "encoding": "hex"}}, 422, "'float' or 'base64'"),
+        ({"content": b'{"texts": ["\\ud800"]}', "headers": {"content-type": "application/json"}}, 422, "unicode"),
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 422, "JSON"),
+        ({"content": b" " * 5_001}, 413, "at most 5000 bytes"),
+        ({"content": _pieces}, 413, "at most 5000 bytes"),
+    ],
+)
+def test_what_the_server_does_not_take_is_named(
+    service: serve.Service, body: dict[str, Any], status: int, message: str
+) -> None:
+    body = {name: value() if callable(value) else value for name, value in body.items()}
+    answer = post(service, body)
+    assert answer.status_code == status, answer.text
+    assert message in answer.text
+    assert service.waiting == 0
+
+
+def test_a_full_server_turns_away(service: serve.Service) -> None:
+    service.waiting = 99
+    try:
+        answer = post(service, {"json": {"texts": ["a", "b"]}})
+    finally:
+        service.waiting = 0
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_documented_examples_run() -> None:
+    for module in (encoder, plans, serve, load_test):
+        assert doctest.testmod(module).failed == 0
