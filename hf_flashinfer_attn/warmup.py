@@ -228,7 +228,7 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# The most that one compiler of a file was seen to take, GiB.
+# What one compiler of a file is given, GiB; a generous guess.
 _COMPILER_GIB = 3
 
 
