@@ -25,6 +25,14 @@ class Settings:
             name never falls back.
         strict: Whether a fallback raises [`UnsupportedAttentionError`] instead of being logged once, and a forward that
             `unpad` leaves padded too.
+
+    Raises:
+        ValueError: If a value is not known.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> hf_flashinfer_attn.Settings(strict=True).backend
+        'auto'
     """
 
     backend: BackendName = "auto"
@@ -59,6 +67,11 @@ def current_settings() -> Settings:
 
     Raises:
         ValueError: If an environment variable holds a value that is not known.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> hf_flashinfer_attn.current_settings().strict
+        False
     """
     global _settings
     if _settings is None:
