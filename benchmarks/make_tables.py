@@ -23,6 +23,8 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 # What a contender's name ends in whose inputs stay on the CPU.
 HOST = "_host"
+# Left to the chart: the table has as much in a cell as can be read.
+NOT_IN_TABLE = ("compiled_graphs",)
 BLOCK = re.compile(r"(?<=<!-- bench -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
 
 
@@ -79,7 +81,7 @@ def block(grouped: dict[str, list[dict[str, Any]]]) -> str:
         picture = chart_file(machine).relative_to(ROOT)
         parts.append(
             f"{machine}, torch {environment['torch']}, transformers {environment['transformers']}: seconds for all "
-            f"requests with sdpa, and how many times faster {_list(_ways(reports))} was; in brackets: with inputs "
+            f"requests with sdpa, and how many times faster {_list(_columns(reports))} was; in brackets: with inputs "
             f"on the CPU; {_passes(reports)}.\n\n"
             f"{_table(reports)}\n\n![Tokens per second]({picture})\n"
         )
@@ -105,6 +107,10 @@ def _ways(reports: list[dict[str, Any]]) -> list[str]:
     return [name for name in _ours(reports) if not name.endswith(HOST)]
 
 
+def _columns(reports: list[dict[str, Any]]) -> list[str]:
+    return [name for name in _ways(reports) if name not in NOT_IN_TABLE]
+
+
 def _list(names: list[str]) -> str:
     *first, last = (f"`{name}`" for name in names)
     return f"{', '.join(first)} or {last}" if first else last
@@ -118,7 +124,7 @@ def _in_order(names: dict[str, Any], known: Iterable[str]) -> list[str]:
 def _table(reports: list[dict[str, Any]]) -> str:
     cells = [cell for report in reports for cell in report["cells"]]
     shapes = _in_order(dict.fromkeys(cell["shape"] for cell in cells), SHAPES)
-    ways = _ways(reports)
+    ways = _columns(reports)
     rows: dict[str, dict[str, dict[str, str]]] = {}
     for cell in cells:
         outcomes = {outcome["name"]: outcome for outcome in cell["contenders"]}

@@ -332,7 +332,7 @@ def test_wrong_outputs_are_not_timed(
         (lambda output: output * 1.003, "error 3"),
         # Outside of the sample, one request or all.
         (lambda output: torch.cat([output[:50], output[50:] * 1.003]), "from sdpa over all requests"),
-        (lambda output: torch.cat([output[:-1], output[-1:] * 1.02]), "request 399 is 2"),
+        (lambda output: torch.cat([output[:-1], output[-1:] * 1.02]), "request 399 is"),
     ],
     ids=["right", "sample", "others", "one"],
 )
@@ -345,6 +345,18 @@ def test_judgement(spoil: Any, reason: str | None) -> None:
     verdict = verify.judge(spoil(output), sdpa, judged, torch.float16)
     assert verdict.sdpa_error == pytest.approx(1e-3, rel=0.1)
     assert verdict.reason is None if reason is None else reason in str(verdict.reason)
+
+
+def test_logits_next_to_zero_are_judged_beside_those_of_other_requests() -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(4_000, 1, generator=generator, dtype=torch.float64)
+    exact[7] = 1e-5
+    sdpa, output = (exact + 1e-3 * torch.randn(exact.shape, generator=generator) for _ in range(2))
+    sample = torch.arange(1, 4_000, 2)
+    judged = verify.Reference("", sample, exact[sample], sdpa[sample])
+    assert verify.judge(output, sdpa, judged, torch.float16).reason is None
+    output[8] += 0.06
+    assert "request 8 is" in str(verify.judge(output, sdpa, judged, torch.float16).reason)
 
 
 def raiser(error: Exception) -> Any:
