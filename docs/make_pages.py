@@ -1,6 +1,7 @@
-"""Writes the pages that are made from the source: `api.md` from docstrings, `support.md` from the rules.
+"""Writes what is made and not written: `api.md` from docstrings, `support.md` from the rules that the dispatcher and
+`unpad` go by, and the table of `performance.md` from results of benchmarks.
 
-python docs/make_pages.py
+python -m docs.make_pages
 """
 
 from __future__ import annotations
@@ -14,24 +15,66 @@ from pathlib import Path
 from typing import Any
 
 import hf_flashinfer_attn
+from benchmarks import make_tables
 from hf_flashinfer_attn import support
 from hf_flashinfer_attn.backends import flashinfer
+from hf_flashinfer_attn.bench.workload import REQUEST_SETS
 
 DOCS = Path(__file__).resolve().parent
-MADE_BY = "<!-- Made by `python docs/make_pages.py`; change the source, not this page. -->"
+MADE_BY = "<!-- Made by `python -m docs.make_pages`; change the source, not this page. -->"
 PARTS = {
     "Switching it on": ("register", "configure", "current_settings", "Settings"),
     "Whole models": ("unpad", "repad", "capture_graphs", "graph_statistics", "GraphOptions", "GraphStatistics"),
     "What ran": ("trace", "Trace", "AttentionCall"),
     "Errors": ("FlashInferAttentionError", "BackendUnavailableError", "UnsupportedAttentionError"),
 }
+SHAPES = ("gte-small", "bge-base")
+# Of the two ways to hand inputs over, the one that the page advises.
+WAYS = {
+    "the string alone": ("flashinfer",),
+    "`unpad`": ("unpad_host", "unpad"),
+    "graphs": ("graphs_host", "graphs"),
+    "graphs, `compile=True`": ("compiled_graphs_host", "compiled_graphs"),
+}
+MEASURED = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.DOTALL)
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Examples):$", re.MULTILINE)
 ITEM = re.compile(r"^(\w+): ", re.MULTILINE)
 
 
 def pages() -> dict[str, str]:
     """Returns the text of each page by its file name."""
-    return {"api.md": _api_page(), "support.md": _support_page()}
+    performance = MEASURED.sub(lambda _: _measured(), (DOCS / "performance.md").read_text(encoding="utf-8"))
+    return {"api.md": _api_page(), "support.md": _support_page(), "performance.md": performance}
+
+
+def _measured() -> str:
+    lines = []
+    for machine, reports in make_tables.machines().items():
+        cells = {(cell["lengths"], cell["shape"]): cell for report in reports for cell in report["cells"]}
+        lines += [
+            f"Times faster than sdpa on {machine}: {' / '.join(SHAPES)}; inputs on the CPU where that was measured.",
+            "",
+            f"| requests | {' | '.join(WAYS)} |",
+            "|---" * (len(WAYS) + 1) + "|",
+        ]
+        for lengths in REQUEST_SETS:
+            measured = [cells[lengths, shape] for shape in SHAPES if (lengths, shape) in cells]
+            if len(measured) == len(SHAPES):
+                first = measured[0]
+                title = f"{lengths}: batches of {first['batch_size']}, {first['padded_fraction']:.0%} padding"
+                columns = (" / ".join(_speedup(cell, names) for cell in measured) for names in WAYS.values())
+                lines.append(f"| {title} | {' | '.join(columns)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _speedup(cell: dict[str, Any], names: tuple[str, ...]) -> str:
+    """Returns how many times faster than sdpa the first of some contenders was that took part."""
+    outcomes = {outcome["name"]: outcome for outcome in cell["contenders"]}
+    outcome = next((outcomes[name] for name in names if name in outcomes), None)
+    if outcome is None:
+        return "-"
+    ratio = outcome["speedup_over_sdpa"]
+    return outcome["status"] if ratio is None else f"{ratio:.2f}x"
 
 
 def _support_page() -> str:
