@@ -25,6 +25,7 @@ MADE_BY = "<!-- Made by `python -m docs.make_pages`; change the source, not this
 PARTS = {
     "Switching it on": ("register", "configure", "current_settings", "Settings"),
     "Whole models": ("unpad", "repad", "capture_graphs", "graph_statistics", "GraphOptions", "GraphStatistics"),
+    "This machine": ("doctor", "Diagnosis", "warmup", "WarmupReport"),
     "What ran": ("trace", "Trace", "AttentionCall"),
     "Errors": ("FlashInferAttentionError", "BackendUnavailableError", "UnsupportedAttentionError"),
 }
@@ -113,9 +114,10 @@ do not.
 
 
 def _api_page() -> str:
-    placed = {name for names in PARTS.values() for name in names}
-    rest = tuple(name for name in hf_flashinfer_attn.__all__ if name not in placed | {"__version__"})
-    parts = {**PARTS, "More": rest} if rest else PARTS
+    public = [name for name in hf_flashinfer_attn.__all__ if name != "__version__"]
+    parts = {title: [name for name in names if name in public] for title, names in PARTS.items()}
+    parts["More"] = [name for name in public if not any(name in names for names in PARTS.values())]
+    parts = {title: names for title, names in parts.items() if names}
     anchors = _anchors([name for names in parts.values() for name in names])
     lines = [MADE_BY, "# API reference", "", "Everything here is an attribute of `hf_flashinfer_attn`.", ""]
     for title, names in parts.items():
