@@ -5,31 +5,37 @@ Importing this package registers the attention implementation "flashinfer":
     model = AutoModel.from_pretrained(path, attn_implementation="flashinfer", dtype=torch.float16, device_map="cuda")
 """
 
+from .doctor import Diagnosis, doctor
 from .errors import BackendUnavailableError, FlashInferAttentionError, UnsupportedAttentionError
 from .registration import register
 from .settings import Settings, configure, current_settings
 from .trace import AttentionCall, Trace, trace
 from .unpadding import GraphOptions, GraphStatistics, capture_graphs, graph_statistics, repad, unpad
 from .version import __version__
+from .warmup import WarmupReport, warmup
 
 __all__ = [
     "AttentionCall",
     "BackendUnavailableError",
+    "Diagnosis",
     "FlashInferAttentionError",
     "GraphOptions",
     "GraphStatistics",
     "Settings",
     "Trace",
     "UnsupportedAttentionError",
+    "WarmupReport",
     "__version__",
     "capture_graphs",
     "configure",
     "current_settings",
+    "doctor",
     "graph_statistics",
     "register",
     "repad",
     "trace",
     "unpad",
+    "warmup",
 ]
 
 register()

@@ -8,7 +8,7 @@ import torch
 
 from .backends import flashinfer, reference
 from .bias import LogitsBias
-from .dispatch import AttentionRequest, Decision, Path, decide
+from .dispatch import AttentionRequest, Decision, Path, decide, decide_compiled
 from .layout import RaggedLayout
 from .pattern import Pattern
 from .settings import current_settings
@@ -89,6 +89,12 @@ def attend_ragged(call: RaggedCall, decision: Decision) -> torch.Tensor:
         kernel = flashinfer.choose_kernel(
             query.device, head_dim, biased=call.bias is not None, sinks=call.sinks is not None
         )
+        module = flashinfer.module_of(
+            call.layout, head_dim=head_dim, dtype=query.dtype, left=pattern.left, softcap=call.softcap,
+            biased=call.bias is not None, kernel=kernel,
+        )  # fmt: skip
+        decision = decide_compiled(module, current_settings(), of_graph=call.layout.graph_workspace is not None)
+    if decision.path is Path.FLASHINFER:
         name, padded_head_dim = f"flashinfer-{kernel}", flashinfer.padded_head_dim(head_dim, kernel)
         output = flashinfer.attend(
             query,

@@ -16,7 +16,7 @@ from transformers.masking_utils import (
 
 from .attention import RaggedCall, attend_ragged
 from .backends import dense
-from .dispatch import AttentionRequest, Path, decide
+from .dispatch import AttentionRequest, Decision, Path, decide
 from .errors import UnsupportedAttentionError
 from .hooks import weights_are_collected
 from .layout import RaggedLayout, packed_layout, uniform_layout
@@ -251,7 +251,9 @@ def ragged_attention(
     if decision.path is Path.FLASHINFER:
         sides = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         prepared = prepared_on(layout, *sides, pattern, sm_scale=sm_scale, softcap=softcap)
-        return prepared(*sides, "compiled")
+        if not isinstance(prepared, Decision):
+            return prepared(*sides, "compiled")
+        decision = prepared
     call = RaggedCall(
         query=layout.query.gather(query),
         key=layout.key.gather(key),

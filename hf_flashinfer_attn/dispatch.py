@@ -10,12 +10,25 @@ from enum import Enum
 
 import torch
 
+from . import jit
 from .backends import flashinfer
 from .errors import BackendUnavailableError, UnsupportedAttentionError
+from .kernel_cache import KernelModule
 from .pattern import Pattern, PatternKind
 from .settings import Settings
 
-__all__ = ["RULES", "AttentionRequest", "Decision", "Path", "Rule", "decide", "log_once"]
+__all__ = [
+    "RULES",
+    "AttentionRequest",
+    "Decision",
+    "KernelPendingError",
+    "Path",
+    "Rule",
+    "decide",
+    "decide_compiled",
+    "fallback_of",
+    "log_once",
+]
 
 logger = logging.getLogger("hf_flashinfer_attn")
 
@@ -117,6 +130,14 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def fallback_of(request: AttentionRequest) -> tuple[Path, str] | None:
+    """Returns who computes a request that FlashInfer's kernels do not compute, and why; None where they do."""
+    for rule in RULES:
+        if (feature := rule.reason(request)) is not None:
+            return rule.path, feature
+    return None
+
+
 def decide(request: AttentionRequest, settings: Settings) -> Decision:
     """Chooses the path of a call.
 
@@ -127,11 +148,7 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
     unavailable = flashinfer.unavailable_reason(request.device) if settings.backend != "torch" else None
     if settings.backend == "flashinfer" and unavailable is not None:
         raise BackendUnavailableError("flashinfer", *unavailable)
-    path, feature = Path.FLASHINFER, None
-    for rule in RULES:
-        if (feature := rule.reason(request)) is not None:
-            path = rule.path
-            break
+    path, feature = fallback_of(request) or (Path.FLASHINFER, None)
     on_torch = settings.backend == "torch" or unavailable is not None
     if on_torch:
         # Not a fallback but the backend in force, unless a whole mask is needed.
@@ -149,6 +166,49 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
         )
     log_once(f"falling back to {path.value} attention: {feature}")
     return Decision(path, feature)
+
+
+class KernelPendingError(UnsupportedAttentionError):
+    """A graph was to be captured while its kernel is being compiled; it can be later."""
+
+
+def decide_compiled(module: KernelModule | None, settings: Settings, *, of_graph: bool) -> Decision:
+    """Chooses the path of a call that FlashInfer computes, by whether its kernel is compiled.
+
+    Where the kernel is to be waited for, that happens when the call is planned.
+
+    Args:
+        module: What the call needs; None where that is not known or nothing is computed.
+        settings: Those in force.
+        of_graph: Whether a graph of the whole model is captured from the call, which would keep a fallback for good.
+
+    Raises:
+        BackendUnavailableError: If the kernel must not be compiled and backend="flashinfer" was asked for.
+        KernelPendingError: If a graph must not be captured yet.
+        UnsupportedAttentionError: If strict=True or a graph that is captured forbids a fallback.
+    """
+    if module is None or settings.jit == "wait" or jit.is_ready(module):
+        return _ON_FLASHINFER
+    may_fall_back = settings.backend == "auto" and not settings.strict
+    if settings.jit == "never":
+        reason = jit.why_not(module)
+    else:
+        reason = jit.compile_in_background(module) if may_fall_back and not jit.is_waiting() else None
+    if reason is None:
+        return _ON_FLASHINFER
+    if not may_fall_back:
+        if settings.backend == "flashinfer":
+            raise BackendUnavailableError("flashinfer", reason, jit.COMPILE_AHEAD)
+        raise UnsupportedAttentionError(f"{reason}, and strict=True forbids a fallback", jit.COMPILE_AHEAD)
+    if of_graph or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        error = KernelPendingError if jit.is_pending(module) else UnsupportedAttentionError
+        raise error(f"a captured graph of attention: {reason}", jit.COMPILE_AHEAD)
+    if settings.jit == "never":
+        log_once(f"falling back to torch attention: {reason}")
+    return Decision(Path.TORCH, reason)
+
+
+_ON_FLASHINFER = Decision(Path.FLASHINFER, None)
 
 
 _logged: set[str] = set()

@@ -15,10 +15,11 @@ from .attention import RaggedCall, attend_ragged, needs_grad
 from .backends import dense
 from .bias import LogitsBias
 from .compiled import ragged_attention
-from .dispatch import AttentionRequest, Path, decide
+from .dispatch import AttentionRequest, Decision, Path, decide
 from .errors import UnsupportedAttentionError
 from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
+from .layer_calls import LayerCall, calls_kept
 from .layout import (
     LengthsRead,
     PreparedStore,
@@ -345,6 +346,9 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if cache is not None:
         refuse_paged()
+    if query.is_meta and (calls := calls_kept()) is not None:
+        calls.append(_layer_call(module, query, key, value, attention_mask, is_causal, softcap, s_aux, position_bias))
+        return query.new_empty(key.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     sm_scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if _is_cast_as_flash(query):
         query, key, value = _cast_as_flash(module, query, key, value)
@@ -451,13 +455,16 @@ def _attend(
         if may_be_native:
             prepared = native(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap)
         if prepared is None:
-            prepared = prepare(
+            made = prepare(
                 query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap, biased=bias is not None,
                 sinks=sinks is not None,
             )  # fmt: skip
-        if kept is not None:
-            kept.store.keep(signature, prepared)
-        return prepared(query, key, value, layer, bias, sinks), None
+            # While its kernel is not compiled, torch serves the call, and nothing of it is kept.
+            decision, prepared = (made, None) if isinstance(made, Decision) else (decision, made)
+        if prepared is not None:
+            if kept is not None:
+                kept.store.keep(signature, prepared)
+            return prepared(query, key, value, layer, bias, sinks), None
     call = RaggedCall(
         query=layout.query.gather(query.transpose(1, 2)),
         key=layout.key.gather(key.transpose(1, 2)),
@@ -472,6 +479,39 @@ def _attend(
         sinks=sinks,
     )
     return layout.query.scatter(attend_ragged(call, decision)), None
+
+
+def _layer_call(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    position_bias: torch.Tensor | None,
+) -> LayerCall:
+    """Returns what a call asks for where tensors have no values, as if its mask held padding on the right."""
+    lazy = mask if isinstance(mask, RaggedMask) else None
+    pattern = _pattern_of(module, mask, is_causal)
+    request = AttentionRequest(
+        pattern=pattern,
+        device=query.device,
+        dtype=_weights_dtype(module, query.dtype) if query.dtype == torch.float32 else query.dtype,
+        head_dim=max(query.shape[-1], value.shape[-1]),
+        biased_packed=(
+            position_bias is not None and LogitsBias.fit(position_bias, (*query.shape[:3], key.shape[2])) is None
+        ),
+        biased_window=position_bias is not None and (pattern.is_window or softcap is not None),
+        window_keeps_padded_queries=(lazy is not None and pattern.is_window and not _padded_queries_are_idle(module)),
+        mask_shape_differs=query.shape[0] != key.shape[0] or (lazy is not None and not _fits(lazy.spec, query, key)),
+        mask_modified=lazy is not None and lazy.was_modified,
+    )
+    return LayerCall(
+        module, request, query.shape[1], key.shape[1], query.shape[-1], value.shape[-1], softcap,
+        position_bias is not None, s_aux is not None,
+    )  # fmt: skip
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -535,9 +575,12 @@ def _cast_as_flash(
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     else:
-        weights = (parameter.dtype for parameter in module.parameters() if parameter.ndim == 2)
-        dtype = next(weights, torch.float32)
+        dtype = _weights_dtype(module, torch.float32)
     return (query.to(dtype), key.to(dtype), value.to(dtype)) if dtype.itemsize == 2 else (query, key, value)
+
+
+def _weights_dtype(module: torch.nn.Module, default: torch.dtype) -> torch.dtype:
+    return next((parameter.dtype for parameter in module.parameters() if parameter.ndim == 2), default)
 
 
 def _packed_layout(

@@ -453,7 +453,8 @@ def lazy_mask(
     first_query = int(q_offset)
     padding_mask = None
     if attention_mask is not None:
-        is_ones = is_mask_of_ones(attention_mask)
+        # Without values there is no padding to be found.
+        is_ones = is_mask_of_ones(attention_mask) or attention_mask.is_meta
         attention_mask = attention_mask.to(torch.bool)
         padding_mask = None if is_ones else attention_mask
     if padding_mask is not None and (missing := kv_length + kv_offset - padding_mask.shape[-1]) > 0:

@@ -14,13 +14,23 @@ import torch.nn.functional as F
 
 from .backends import flashinfer
 from .bias import LogitsBias
+from .dispatch import Decision, Path, decide_compiled
 from .layout import RaggedLayout
 from .mask import MaskSpec
 from .movement import Packer, Unpacker, aligned
 from .pattern import CAUSAL, FULL, Pattern
+from .settings import current_settings
 from .trace import AttentionCall, is_tracing, record_call
 
-__all__ = ["NativeAttention", "PreparedAttention", "native", "native_masked", "prepare", "prepared_on"]
+__all__ = [
+    "NativeAttention",
+    "PreparedAttention",
+    "native",
+    "native_masked",
+    "prepare",
+    "prepared_on",
+    "takes_padding_mask",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +174,13 @@ def _is_faster(device: torch.device, head_dim: int, length: int) -> bool:
     return head_dim <= 128 and 128 <= length <= 1024 and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def takes_padding_mask(
+    num_heads: int, num_kv_heads: int, head_dim: int, value_head_dim: int, softcap: float | None
+) -> bool:
+    """Whether full attention with a padding mask is torch's own to compute where a batch is small."""
+    return softcap is None and num_heads == num_kv_heads and head_dim == value_head_dim and head_dim % 8 == 0
+
+
 def native_masked(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -186,10 +203,7 @@ def native_masked(
     fits = (
         is_full
         and spec.packed is None
-        and softcap is None
-        and heads == key.shape[1]
-        and head_dim == value.shape[3]
-        and head_dim % 8 == 0
+        and takes_padding_mask(heads, key.shape[1], head_dim, value.shape[3], softcap)
         and batch * heads * q_length * kv_length < SMALL_LOGITS
     )
     if not fits or spec.padding_mask is None:
@@ -217,8 +231,8 @@ def prepare(
     biased: bool = False,
     sinks: bool = False,
     kernel: flashinfer.Kernel | None = None,
-) -> PreparedAttention:
-    """Plans attention of padded tensors on a layout.
+) -> PreparedAttention | Decision:
+    """Plans attention of padded tensors on a layout, or decides for torch while the kernel is not compiled.
 
     Args:
         query: Shape `(batch, heads, q_length, head_dim)`; only its shape, dtype and device matter.
@@ -237,6 +251,12 @@ def prepare(
     head_dim = max(query.shape[-1], value_head_dim)
     if kernel is None:
         kernel = flashinfer.choose_kernel(device, head_dim, biased=biased, sinks=sinks, reach=_reach(layout, pattern))
+    module = flashinfer.module_of(
+        layout, head_dim=head_dim, dtype=query.dtype, left=pattern.left, softcap=softcap, biased=biased, kernel=kernel
+    )
+    decision = decide_compiled(module, current_settings(), of_graph=layout.graph_workspace is not None)
+    if decision.path is not Path.FLASHINFER:
+        return decision
     plan = flashinfer.make_plan(
         layout,
         num_heads=query.shape[1],
@@ -280,15 +300,17 @@ def prepared_on(
     *,
     sm_scale: float,
     softcap: float | None,
-) -> PreparedAttention:
-    """Returns attention that was prepared on a layout before, or prepares it; arguments are those of [`prepare`]."""
+) -> PreparedAttention | Decision:
+    """Returns attention that was prepared on a layout before, or prepares it; all as [`prepare`] does."""
     stream = torch.cuda.current_stream(query.device).cuda_stream
     shapes = query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype
     name = (*shapes, query.device, stream, pattern, sm_scale, softcap)
     found: PreparedAttention | None = layout.prepared.find(name)
     if found is None or torch.cuda.is_current_stream_capturing():
-        found = prepare(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap)
-        layout.prepared.keep(name, found)
+        made = prepare(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap)
+        if isinstance(made, Decision):
+            return made
+        layout.prepared.keep(name, found := made)
     return found
 
 

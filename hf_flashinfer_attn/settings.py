@@ -6,12 +6,14 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-__all__ = ["BackendName", "Settings", "configure", "current_settings"]
+__all__ = ["BackendName", "JitMode", "Settings", "configure", "current_settings"]
 
 BackendName = Literal["auto", "flashinfer", "torch"]
+JitMode = Literal["wait", "background", "never"]
 
 BACKEND_VARIABLE = "HF_FLASHINFER_ATTN_BACKEND"
 STRICT_VARIABLE = "HF_FLASHINFER_ATTN_STRICT"
+JIT_VARIABLE = "HF_FLASHINFER_ATTN_JIT"
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"", "0", "false", "no", "off"})
 
@@ -25,6 +27,9 @@ class Settings:
             name never falls back.
         strict: Whether a fallback raises [`UnsupportedAttentionError`] instead of being logged once, and a forward that
             `unpad` leaves padded too.
+        jit: What becomes of attention whose kernel is not compiled yet. "wait" compiles it and says so; "background"
+            compiles it in a thread while torch serves, or waits where `backend` or `strict` rule that out; "never"
+            compiles nothing: torch serves, or an error is raised where that is ruled out.
 
     Raises:
         ValueError: If a value is not known.
@@ -37,6 +42,7 @@ class Settings:
 
     backend: BackendName = "auto"
     strict: bool = False
+    jit: JitMode = "wait"
 
     def __post_init__(self) -> None:
         if self.backend not in get_args(BackendName):
@@ -46,6 +52,11 @@ class Settings:
             )
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict={self.strict!r} is not a bool; pass True or False.")
+        if self.jit not in get_args(JitMode):
+            raise ValueError(
+                f"jit={self.jit!r} is not known; expected one of {list(get_args(JitMode))}. "
+                f"Set it with hf_flashinfer_attn.configure(jit=...) or the variable {JIT_VARIABLE}."
+            )
 
 
 def _from_environment() -> Settings:
@@ -56,7 +67,8 @@ def _from_environment() -> Settings:
             f"{sorted(_FALSE - {''})}."
         )
     backend = os.environ.get(BACKEND_VARIABLE, "").strip().lower() or "auto"
-    return Settings(backend=backend, strict=strict in _TRUE)  # type: ignore[arg-type]
+    jit = os.environ.get(JIT_VARIABLE, "").strip().lower() or "wait"
+    return Settings(backend=backend, strict=strict in _TRUE, jit=jit)  # type: ignore[arg-type]
 
 
 _settings: Settings | None = None
@@ -79,12 +91,16 @@ def current_settings() -> Settings:
     return _settings
 
 
-def configure(*, backend: BackendName | None = None, strict: bool | None = None) -> Settings:
+def configure(
+    *, backend: BackendName | None = None, strict: bool | None = None, jit: JitMode | None = None
+) -> Settings:
     """Changes the settings of this process; what is not given keeps its value.
 
     Args:
         backend: "auto", "flashinfer" or "torch". Environment variable: `HF_FLASHINFER_ATTN_BACKEND`.
         strict: Whether fallbacks raise. Environment variable: `HF_FLASHINFER_ATTN_STRICT`.
+        jit: "wait", "background" or "never", while a kernel is not compiled. Environment variable:
+            `HF_FLASHINFER_ATTN_JIT`. What could not be compiled is tried again after this call.
 
     Returns:
         The settings now in force.
@@ -95,15 +111,18 @@ def configure(*, backend: BackendName | None = None, strict: bool | None = None)
     Examples:
         >>> import hf_flashinfer_attn
         >>> hf_flashinfer_attn.configure(backend="torch")
-        Settings(backend='torch', strict=False)
+        Settings(backend='torch', strict=False, jit='wait')
         >>> hf_flashinfer_attn.configure(backend="auto")
-        Settings(backend='auto', strict=False)
+        Settings(backend='auto', strict=False, jit='wait')
     """
     global _settings
-    chosen = current_settings()
+    # Another object each time, by which others notice.
+    chosen = replace(current_settings())
     if backend is not None:
         chosen = replace(chosen, backend=backend)
     if strict is not None:
         chosen = replace(chosen, strict=strict)
+    if jit is not None:
+        chosen = replace(chosen, jit=jit)
     _settings = chosen
     return chosen

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,10 +23,13 @@ import torch
 import torch.nn.functional as F
 from packaging.version import Version
 
+from .. import jit
 from ..bias import LogitsBias
 from ..errors import UnsupportedAttentionError
+from ..kernel_cache import KernelModule
 from ..layout import RaggedLayout
 from ..trace import record_plan
+from .biased import biased_module_arguments
 
 __all__ = [
     "GraphWorkspace",
@@ -34,9 +37,13 @@ __all__ = [
     "KernelPlan",
     "PackOrder",
     "attend",
+    "capability_dtype_reason",
+    "capability_kernel",
+    "capability_reason",
     "choose_kernel",
     "head_dim_reason",
     "make_plan",
+    "module_of",
     "padded_head_dim",
     "plan_graph",
     "unavailable_reason",
@@ -71,17 +78,20 @@ def unavailable_reason(device: torch.device) -> tuple[str, str] | None:
         return "this is a ROCm build of torch", "Use hf_flashinfer_attn.configure(backend='torch')."
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer is not installed", "Install it: pip install flashinfer-python (Linux)."
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (7, 5):
-        return (
-            f"the GPU has compute capability {capability[0]}.{capability[1]}, FlashInfer needs 7.5 or newer",
-            "Use hf_flashinfer_attn.configure(backend='torch').",
-        )
+    if (reason := capability_reason(torch.cuda.get_device_capability(device))) is not None:
+        return reason, "Use hf_flashinfer_attn.configure(backend='torch')."
     if not _can_compile():
         return (
             "there is no nvcc to compile its kernels with (looked at CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)",
             "Install the CUDA toolkit, or the package flashinfer-jit-cache with compiled kernels.",
         )
+    return None
+
+
+def capability_reason(capability: tuple[int, int]) -> str | None:
+    """Returns why FlashInfer does not run on GPUs of a compute capability; None if it does."""
+    if capability < (7, 5):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, FlashInfer needs 7.5 or newer"
     return None
 
 
@@ -96,8 +106,13 @@ def dtype_reason(dtype: torch.dtype, device: torch.device) -> str | None:
     """Returns why the kernels cannot take `dtype` on `device`; None if they can."""
     if dtype not in DTYPES:
         return f"dtype {dtype} (FlashInfer takes torch.float16 and torch.bfloat16)"
+    return capability_dtype_reason(dtype, torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+
+
+def capability_dtype_reason(dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """Returns why the kernels cannot take `dtype`, one of theirs, on GPUs of a compute capability; None if they can."""
     needed = _MIN_CAPABILITY[dtype]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < needed:
+    if capability < needed:
         return f"dtype {dtype} on a GPU older than compute capability {needed[0]}.{needed[1]}"
     return None
 
@@ -143,9 +158,17 @@ def choose_kernel(
         sinks: Whether there are attention sinks, which need the kernel's logsumexp.
         reach: How many keys a query sees on average; None for many.
     """
+    capability = torch.cuda.get_device_capability(device)
+    return capability_kernel(capability, head_dim, biased=biased, sinks=sinks, reach=reach)
+
+
+def capability_kernel(
+    capability: tuple[int, int], head_dim: int, *, biased: bool = False, sinks: bool = False, reach: float | None = None
+) -> Kernel:
+    """Returns the kernel to use on GPUs of a compute capability; arguments are those of [`choose_kernel`]."""
     if biased:
         return "fa2"
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability
     if (major, minor) == (9, 0):
         return "fa2" if reach is not None and reach < _FA3_REACH else "fa3"
     if major in (10, 11) and padded_head_dim(head_dim, "auto") == 128 and not sinks:
@@ -168,61 +191,6 @@ class _PlanKey:
     stream: int
     biased: bool
     sinks: bool
-
-
-# Adds a bias to the logits, read from where the model left it: by slot of the padded batch, through its own strides.
-# The module has kernels over paged keys too, whose parameters know no kv_indptr; those are compiled and never run.
-_BIASED_VARIANT = """
-DEFINE_HAS_MEMBER(kv_indptr)
-
-struct BiasedAttention : AttentionVariantBase {
-  static constexpr bool use_softmax = true;
-  uint32_t qo_len, kv_len, window_left;
-  float sm_scale, sm_scale_log2;
-
-  template <typename Params>
-  __device__ __host__ BiasedAttention(const Params& params, uint32_t batch_idx, uint8_t* smem_ptr) {
-    qo_len = params.get_qo_len(batch_idx);
-    kv_len = params.get_kv_len(batch_idx);
-    window_left = kv_len;
-    sm_scale = params.sm_scale;
-    sm_scale_log2 = math::log2e;
-  }
-
-  REGISTER_LOGITS_TRANSFORM(params, logits, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, {
-    logits *= sm_scale;
-    if (qo_idx < qo_len && kv_idx < kv_len) {
-      int64_t query_slot = qo_idx;
-      int64_t key_slot = kv_idx;
-      if (params.maybe_query_slots != nullptr) {
-        query_slot = params.maybe_query_slots[params.q_indptr[batch_idx] + qo_idx];
-      }
-      if constexpr (has_kv_indptr_v<Params>) {
-        if (params.maybe_key_slots != nullptr) {
-          key_slot = params.maybe_key_slots[params.kv_indptr[batch_idx] + kv_idx];
-        }
-      }
-      logits += float(params.bias[batch_idx * params.bias_stride_row + qo_head_idx * params.bias_stride_head +
-                                  query_slot * params.bias_stride_query + key_slot * params.bias_stride_key]);
-    }
-    return logits;
-  })
-};
-"""
-_CPP_NAMES = {torch.float16: "half", torch.bfloat16: "nv_bfloat16"}
-
-
-def biased_module_arguments(dtype: torch.dtype, head_dim: int) -> list[Any]:
-    """Returns what FlashInfer's `jit_args` takes to build the kernel that adds a bias to the logits."""
-    strides = ("bias_stride_row", "bias_stride_head", "bias_stride_query", "bias_stride_key")
-    return [
-        # Names the compiled file: whatever changes the code must change it.
-        f"hf_flashinfer_attn_bias_1_{str(dtype).removeprefix('torch.')}_{head_dim}",
-        dtype, dtype, dtype, torch.int32, head_dim, head_dim,
-        ["bias", "maybe_query_slots", "maybe_key_slots"], [_CPP_NAMES[dtype], "int32_t", "int32_t"],
-        ["sm_scale", *strides], ["double", *["int64_t"] * len(strides)],
-        "BiasedAttention", _BIASED_VARIANT,
-    ]  # fmt: skip
 
 
 class _Recorder:
@@ -331,20 +299,24 @@ class _Wrapper:
 
     def _plan_anew(self, key: _PlanKey, query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> None:
         """Plans with all of FlashInfer's own checks; offsets are on the host, from where it need not copy them back."""
-        self.prefill.plan(
-            query_offsets,
-            key_offsets,
-            key.num_heads,
-            key.num_kv_heads,
-            key.head_dim,
-            causal=key.causal,
-            window_left=key.window_left,
-            sm_scale=key.sm_scale,
-            logits_soft_cap=key.softcap,
-            q_data_type=key.dtype,
-            # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream #4972).
-            disable_split_kv=True,
-        )
+        name = f"{key.kernel}, {str(key.dtype).removeprefix('torch.')}, head_dim {key.head_dim}"
+        # What "auto" takes is known to nobody else, nor whether it is compiled.
+        with jit.watched(name) if key.kernel == "auto" else nullcontext():
+            self.prefill.plan(
+                query_offsets,
+                key_offsets,
+                key.num_heads,
+                key.num_kv_heads,
+                key.head_dim,
+                causal=key.causal,
+                window_left=key.window_left,
+                sm_scale=key.sm_scale,
+                logits_soft_cap=key.softcap,
+                q_data_type=key.dtype,
+                # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream
+                # #4972).
+                disable_split_kv=True,
+            )
 
     def _plan_again(self, key: _PlanKey, layout: RaggedLayout, replay: _Replay) -> None:
         prefill = self.prefill
@@ -693,6 +665,32 @@ class KernelPlan:
         return values, *self._layout_slots, self._key.sm_scale, *values.stride()
 
 
+def _left_bound(left: int | None, layout: RaggedLayout) -> int | None:
+    """Returns a bound, or None if no row reaches it: windows need kernels of their own."""
+    return None if left is not None and left >= layout.key.max_length - 1 else left
+
+
+def module_of(
+    layout: RaggedLayout,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    left: int | None,
+    softcap: float | None,
+    biased: bool,
+    kernel: Kernel,
+) -> KernelModule | None:
+    """Returns the compiled module that a plan needs; arguments are those of [`make_plan`].
+
+    Returns:
+        None where there is nothing to compute, or only FlashInfer's plan knows, as with kernel="auto".
+    """
+    if kernel == "auto" or not (layout.query.total_tokens and layout.key.total_tokens):
+        return None
+    window, size = _left_bound(left, layout) is not None, padded_head_dim(head_dim, kernel)
+    return KernelModule(kernel, dtype, size, window, softcap is not None and softcap > 0, biased)
+
+
 def make_plan(
     layout: RaggedLayout,
     *,
@@ -710,6 +708,8 @@ def make_plan(
     kernel: Kernel,
 ) -> KernelPlan:
     """Plans attention on the current stream; once per layout, whatever is asked for again.
+
+    The first plan of a kernel compiles it, unless that was done before.
 
     Args:
         layout: Which tokens belong to which row.
@@ -729,10 +729,10 @@ def make_plan(
     Raises:
         UnsupportedAttentionError: If a CUDA graph is being captured and nothing was planned before, or a batch is too
             large for the kernel's addresses.
+        BackendUnavailableError: If the kernel cannot be compiled, or must not be.
         ValueError: If `head_dim` is above 256, or a bias comes with what its kernel lacks.
     """
-    # A bound that no row reaches is none: windows need kernels of their own.
-    left = None if left is not None and left >= layout.key.max_length - 1 else left
+    left = _left_bound(left, layout)
     right = None if right is not None and right >= layout.query.max_length - 1 else right
     if biased and (kernel != "fa2" or left is not None or right not in (None, 0) or softcap is not None):
         raise ValueError(
@@ -745,6 +745,9 @@ def make_plan(
         raise UnsupportedAttentionError(
             f"{elements:,} elements in a query or key, which fa2 addresses with 32 bits", "Use smaller batches."
         )
+    module = module_of(layout, head_dim=head_dim, dtype=dtype, left=left, softcap=softcap, biased=biased, kernel=kernel)
+    if module is not None:
+        jit.require(module)
     with torch.cuda.device(device):
         key = _PlanKey(
             kernel=kernel,

@@ -78,6 +78,11 @@ class Family:
     refuse: Callable[[PreTrainedModel], str | None] = _accept
     own_attention: Callable[[], ModuleType] | None = None
 
+    @property
+    def packs_ids_alone(self) -> bool:
+        """Whether nothing but numbers is packed, of which graphs are captured."""
+        return self.own_attention is None and not self.embeds_rows
+
 
 _ENCODER = Family()
 _ROBERTA = Family(positions=Positions.AFTER_PADDING_ID)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..backends.flashinfer import GraphWorkspace, plan_graph, unavailable_reason
-from ..dispatch import log_once
+from ..dispatch import KernelPendingError, log_once
 from ..layout import RaggedLayout, known_layout, offsets_of
 from ..mask import is_mask_of_ones, mask_of_ones
 from ..settings import Settings, current_settings
@@ -408,7 +408,8 @@ class GraphedForward:
     def refusal(self) -> str | None:
         """Why the model as it is runs without graphs, once that was found out; None while nothing is known."""
         refused, state = self._refused, self._state
-        if refused is not None and refused[1] == current_settings():
+        # After `configure`, what could not be done is tried again.
+        if refused is not None and refused[1] is current_settings():
             return refused[0]
         return state.refusal if state is not None and state.refusal is not None and state.holds() else None
 
@@ -571,6 +572,10 @@ class GraphedForward:
                             graph.capture_end()
                         raise
                     graph.capture_end()
+        except KernelPendingError:
+            # Not for long; meanwhile forwards run without a graph, and other sizes keep theirs.
+            memory.stream.synchronize()
+            return None
         except RuntimeError as error:
             # Ours, or torch's of an operation that cannot be captured, or too little memory. A model that cannot be
             # captured for one size cannot be for another; if the model itself is at fault, that shows without a graph.

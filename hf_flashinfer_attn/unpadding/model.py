@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .. import jit
 from ..dispatch import log_once
 from ..errors import UnsupportedAttentionError
 from ..integration import NAME
@@ -129,8 +130,7 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
 
 def _install_graphs(backbone: torch.nn.Module, options: GraphOptions) -> None:
     family = _family(backbone)
-    if family.own_attention is not None or family.embeds_rows:
-        # Their packed inputs are more than ids.
+    if not family.packs_ids_alone:
         log_once(f"no CUDA graphs of {type(backbone).__name__}: it is not known how to capture it")
     else:
         install_graphs(cast(PreTrainedModel, backbone), options)
@@ -165,7 +165,8 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]]) ->
         mask = (torch.arange(width) < lengths[:, None]).long()
         for backbone in backbones:
             graphs = graphs_of(backbone)
-            with torch.no_grad():
+            # A graph asked for ahead is worth waiting for its kernels.
+            with torch.no_grad(), jit.waiting():
                 known = cast(PreTrainedModel, backbone)
                 _require_graphs(known)
                 if graphs is None or not graphs.takes(known, known.device, rows, tokens) or tokens < rows:

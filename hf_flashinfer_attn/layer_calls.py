@@ -1,0 +1,60 @@
+"""What the attention layers of a model ask for, kept while it runs on the meta device, where nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from .dispatch import AttentionRequest
+
+__all__ = ["LayerCall", "calls_kept", "keep_layer_calls"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """One call of the attention function on tensors without values.
+
+    Args:
+        module: The attention layer.
+        request: What the choice of a path depends on.
+        num_heads: Of the query.
+        num_kv_heads: Of key and value.
+        head_dim: Of query and key.
+        value_head_dim: Of value.
+        softcap: What logits are capped to.
+        biased: Whether a bias is added to the logits.
+        sinks: Whether there are attention sinks.
+    """
+
+    module: torch.nn.Module
+    request: AttentionRequest
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    softcap: float | None
+    biased: bool
+    sinks: bool
+
+
+_kept: ContextVar[list[LayerCall] | None] = ContextVar("hf_flashinfer_attn_layer_calls", default=None)
+
+
+@contextmanager
+def keep_layer_calls() -> Iterator[list[LayerCall]]:
+    """Keeps the calls of this thread on the meta device, and has them return outputs without values."""
+    calls: list[LayerCall] = []
+    token = _kept.set(calls)
+    try:
+        yield calls
+    finally:
+        _kept.reset(token)
+
+
+def calls_kept() -> list[LayerCall] | None:
+    """Returns where to keep calls; None where nobody asked for them."""
+    return _kept.get()
