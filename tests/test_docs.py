@@ -12,7 +12,7 @@ from hf_flashinfer_attn import cli
 from hf_flashinfer_attn.demo import model_path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "NOTES.md"])
+PAGES = sorted(page for folder in (".", "docs", "benchmarks", "examples") for page in (ROOT / folder).glob("*.md"))
 # Made pages hold signatures, not programs; what is in them are the docstrings' examples.
 WRITTEN = [page for page in ROOT.glob("docs/*.md") if page.name not in ("api.md", "support.md")]
 BLOCKS = [
