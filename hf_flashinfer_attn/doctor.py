@@ -97,6 +97,11 @@ class Diagnosis:
         plan: What the model would use; None if none was asked about.
         kernels: Of FlashInfer that it may need.
         checks: The kernels that were run; empty if that was not asked for.
+
+    Examples:
+        >>> from hf_flashinfer_attn import Diagnosis
+        >>> Diagnosis(sections=(), device="cpu", backend="torch", obstacles=("there is no NVIDIA driver",)).ready
+        False
     """
 
     sections: tuple[Section, ...]
@@ -221,6 +226,9 @@ def doctor(
         dtype: Of the model's weights; that of its config where that is half precision, or else torch.float16.
         capability: Compute capability of the GPU to plan the model for; that of this machine's by default.
         on_step: Called with what comes next, before each kernel that is run.
+
+    Returns:
+        What was found; `print(diagnosis)` shows it. Nothing that is missing raises.
 
     Raises:
         DiagnosisError: If the model's config cannot be read.

@@ -6,11 +6,25 @@ __all__ = ["BackendUnavailableError", "FlashInferAttentionError", "UnsupportedAt
 
 
 class FlashInferAttentionError(RuntimeError):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of the errors that are this package's own; wrong arguments are a `ValueError`.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> try:
+        ...     raise hf_flashinfer_attn.UnsupportedAttentionError("softcap", "use backend='auto'")
+        ... except hf_flashinfer_attn.FlashInferAttentionError as error:
+        ...     print(error)
+        softcap. use backend='auto'
+    """
 
 
 class BackendUnavailableError(FlashInferAttentionError):
     """A backend that was asked for by name cannot run on this machine.
+
+    Args:
+        backend: Its name.
+        reason: Why it cannot run.
+        way_out: What to do about it.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -30,6 +44,10 @@ class BackendUnavailableError(FlashInferAttentionError):
 
 class UnsupportedAttentionError(FlashInferAttentionError):
     """A model asked for attention that the selected backend cannot compute, and falling back was ruled out.
+
+    Args:
+        feature: What was asked for.
+        way_out: What to do about it.
 
     Examples:
         >>> import hf_flashinfer_attn

@@ -24,6 +24,8 @@ MaskFunction = Callable[..., torch.Tensor]
 
 
 class PatternKind(Enum):
+    """Whether a pattern can do without a mask."""
+
     BAND = "band"
     DENSE = "dense"
 
@@ -60,6 +62,7 @@ CAUSAL = Pattern(PatternKind.BAND, "causal", right=0)
 
 
 def dense_pattern(name: str) -> Pattern:
+    """Names what needs the whole mask."""
     return Pattern(PatternKind.DENSE, name)
 
 

@@ -30,6 +30,14 @@ class Settings:
         jit: What becomes of attention whose kernel is not compiled yet. "wait" compiles it and says so; "background"
             compiles it in a thread while torch serves, or waits where `backend` or `strict` rule that out; "never"
             compiles nothing: torch serves, or an error is raised where that is ruled out.
+
+    Raises:
+        ValueError: If a value is not known.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> hf_flashinfer_attn.Settings(strict=True).backend
+        'auto'
     """
 
     backend: BackendName = "auto"
@@ -71,6 +79,11 @@ def current_settings() -> Settings:
 
     Raises:
         ValueError: If an environment variable holds a value that is not known.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> hf_flashinfer_attn.current_settings().strict
+        False
     """
     global _settings
     if _settings is None:

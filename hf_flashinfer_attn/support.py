@@ -1,4 +1,4 @@
-"""The support table, made from the rules that the dispatcher goes by.
+"""The support tables, made from the rules that the dispatcher and `unpad` go by.
 
 python -m hf_flashinfer_attn.support
 """
@@ -6,8 +6,9 @@ python -m hf_flashinfer_attn.support
 from __future__ import annotations
 
 from .dispatch import RULES, Path
+from .unpadding.families import FAMILIES, REFUSED, Family
 
-__all__ = ["support_table"]
+__all__ = ["refused_table", "support_table", "unpadding_table"]
 
 # What no rule takes away from FlashInfer.
 _NATIVE = (
@@ -26,7 +27,7 @@ _FASTER_ELSEWHERE = (
     "padded batches of under 67 million logits per layer, for which planning costs more than it saves",
 )
 _REFUSED = (
-    "continuous batching (`paged|flashinfer`)",
+    "continuous batching (`paged\\|flashinfer`)",
     "planning while a CUDA graph is captured",
     "`cu_seq_lens` together with a padding mask",
 )
@@ -41,11 +42,49 @@ def support_table() -> str:
         >>> print(support_table().splitlines()[0])
         | request | on a GPU |
     """
-    rows = [(feature, "FlashInfer") for feature in _NATIVE]
+    rows: list[tuple[str, ...]] = [(feature, "FlashInfer") for feature in _NATIVE]
     rows += [(feature, "torch's sdpa") for feature in _FASTER_ELSEWHERE]
     rows += [(rule.feature, f"{_RUNS_ON[rule.path]}, logged once") for rule in RULES]
     rows += [(feature, "`UnsupportedAttentionError`") for feature in _REFUSED]
-    return "\n".join(["| request | on a GPU |", "|---|---|", *(f"| {feature} | {path} |" for feature, path in rows)])
+    return _table(("request", "on a GPU"), rows)
+
+
+def unpadding_table() -> str:
+    """Returns the families of models that `unpad` takes, as a Markdown table.
+
+    Examples:
+        >>> from hf_flashinfer_attn.support import unpadding_table
+        >>> print(unpadding_table().splitlines()[3])
+        | `BertModel` | by slot, from 0 |  |
+    """
+    rows = [(f"`{name}`", family.positions.value, "; ".join(_besides(family))) for name, family in FAMILIES.items()]
+    return _table(("backbone", "tokens are numbered", "besides"), sorted(rows))
+
+
+def _besides(family: Family) -> list[str]:
+    besides = {
+        "packed with `use_cache=False`": family.is_causal,
+        "embeddings run padded, before packing; no CUDA graphs": family.embeds_rows,
+        "attention of its own, exchanged for ours; no CUDA graphs": family.own_attention is not None,
+        "rows with holes stay padded": family.measures_slots,
+    }
+    return [text for text, applies in besides.items() if applies]
+
+
+def refused_table() -> str:
+    """Returns the model types that `unpad` refuses by name, and why, as a Markdown table.
+
+    Examples:
+        >>> from hf_flashinfer_attn.support import refused_table
+        >>> "mobilebert" in refused_table()
+        True
+    """
+    return _table(("model type", "why"), [(f"`{model_type}`", reason) for model_type, reason in REFUSED.items()])
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    head, *body = (f"| {' | '.join(cells)} |" for cells in [header, *rows])
+    return "\n".join([head, "|---" * len(header) + "|", *body])
 
 
 if __name__ == "__main__":

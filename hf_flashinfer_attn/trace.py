@@ -14,7 +14,22 @@ __all__ = ["AttentionCall", "Trace", "trace"]
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One call of the attention function."""
+    """One call of the attention function.
+
+    Args:
+        layer: The class of the attention, and the number of its layer where it has one.
+        pattern: Which keys a query sees, such as "full" or "causal".
+        kernel: Who computed it.
+        head_dim: The widest of the query's and the value's, elements.
+        padded_head_dim: What it was padded to for the kernel; the same where it was not.
+        reason: Why the call fell back; None if it did not.
+
+    Examples:
+        >>> from hf_flashinfer_attn import AttentionCall
+        >>> call = AttentionCall("BertSelfAttention[0]", "full", "flashinfer-fa3", 32, 64, None)
+        >>> call.kernel, call.padded_head_dim
+        ('flashinfer-fa3', 64)
+    """
 
     layer: str
     pattern: str
@@ -28,8 +43,20 @@ class AttentionCall:
 class Trace:
     """What happened inside a `with hf_flashinfer_attn.trace()` block, in this thread.
 
-    `print(trace)` shows a table, and so does a notebook. Counters are plain integers: `layouts` (ragged layouts made),
-    `host_copies` (device-to-host copies that this package waited for), `plans` (FlashInfer plans made).
+    `print(trace)` shows a table, and so does a notebook.
+
+    Args:
+        calls: One record per attention call, in the order of the calls.
+        layouts: Ragged layouts made.
+        host_copies: Device-to-host copies that this package waited for.
+        plans: FlashInfer plans made.
+
+    Examples:
+        >>> from hf_flashinfer_attn import AttentionCall, Trace
+        >>> call = AttentionCall("BertSelfAttention[0]", "full", "dense", 32, 32, "output_attentions=True")
+        >>> trace = Trace(calls=[call, call])
+        >>> trace.kernels, trace.fallbacks
+        (('dense',), ('output_attentions=True',))
     """
 
     calls: list[AttentionCall] = field(default_factory=list)
@@ -85,6 +112,9 @@ _active: ContextVar[Trace | None] = ContextVar("hf_flashinfer_attn_trace", defau
 @contextmanager
 def trace() -> Iterator[Trace]:
     """Records every attention call of this thread that happens inside the block.
+
+    Yields:
+        The [`Trace`], filled while the block runs. Graphs of torch.compile and replayed CUDA graphs add what they ran.
 
     Examples:
         >>> import torch, hf_flashinfer_attn

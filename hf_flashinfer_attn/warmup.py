@@ -85,6 +85,18 @@ class WarmupReport:
         notes: Why the model may need none, or others that are not known ahead.
         graphs: What came of the check of graphs, if it was asked for.
         seconds: In all.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from hf_flashinfer_attn import WarmupReport
+        >>> notes = ("it computes attention by itself",)
+        >>> report = WarmupReport("deberta", ("9.0a",), Path("cached_ops"), (), notes, None, 0.2)
+        >>> report.passed
+        True
+        >>> print(report)
+        kernels of deberta for 9.0a in cached_ops
+        note: it computes attention by itself
+        0 of 0 kernels are ready after 0 s
     """
 
     model_type: str

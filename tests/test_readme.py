@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_flashinfer_attn.backends import flashinfer
 from hf_flashinfer_attn.demo import model_path
-from hf_flashinfer_attn.support import support_table
+from hf_flashinfer_attn.unpadding.families import FAMILIES
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -30,5 +31,9 @@ def test_readme_has_its_two_commands_and_fits_two_screens() -> None:
     assert len(text.splitlines()) <= 120
 
 
-def test_support_table_is_that_of_the_dispatcher() -> None:
-    assert support_table() in README.read_text()
+def test_limits_are_those_of_the_code() -> None:
+    limits = " ".join(README.read_text().partition("## Limits")[2].split())
+    assert f"head_dim up to {flashinfer.MAX_HEAD_DIM}" in limits
+    major, minor = min(flashinfer._MIN_CAPABILITY.values())
+    assert f"compute capability {major}.{minor} or newer" in limits
+    assert f"`unpad` knows {len(FAMILIES)} families" in limits

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from transformers import PreTrainedModel
 
-__all__ = ["Family", "Positions", "family_of", "reason_against"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "Positions", "family_of", "reason_against"]
 
 
 class Positions(Enum):
@@ -87,7 +87,7 @@ class Family:
 _ENCODER = Family()
 _ROBERTA = Family(positions=Positions.AFTER_PADDING_ID)
 _DECODER = Family(is_causal=True)
-_FAMILIES = {
+FAMILIES = {
     "AlbertModel": replace(_ENCODER, pool=_apply_albert_pooler),
     "BertModel": _ENCODER,
     "CamembertModel": _ROBERTA,
@@ -111,7 +111,7 @@ _FAMILIES = {
 }
 _OWN_ATTENTION = "it computes attention by itself, over padded rows"
 _POSITION_BIAS = "its relative position bias is counted in slots of padded rows"
-_REASONS = {
+REFUSED = {
     "deberta": _OWN_ATTENTION,
     "deberta-v2": _OWN_ATTENTION,
     "longformer": _OWN_ATTENTION,
@@ -126,8 +126,8 @@ _REASONS = {
 def family_of(model: torch.nn.Module) -> Family | None:
     """Returns how to pack the tokens of a backbone; None for any other module."""
     for parent in type(model).__mro__:
-        if parent.__module__.startswith("transformers.models.") and parent.__name__ in _FAMILIES:
-            return _FAMILIES[parent.__name__]
+        if parent.__module__.startswith("transformers.models.") and parent.__name__ in FAMILIES:
+            return FAMILIES[parent.__name__]
     return None
 
 
@@ -135,5 +135,5 @@ def reason_against(model: torch.nn.Module) -> str:
     """Says why a model without a known backbone cannot be packed."""
     inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    known = ", ".join(sorted(name.removesuffix("Model") for name in _FAMILIES))
-    return _REASONS.get(model_type or "", f"nothing is known about packing it; known are {known}")
+    known = ", ".join(sorted(name.removesuffix("Model") for name in FAMILIES))
+    return REFUSED.get(model_type or "", f"nothing is known about packing it; known are {known}")

@@ -111,6 +111,11 @@ class GraphStatistics:
         slots: Tokens in those forwards, filler included.
         memory_bytes: Of the GPU that graphs take now, as far as can be told from its free memory.
         compile_seconds: Of the first runs of what was compiled, kernels of all sizes so far included.
+
+    Examples:
+        >>> from hf_flashinfer_attn import GraphStatistics
+        >>> GraphStatistics(replayed=2, tokens=75, slots=100).waste
+        0.25
     """
 
     captured: int = 0
@@ -123,7 +128,7 @@ class GraphStatistics:
 
     @property
     def waste(self) -> float:
-        """Filler, of all tokens that graphs computed."""
+        """The share of filler in all tokens that graphs computed, 0 to 1."""
         return 1 - self.tokens / self.slots if self.slots else 0.0
 
     @classmethod

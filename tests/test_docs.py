@@ -1,0 +1,85 @@
+"""Pages that are made from the source agree with it, Python blocks run, and links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs import make_pages
+from hf_flashinfer_attn import cli
+from hf_flashinfer_attn.demo import model_path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(page for folder in (".", "docs", "benchmarks", "examples") for page in (ROOT / folder).glob("*.md"))
+# Made pages hold signatures, not programs; what is in them are the docstrings' examples.
+WRITTEN = [page for page in ROOT.glob("docs/*.md") if page.name not in ("api.md", "support.md")]
+BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{number}")
+    for page in sorted(WRITTEN)
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+]
+
+
+def _without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "`code`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def _anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, made as GitHub makes them."""
+    anchors: set[str] = set()
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        count = sum(
+            anchor == known or (known.startswith(f"{anchor}-") and known[len(anchor) + 1 :].isdigit())
+            for known in anchors
+        )
+        anchors.add(f"{anchor}-{count}" if count else anchor)
+    return anchors
+
+
+@pytest.mark.parametrize("name", make_pages.pages())
+def test_made_page_is_up_to_date(name: str) -> None:
+    page = (make_pages.DOCS / name).read_text()
+    assert page == make_pages.pages()[name], "run python -m docs.make_pages"
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_block(block: str) -> None:
+    exec(compile(block, "docs", "exec"), {"path": str(model_path())})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", _without_code(page.read_text())):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        assert not anchor or anchor in _anchors(linked), target
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in [*ROOT.glob("docs/*.md"), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "README.md"]:
+        assert page.name == "index.md" or f"{page.name})" in index, page.name
+    assert "docs/index.md" in (ROOT / "README.md").read_text()
+
+
+def test_every_command_is_in_the_index(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    commands = re.findall(r"^    (\w+) +\w", capsys.readouterr().out, re.MULTILINE)
+    assert "demo" in commands
+    index = (ROOT / "docs" / "index.md").read_text()
+    for command in commands:
+        assert f"| `{command}` |" in index, command
+
+
+def test_drawing_says_what_it_shows() -> None:
+    drawing = (ROOT / "docs" / "how_it_works.svg").read_text()
+    assert "<title>" in drawing
+    assert "how_it_works.svg" in (ROOT / "docs" / "how_it_works.md").read_text()

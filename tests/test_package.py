@@ -1,0 +1,55 @@
+"""The package as users have it: installed, with its types."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import user_program
+
+import hf_flashinfer_attn
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(hf_flashinfer_attn.__file__).parent
+
+
+def test_tests_run_on_the_package_that_is_meant() -> None:
+    source = ROOT / "hf_flashinfer_attn"
+    # Where the tests were taken away from the source it is the installed one that they are about.
+    expected = source if source.is_dir() else Path(sysconfig.get_path("purelib")) / "hf_flashinfer_attn"
+    assert expected == PACKAGE
+
+
+def test_package_says_that_it_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_user_program_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    user_program.main()
+    assert "backend='cuda' is not known" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs mypy")
+def test_user_program_type_checks_against_the_installed_package(tmp_path: Path) -> None:
+    # An environment of its own, as mypy takes types only from what is installed there; the rest is that of the tests.
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    installed = next((tmp_path / "venv" / "lib").glob("python3*")) / "site-packages"
+    shutil.copytree(PACKAGE, installed / "hf_flashinfer_attn", ignore=shutil.ignore_patterns("__pycache__"))
+    (installed / "others.pth").write_text(sysconfig.get_path("purelib"))
+    program = shutil.copy(ROOT / "tests" / "user_program.py", tmp_path)
+    # Not all of transformers has types.
+    options = ["--strict", "--config-file=", "--untyped-calls-exclude=transformers", f"--python-executable={python}"]
+    command = [sys.executable, "-m", "mypy", *options, str(program)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    # With the repository's own, which holds other modules; libraries are the slow part, and stay the same.
+    environment["MYPY_CACHE_DIR"] = str(ROOT / ".mypy_cache" / "user_program")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
