@@ -5,6 +5,7 @@ Importing this package registers the attention implementation "flashinfer":
     model = AutoModel.from_pretrained(path, attn_implementation="flashinfer", dtype=torch.float16, device_map="cuda")
 """
 
+from .doctor import Diagnosis, doctor
 from .errors import BackendUnavailableError, FlashInferAttentionError, UnsupportedAttentionError
 from .registration import register
 from .settings import Settings, configure, current_settings
@@ -15,6 +16,7 @@ from .version import __version__
 __all__ = [
     "AttentionCall",
     "BackendUnavailableError",
+    "Diagnosis",
     "FlashInferAttentionError",
     "GraphOptions",
     "GraphStatistics",
@@ -25,6 +27,7 @@ __all__ = [
     "capture_graphs",
     "configure",
     "current_settings",
+    "doctor",
     "graph_statistics",
     "register",
     "repad",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .backends import flashinfer, reference
+from .bias import LogitsBias
 from .layout import RaggedLayout
 
 __all__ = ["KernelError", "measure_kernel_error"]
@@ -36,6 +37,7 @@ class KernelError:
     error: float
     sdpa_error: float
     fused_sdpa_error: float
+    biased: bool = False
 
     @property
     def ratio(self) -> float:
@@ -52,6 +54,7 @@ def measure_kernel_error(
     left: int | None = None,
     right: int | None = None,
     softcap: float | None = None,
+    biased: bool = False,
     value_head_dim: int | None = None,
     num_heads: int = 4,
     num_kv_heads: int = 4,
@@ -69,6 +72,7 @@ def measure_kernel_error(
         left: How many keys before its own position a query sees; None for all.
         right: How many keys after its own position a query sees; None for all, 0 for causal attention.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`; sdpa's error is then that of attention without it.
+        biased: Whether a random bias is added to the logits, the same for all rows.
         value_head_dim: Of value; `head_dim` by default.
         num_heads: Query heads.
         num_kv_heads: Key heads.
@@ -94,19 +98,24 @@ def measure_kernel_error(
     layout = RaggedLayout.from_padding_mask(valid)
     q, k, v = (layout.query.gather(tensor) for tensor in (query, key, value))
     sm_scale: float = head_dim**-0.5
+    bias = None
+    if biased:
+        values = torch.randn(1, num_heads, max_length, max_length, generator=generator).to(device, dtype)
+        bias = LogitsBias(values.expand(batch_size, -1, -1, -1))
     if kernel is None:
-        output, padded_head_dim = (
-            reference.attend(q, k, v, layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap),
-            head_dim,
+        output = reference.attend(
+            q, k, v, layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap, bias=bias
         )
+        padded_head_dim = head_dim
     else:
         output = flashinfer.attend(
-            q, k, v, layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap, kernel=kernel
+            q, k, v, layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap, bias=bias, kernel=kernel
         )
         padded_head_dim = flashinfer.padded_head_dim(max(head_dim, value_head_dim), kernel)
     exact = reference.attend(
-        q.double(), k.double(), v.double(), layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap
-    )
+        q.double(), k.double(), v.double(), layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap,
+        bias=bias,
+    )  # fmt: skip
 
     positions = torch.arange(max_length, device=device)
     distance = positions - positions[:, None]
@@ -114,6 +123,9 @@ def measure_kernel_error(
         distance <= (max_length if right is None else right)
     )
     mask = valid[:, None, None, :] & band
+    if bias is not None:
+        # Not infinite: a row of padding only would be NaN.
+        mask = bias.values.masked_fill(~mask, torch.finfo(dtype).min)
     groups = num_heads // num_kv_heads
     # sdpa cannot be asked to ignore NaN: it gets zeros in the padding.
     sdpa_q, sdpa_k, sdpa_v = (
@@ -151,4 +163,5 @@ def measure_kernel_error(
         error=relative(layout.query.gather(padded_output), exact),
         sdpa_error=relative(sdpa(1), plain),
         fused_sdpa_error=relative(sdpa(8), plain),
+        biased=biased,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_bench(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -206,6 +208,69 @@ def _run_bench(arguments: argparse.Namespace) -> int:
         bench.draw_chart([bench.report_figures(report)], arguments.plot)
     print(bench.format_summary(report))
     return 0 if report.passed else 1
+
+
+def _add_doctor(commands: Subparsers) -> None:
+    summary = "say whether FlashInfer would run here, what is missing, and what a model would use"
+    parser = commands.add_parser(
+        "doctor",
+        help=summary,
+        description=f'{summary[0].upper()}{summary[1:]}. The exit status is 0 if "flashinfer" would run on a GPU here, '
+        "else 1.",
+    )
+    parser.set_defaults(run=_run_doctor)
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help="what each layer of a model would use, from its config alone"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+        help="with --model: of its weights (default: that of its config, or else float16)",
+    )
+    parser.add_argument(
+        "--arch",
+        type=_capability,
+        metavar="ARCH",
+        help="with --model: compute capability of another GPU to plan for, such as 9.0 (default: of this machine's)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run the kernels that would be used here against float64; those that are not compiled yet are compiled",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .bench.progress import Progress
+    from .doctor import doctor
+
+    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    progress = Progress() if arguments.check else None
+    try:
+        diagnosis = doctor(
+            arguments.model,
+            check=arguments.check,
+            dtype=dtype,
+            capability=arguments.arch,
+            on_step=None if progress is None else progress.step,
+        )
+    finally:
+        if progress is not None:
+            progress.close()
+    print(json.dumps(diagnosis.to_dict(), indent=2, ensure_ascii=False) if arguments.json else diagnosis)
+    return 0 if diagnosis.ready else 1
+
+
+def _capability(text: str) -> tuple[int, int]:
+    # "9.0a" is what compilers call it.
+    found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)[af]?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability such as 8.0 or 9.0")
+    return int(found[1]), int(found[2])
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -109,10 +109,11 @@ class ModelPlan:
     def __str__(self) -> str:
         lines = [self._title]
         if self.layers:
-            rows = [_HEADER, *(_cells(layer) for layer in self.layers)]
+            short = [replace(layer, layers=_abbreviated(layer.layers)) for layer in self.layers]
+            rows = [_HEADER, *map(_cells, short)]
             widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
             lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-            lines += (f"layers {layer.layers}: {layer.reason}" for layer in self.layers if layer.reason is not None)
+            lines += (f"layers {layer.layers}: {layer.reason}" for layer in short if layer.reason is not None)
         return "\n".join([*lines, *self._notes])
 
     def _repr_html_(self) -> str:
@@ -154,6 +155,12 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
         ", ".join(layer.kernels) or "refused",
         ", ".join(extras),
     )
+
+
+def _abbreviated(layers: str) -> str:
+    """Shortens "0, 3, 6, 9, 12" to "0, 3, ..., 12"."""
+    parts = layers.split(", ")
+    return layers if len(parts) <= 4 else ", ".join([*parts[:2], "...", parts[-1]])
 
 
 def plan_of_config(

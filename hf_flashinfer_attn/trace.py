@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from .html_table import html_table
+
 __all__ = ["AttentionCall", "Trace", "trace"]
 
 
@@ -26,8 +28,8 @@ class AttentionCall:
 class Trace:
     """What happened inside a `with hf_flashinfer_attn.trace()` block, in this thread.
 
-    `print(trace)` shows a table. Counters are plain integers: `layouts` (ragged layouts made), `host_copies`
-    (device-to-host copies that this package waited for), `plans` (FlashInfer plans made).
+    `print(trace)` shows a table, and so does a notebook. Counters are plain integers: `layouts` (ragged layouts made),
+    `host_copies` (device-to-host copies that this package waited for), `plans` (FlashInfer plans made).
     """
 
     calls: list[AttentionCall] = field(default_factory=list)
@@ -46,23 +48,35 @@ class Trace:
         return tuple(dict.fromkeys(call.reason for call in self.calls if call.reason is not None))
 
     def __str__(self) -> str:
-        header = ("layer", "pattern", "kernel", "head_dim", "fallback reason")
-        rows = [
-            (
-                call.layer,
-                call.pattern,
-                call.kernel,
-                str(call.head_dim)
-                if call.padded_head_dim == call.head_dim
-                else f"{call.head_dim} -> {call.padded_head_dim}",
-                call.reason or "",
-            )
-            for call in self.calls
-        ]
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]]
-        lines.append(f"layouts {self.layouts}, host copies {self.host_copies}, plans {self.plans}")
-        return "\n".join(lines)
+        rows = [_HEADER, *map(_cells, self.calls)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, self._counters])
+
+    def _repr_html_(self) -> str:
+        # A loop of forwards makes thousands, and none of them can be read then.
+        left_out = len(self.calls) - _MOST_ROWS
+        more = f"and {left_out} more calls\n" if left_out > 0 else ""
+        return html_table(_HEADER, map(_cells, self.calls[:_MOST_ROWS]), note=f"{more}{self._counters}")
+
+    @property
+    def _counters(self) -> str:
+        return f"layouts {self.layouts}, host copies {self.host_copies}, plans {self.plans}"
+
+
+_HEADER = ("layer", "pattern", "kernel", "head_dim", "fallback reason")
+_MOST_ROWS = 100
+
+
+def _cells(call: AttentionCall) -> tuple[str, ...]:
+    head_dim, padded = str(call.head_dim), str(call.padded_head_dim)
+    return (
+        call.layer,
+        call.pattern,
+        call.kernel,
+        head_dim if padded == head_dim else f"{head_dim} -> {padded}",
+        call.reason or "",
+    )
 
 
 _active: ContextVar[Trace | None] = ContextVar("hf_flashinfer_attn_trace", default=None)
