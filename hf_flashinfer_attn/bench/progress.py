@@ -1,4 +1,4 @@
-"""Progress: a bar of tqdm's on a terminal that has it, a line of HTML in a notebook, plain lines on stderr elsewhere."""
+"""Progress: a bar of tqdm's on a terminal that has it, a line of HTML in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
