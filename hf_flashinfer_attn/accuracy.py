@@ -140,7 +140,9 @@ def measure_kernel_error(
 
     plain = exact
     if softcap is not None:
-        plain = reference.attend(q.double(), k.double(), v.double(), layout, left=left, right=right, sm_scale=sm_scale)
+        plain = reference.attend(
+            q.double(), k.double(), v.double(), layout, left=left, right=right, sm_scale=sm_scale, bias=bias
+        )
 
     def relative(result: torch.Tensor, truth: torch.Tensor) -> float:
         return float((result.double() - truth).norm() / truth.norm())

@@ -340,3 +340,15 @@ def test_the_kernel_of_a_graph_takes_as_many_tokens_as_the_graph_has(monkeypatch
     for offsets in planned:
         assert (len(offsets), offsets[0], offsets[-1]) == (9, 0, 64)
     assert [side.tolist() for side in replanned[0]] == [[0, 2, 5, 5, 5, 5, 5, 5, 5], [2, 3, 0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.0, 50.0])
+@pytest.mark.parametrize(("left", "right", "biased"), [(None, None, False), (4, 0, False), (None, None, True)])
+def test_the_reference_is_as_exact_as_sdpa(
+    left: int | None, right: int | None, biased: bool, softcap: float | None, dtype: torch.dtype
+) -> None:
+    result = measure_kernel_error(
+        None, 32, dtype=dtype, device=torch.device("cpu"), left=left, right=right, softcap=softcap, biased=biased
+    )
+    assert result.ratio <= 1.25
