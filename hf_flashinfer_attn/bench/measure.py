@@ -178,6 +178,11 @@ class BenchReport:
         """Whether no contender was wrong or failed anywhere."""
         return all(cell.passed for cell in self.cells)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        from .report import format_cell
+
+        printer.text("\n\n".join(map(format_cell, self.cells)))
+
     def _repr_html_(self) -> str:
         where = self.environment["gpu"] or self.environment["cpu"]
         head = f"<p>{escape(str(where))}, {escape(self.dtype)}, best of {self.repeats}</p>"

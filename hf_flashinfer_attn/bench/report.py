@@ -75,7 +75,7 @@ def format_cell(cell: Cell) -> str:
 
     Times are of a pass over all batches. "of floor" is the floor over the best time: 100% cannot be beaten.
     """
-    title = _title(cell, cell.shape)
+    title = _title(cell)
     rows = [_COLUMNS, *(_row(outcome) for outcome in cell.contenders)]
     measured = [row for row in rows if len(row) == len(_COLUMNS)]
     widths = [max(len(row[column]) for row in measured) for column in range(len(_COLUMNS))]
@@ -106,13 +106,13 @@ def format_html(cell: Cell) -> str:
         [row[at] for at in columns] if len(row) == len(_COLUMNS) else [*row, *[""] * (len(columns) - 2)] for row in rows
     ]
     notes = [f"{outcome.name}: {reason} fell back" for outcome in cell.contenders for reason in outcome.fallbacks]
+    notes.append(f"error: against {cell.reference}")
+    return html_table([_COLUMNS[at] for at in columns], cells, title=_title(cell), note="\n".join(notes))
+
+
+def _title(cell: Cell) -> str:
     # A folder's name says enough; an id of a hub stays whole.
     name = Path(cell.shape).name if Path(cell.shape).is_absolute() else cell.shape
-    notes.append(f"error: against {cell.reference}")
-    return html_table([_COLUMNS[at] for at in columns], cells, title=_title(cell, name), note="\n".join(notes))
-
-
-def _title(cell: Cell, name: str) -> str:
     title = (
         f"{name}, {cell.lengths}: {cell.requests:,} requests in batches of {cell.batch_size}, "
         f"{cell.tokens:,} tokens, {cell.padded_fraction:.0%} padding"
