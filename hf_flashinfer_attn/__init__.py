@@ -12,6 +12,7 @@ from .settings import Settings, configure, current_settings
 from .trace import AttentionCall, Trace, trace
 from .unpadding import GraphOptions, GraphStatistics, capture_graphs, graph_statistics, repad, unpad
 from .version import __version__
+from .warmup import WarmupReport, warmup
 
 __all__ = [
     "AttentionCall",
@@ -23,6 +24,7 @@ __all__ = [
     "Settings",
     "Trace",
     "UnsupportedAttentionError",
+    "WarmupReport",
     "__version__",
     "capture_graphs",
     "configure",
@@ -33,6 +35,7 @@ __all__ = [
     "repad",
     "trace",
     "unpad",
+    "warmup",
 ]
 
 register()

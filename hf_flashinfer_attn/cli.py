@@ -15,6 +15,8 @@ from .errors import FlashInferAttentionError
 from .version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from .bench import RequestSet
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_bench(commands)
+    _add_warmup(commands)
     _add_doctor(commands)
     return parser
 
@@ -208,6 +211,75 @@ def _run_bench(arguments: argparse.Namespace) -> int:
         bench.draw_chart([bench.report_figures(report)], arguments.plot)
     print(bench.format_summary(report))
     return 0 if report.passed else 1
+
+
+def _add_warmup(commands: Subparsers) -> None:
+    summary = "compile every kernel that a model may need ahead, for another GPU on a machine without one too"
+    parser = commands.add_parser(
+        "warmup",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. Needs nvcc and ninja; the model's config is enough. The exit "
+        "status is 1 if a kernel could not be compiled, or a graph not captured.",
+    )
+    parser.set_defaults(run=_run_warmup)
+    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="what to compile for")
+    parser.add_argument(
+        "--dtype",
+        type=_half_dtypes,
+        metavar="NAME,...",
+        help="float16, bfloat16 or both (default: that of the model, or else float16)",
+    )
+    parser.add_argument(
+        "--arch", metavar="ARCH", help="compute capability of the GPU, such as 8.0 or 9.0a (default: of this machine's)"
+    )
+    parser.add_argument(
+        "--graphs",
+        type=_graph_sizes,
+        default=(),
+        metavar="ROWSxTOKENS,...",
+        help="also see whether CUDA graphs of batches of these sizes can be captured, and what they cost; needs a GPU",
+    )
+    parser.add_argument(
+        "--workers", type=_positive, metavar="N", help="compilers at a time (default: by cores and memory)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _run_warmup(arguments: argparse.Namespace) -> int:
+    from .warmup import warmup
+
+    try:
+        report = warmup(
+            arguments.model,
+            dtypes=arguments.dtype,
+            arch=arguments.arch,
+            graphs=arguments.graphs,
+            workers=arguments.workers,
+            progress=not arguments.quiet,
+        )
+    except (OSError, ValueError) as error:
+        # The config cannot be read, or an argument is not what it should be.
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(report)
+    return 0 if report.passed else 1
+
+
+def _half_dtypes(text: str) -> tuple[torch.dtype, ...]:
+    import torch
+
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    names = _names(text)
+    if not names or any(name not in known for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not float16, bfloat16 or both")
+    return tuple(known[name] for name in names)
+
+
+def _graph_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    sizes = [re.fullmatch(r"(\d+)x(\d+)", name) for name in _names(text)]
+    if not sizes or None in sizes:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes ROWSxTOKENS, such as 8x400,64x6000")
+    return tuple((int(size[1]), int(size[2])) for size in sizes if size is not None)
 
 
 def _add_doctor(commands: Subparsers) -> None:

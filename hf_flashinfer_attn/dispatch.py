@@ -200,7 +200,7 @@ def decide_compiled(module: KernelModule | None, settings: Settings, *, of_graph
         if settings.backend == "flashinfer":
             raise BackendUnavailableError("flashinfer", reason, jit.COMPILE_AHEAD)
         raise UnsupportedAttentionError(f"{reason}, and strict=True forbids a fallback", jit.COMPILE_AHEAD)
-    if of_graph or torch.cuda.is_current_stream_capturing():
+    if of_graph or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         error = KernelPendingError if jit.is_pending(module) else UnsupportedAttentionError
         raise error(f"a captured graph of attention: {reason}", jit.COMPILE_AHEAD)
     if settings.jit == "never":

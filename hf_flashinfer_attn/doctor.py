@@ -7,13 +7,15 @@ import os
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from .errors import FlashInferAttentionError
+from .errors import BackendUnavailableError, FlashInferAttentionError
 from .html_table import html_table
-from .probes import Probe, probe_cache, probe_compilers, probe_gpus, probe_versions
+from .kernel_cache import is_compiled, modules_of
+from .probes import IMPORT_ERRORS, Probe, probe_cache, probe_compilers, probe_gpus, probe_versions
 from .settings import current_settings
 from .version import __version__
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from .backends.flashinfer import Kernel
     from .model_plan import ModelPlan
 
-__all__ = ["Diagnosis", "DiagnosisError", "KernelCheck", "Section", "doctor"]
+__all__ = ["Diagnosis", "DiagnosisError", "KernelCheck", "ModelKernel", "Section", "doctor"]
 
 # The error of a kernel over that of sdpa's, up to which it is as exact.
 BUDGET = 1.25
@@ -71,6 +73,19 @@ class KernelCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelKernel:
+    """One kernel that a model may need.
+
+    Args:
+        name: Such as "fa3, float16, head_dim 64, window".
+        compiled: Whether it is in the kernel cache; None where that is not known, as for another GPU.
+    """
+
+    name: str
+    compiled: bool | None
+
+
+@dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What `doctor` found; `print(diagnosis)` shows one screen.
 
@@ -80,6 +95,7 @@ class Diagnosis:
         backend: Which backend would run there: "flashinfer" or "torch"; None where calls would raise.
         obstacles: Why "flashinfer" would not run on a GPU here, and what to do; empty if it would.
         plan: What the model would use; None if none was asked about.
+        kernels: Of FlashInfer that it may need.
         checks: The kernels that were run; empty if that was not asked for.
     """
 
@@ -88,6 +104,7 @@ class Diagnosis:
     backend: str | None
     obstacles: tuple[str, ...]
     plan: ModelPlan | None = None
+    kernels: tuple[ModelKernel, ...] = ()
     checks: tuple[KernelCheck, ...] = ()
 
     @property
@@ -115,6 +132,7 @@ class Diagnosis:
             **{section.name: {probe.name: probe.value for probe in section.probes} for section in self.sections},
             "problems": problems,
             "model": None if self.plan is None else self.plan.to_dict(),
+            "model_kernels": {kernel.name: kernel.compiled for kernel in self.kernels},
             "checks": [check.to_dict() for check in self.checks],
         }
 
@@ -128,6 +146,7 @@ class Diagnosis:
             lines += ["", "model", *(f"  {line}" for line in _wrapped(str(self.plan)))]
             if self.plan.capability is None:
                 lines.append("  on another GPU: --arch 9.0")
+            lines += map("  {}".format, _wrapped(self._kernels))
         if self.checks:
             lines += [
                 "",
@@ -158,7 +177,7 @@ class Diagnosis:
             )
         ]
         if self.plan is not None:
-            parts.append(self.plan._repr_html_())
+            parts += [self.plan._repr_html_(), *(f"<div>{escape(line)}</div>" for line in self._kernels.splitlines())]
         if self.checks:
             header, *rows = _check_rows(self.checks)
             problems = [f"{check.kernel}, {check.dtype}: {check.problem}" for check in self.checks if check.problem]
@@ -166,6 +185,16 @@ class Diagnosis:
             parts.append(html_table(header, rows, title=title, note="\n".join(problems)))
         parts.append(html_table((), [(obstacle,) for obstacle in self.obstacles], title=f"backend: {self._verdict}"))
         return f"<div>{'<br>'.join(parts)}</div>"
+
+    @property
+    def _kernels(self) -> str:
+        """Says which kernels of the model are still to be compiled, for the GPUs that FlashInfer compiles for here."""
+        missing = [kernel.name for kernel in self.kernels if kernel.compiled is False]
+        if not missing:
+            known = self.kernels and all(kernel.compiled for kernel in self.kernels)
+            return "kernels: all compiled" if known else ""
+        count = f"{len(missing)} of {len(self.kernels)} not compiled yet (`warmup --model` does it)"
+        return f"kernels: {count}: {'; '.join(missing)}"
 
     @property
     def _verdict(self) -> str:
@@ -222,7 +251,8 @@ def doctor(
         checks = tuple(_checks(device if backend == "flashinfer" else torch.device("cpu"), of_model, on_step))
         if backend == "flashinfer" and any(one.problem is not None for one in checks):
             obstacles.append("a kernel failed its check, see above")
-    return Diagnosis(sections, str(device), backend, tuple(obstacles), plan, checks)
+    kernels = () if plan is None else _model_kernels(plan, of_here=capability is None)
+    return Diagnosis(sections, str(device), backend, tuple(obstacles), plan, kernels, checks)
 
 
 def _device_here() -> torch.device:
@@ -311,6 +341,18 @@ def _plan(
         named = getattr(config, "dtype", None)
         dtype = named if named in DTYPES else torch.float16
     return plan_of_config(config, dtype=dtype, capability=capability)
+
+
+def _model_kernels(plan: ModelPlan, *, of_here: bool) -> tuple[ModelKernel, ...]:
+    kernels = []
+    for module in modules_of(plan):
+        try:
+            compiled = is_compiled(module) if of_here else None
+        except (*IMPORT_ERRORS, BackendUnavailableError):
+            # Why is a line of the cache.
+            compiled = None
+        kernels.append(ModelKernel(str(module), compiled))
+    return tuple(kernels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ from .settings import Settings, current_settings
 
 __all__ = [
     "COMPILE_AHEAD",
+    "GET_NVCC",
+    "NO_NVCC",
     "compile_in_background",
     "compile_module",
     "is_pending",
@@ -49,6 +51,8 @@ DISABLED_VARIABLE = "FLASHINFER_DISABLE_JIT"
 _WAY_OUT = (
     "Run `hf-flashinfer-attn doctor` to see what is missing, or use hf_flashinfer_attn.configure(backend='torch')."
 )
+NO_NVCC = "there is no nvcc to compile its kernels with (looked at CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
+GET_NVCC = "Install the CUDA toolkit, or the package flashinfer-jit-cache with compiled kernels."
 COMPILE_AHEAD = (
     "Compile it ahead: `hf-flashinfer-attn warmup --model PATH`; or wait for it: "
     "hf_flashinfer_attn.configure(jit='wait')."
@@ -57,6 +61,7 @@ COMPILE_AHEAD = (
 _CURES = {
     "cannot find -lcuda:": "The linker found no libcuda: install the driver or the CUDA toolkit's stubs, and name "
     "their folder with FLASHINFER_EXTRA_LDFLAGS=-L/usr/local/cuda/lib64/stubs. ",
+    "cannot find -lcudart": "The linker found no libcudart: name the CUDA toolkit's folder with CUDA_HOME. ",
     "curand_kernel.h": "Install cuRAND's headers, and name their folder with CPATH. ",
     "Unsupported gpu architecture": "This nvcc is older than the GPU: install a newer CUDA toolkit. ",
 }
@@ -162,12 +167,7 @@ def compile_module(
 
     with _preparation_of(module):
         if nvcc_path() is None:
-            raise BackendUnavailableError(
-                "flashinfer",
-                f"there is no nvcc to compile its kernel ({module}) with (looked at CUDA_HOME, CUDA_PATH, PATH and "
-                "/usr/local/cuda)",
-                "Install the CUDA toolkit, or the package flashinfer-jit-cache with compiled kernels.",
-            )
+            raise BackendUnavailableError("flashinfer", NO_NVCC, GET_NVCC)
         spec = _build_files_of(module)
         at_once = jobs if jobs is not None else os.environ.get("MAX_JOBS", "")
         options = ["-v", *(["-j", str(at_once)] if str(at_once).isdigit() else [])]

@@ -20,7 +20,17 @@ from .errors import BackendUnavailableError
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["KernelModule", "aot_directories", "cache_directory", "compiled_modules", "is_compiled"]
+    from .model_plan import ModelPlan
+
+__all__ = [
+    "KernelModule",
+    "aot_directories",
+    "cache_directory",
+    "compiled_library",
+    "compiled_modules",
+    "is_compiled",
+    "modules_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +177,43 @@ def compiled_modules() -> tuple[str, ...]:
     """
     libraries = (path for folder in (cache_directory(), *aot_directories()) for path in folder.glob("*/*.so"))
     return tuple(sorted({path.stem for path in libraries if path.parent.name == path.stem}))
+
+
+def modules_of(plan: ModelPlan, dtype: torch.dtype | None = None) -> tuple[KernelModule, ...]:
+    """Returns all modules that a model may need, whatever the lengths in its batches.
+
+    Args:
+        plan: What each of its layers would use, on GPUs of some compute capability.
+        dtype: Of query, key and value; that of the plan by default.
+
+    Returns:
+        Without what FlashInfer itself chooses on some Blackwell GPUs, but for what it falls back to there.
+
+    Examples:
+        >>> from hf_flashinfer_attn.kernel_cache import modules_of
+        >>> from hf_flashinfer_attn.model_plan import plan_of_config
+        >>> from transformers import BertConfig
+        >>> print(*modules_of(plan_of_config(BertConfig(), capability=(9, 0))), sep="\\n")
+        fa3, float16, head_dim 64
+        fa2, float16, head_dim 64
+    """
+    from .backends.flashinfer import padded_head_dim
+
+    modules: dict[KernelModule, None] = {}
+    for layer in plan.layers:
+        for name in layer.kernels:
+            if name not in ("fa2", "fa3", "auto"):
+                continue
+            kernel: Literal["fa2", "fa3"] = "fa3" if name == "fa3" else "fa2"
+            # Where no row reaches a window, it is none.
+            for window in (False,) if layer.left is None or layer.biased else (False, True):
+                module = KernelModule(
+                    kernel,
+                    plan.dtype if dtype is None else dtype,
+                    padded_head_dim(layer.head_dim, kernel),
+                    window,
+                    layer.softcap is not None,
+                    layer.biased,
+                )
+                modules[module] = None
+    return tuple(modules)

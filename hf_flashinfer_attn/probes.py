@@ -21,7 +21,7 @@ from .errors import BackendUnavailableError
 from .jit import nvcc_path
 from .kernel_cache import KernelModule, cache_directory, compiled_modules, is_compiled
 
-__all__ = ["Probe", "probe_cache", "probe_compilers", "probe_gpus", "probe_versions"]
+__all__ = ["IMPORT_ERRORS", "Probe", "probe_cache", "probe_compilers", "probe_gpus", "probe_versions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def probe_cache() -> tuple[Probe, ...]:
         folder = cache_directory()
     except BackendUnavailableError as error:
         return (Probe("folder", None, error.reason, is_problem=True),)
-    except _IMPORT_ERRORS as error:
+    except IMPORT_ERRORS as error:
         return (Probe("folder", None, f"flashinfer cannot be imported: {_said(error)}", is_problem=True),)
     return (
         Probe("folder", str(folder), f"{_from_home(folder)}{'' if folder.exists() else ', not there yet'}"),
@@ -108,7 +108,7 @@ def probe_cache() -> tuple[Probe, ...]:
 
 
 # What comes out of the import of a package that does not fit its surroundings.
-_IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, ValueError, TypeError, KeyError)
+IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, ValueError, TypeError, KeyError)
 _GNU = r"(?:version|\)) (\d\S*)"
 
 
@@ -119,7 +119,7 @@ def _said(error: BaseException) -> str:
 def _guarded(name: str, probe: Callable[[], Probe]) -> Probe:
     try:
         return probe()
-    except (*_IMPORT_ERRORS, BackendUnavailableError) as error:
+    except (*IMPORT_ERRORS, BackendUnavailableError) as error:
         return Probe(name, None, _said(error), is_problem=True)
 
 

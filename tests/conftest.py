@@ -34,6 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(settings.BACKEND_VARIABLE, raising=False)
     monkeypatch.delenv(settings.STRICT_VARIABLE, raising=False)
+    monkeypatch.delenv(settings.JIT_VARIABLE, raising=False)
     monkeypatch.setattr(settings, "_settings", None)
 
 

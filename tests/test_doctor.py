@@ -295,6 +295,24 @@ def test_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "does not match" in folder.shown
 
 
+def test_kernels_of_a_model_in_the_cache(cache: Path, gpu: dict[str, Probe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_flashinfer_attn.model_plan._capability_here", lambda: (9, 0))
+    config = transformers.MistralConfig(
+        hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, sliding_window=512
+    )
+    diagnosis = hf_flashinfer_attn.doctor(config, dtype=torch.float16)
+    compiled = {kernel.name: kernel.compiled for kernel in diagnosis.kernels}
+    assert compiled["fa3, float16, head_dim 64, window"] is True
+    assert compiled["fa2, float16, head_dim 64"] is False
+    for text in (str(diagnosis), diagnosis._repr_html_()):
+        assert "3 of 4 not compiled yet" in text
+        assert "fa2, float16, head_dim 64, window" in text
+    assert diagnosis.to_dict()["model_kernels"] == compiled
+    elsewhere = hf_flashinfer_attn.doctor(config, capability=(8, 0))
+    assert {kernel.compiled for kernel in elsewhere.kernels} == {None}
+    assert "compiled" not in elsewhere._kernels
+
+
 # What follows from it.
 
 
@@ -413,7 +431,7 @@ def test_html_is_escaped(gpu: dict[str, Probe]) -> None:
     bad = KernelCheck("fa2", "float16", 64, "<b>full</b>", None, "<i>failed</i>")
     diagnosis = hf_flashinfer_attn.doctor()
     diagnosis = type(diagnosis)(
-        (Section("<u>", diagnosis.sections[1].probes),), "cuda:0", "flashinfer", ("<a href='x'>",), None, (bad,)
+        (Section("<u>", diagnosis.sections[1].probes),), "cuda:0", "flashinfer", ("<a href='x'>",), None, (), (bad,)
     )
     html = diagnosis._repr_html_()
     for tag in ("<script", "<b>full", "<i>", "<u>", "<a "):

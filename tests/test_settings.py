@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.settings import BACKEND_VARIABLE, STRICT_VARIABLE
+from hf_flashinfer_attn.settings import BACKEND_VARIABLE, JIT_VARIABLE, STRICT_VARIABLE
 
 
 def test_default() -> None:
-    assert hf_flashinfer_attn.current_settings() == hf_flashinfer_attn.Settings(backend="auto", strict=False)
+    assert hf_flashinfer_attn.current_settings() == hf_flashinfer_attn.Settings(
+        backend="auto", strict=False, jit="wait"
+    )
 
 
 def test_configure_changes_only_what_is_given() -> None:
@@ -18,10 +20,14 @@ def test_configure_changes_only_what_is_given() -> None:
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKEND_VARIABLE, "Torch")
     monkeypatch.setenv(STRICT_VARIABLE, "1")
-    assert hf_flashinfer_attn.current_settings() == hf_flashinfer_attn.Settings(backend="torch", strict=True)
+    monkeypatch.setenv(JIT_VARIABLE, " Background")
+    expected = hf_flashinfer_attn.Settings(backend="torch", strict=True, jit="background")
+    assert hf_flashinfer_attn.current_settings() == expected
 
 
-@pytest.mark.parametrize(("variable", "value"), [(BACKEND_VARIABLE, "triton"), (STRICT_VARIABLE, "maybe")])
+@pytest.mark.parametrize(
+    ("variable", "value"), [(BACKEND_VARIABLE, "triton"), (STRICT_VARIABLE, "maybe"), (JIT_VARIABLE, "later")]
+)
 def test_bad_environment_is_an_error(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=f"{value}.*expected one of"):
@@ -33,3 +39,5 @@ def test_bad_values_are_errors() -> None:
         hf_flashinfer_attn.configure(backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="strict='yes'"):
         hf_flashinfer_attn.configure(strict="yes")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"jit='later'.*'wait', 'background', 'never'"):
+        hf_flashinfer_attn.configure(jit="later")  # type: ignore[arg-type]

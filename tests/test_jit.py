@@ -1,0 +1,723 @@
+"""Kernels that are not compiled yet: compiled, served around or refused, with real build processes.
+
+The compiler is a stand-in that writes empty files; FlashInfer's build files, ninja, locks and threads are real.
+What the kernels compute is a matter of the GPU tests, at the end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from paired_models import T5_IS_ON_THE_INTERFACE
+from transformers import BertConfig, BertModel, Gemma2Config, ModernBertConfig, T5Config
+
+import hf_flashinfer_attn
+from hf_flashinfer_attn import compiled, dispatch, integration, jit, prepared
+from hf_flashinfer_attn.attention import RaggedCall, attend_ragged
+from hf_flashinfer_attn.backends import flashinfer, reference
+from hf_flashinfer_attn.backends.biased import biased_module_arguments
+from hf_flashinfer_attn.dispatch import Decision, KernelPendingError, decide_compiled
+from hf_flashinfer_attn.kernel_cache import (
+    KernelModule,
+    cache_directory,
+    compiled_library,
+    compiled_modules,
+    is_compiled,
+    modules_of,
+)
+from hf_flashinfer_attn.layout import RaggedLayout
+from hf_flashinfer_attn.model_plan import plan_of_config
+from hf_flashinfer_attn.pattern import FULL
+from hf_flashinfer_attn.settings import Settings
+from hf_flashinfer_attn.warmup import warmup
+
+needs_flashinfer = pytest.mark.skipif(
+    importlib.util.find_spec("flashinfer") is None, reason="FlashInfer's build files come from FlashInfer"
+)
+PLAIN = KernelModule("fa2", torch.float16, 64, window=False, softcap=False)
+MODULES = (
+    PLAIN,
+    KernelModule("fa2", torch.bfloat16, 128, window=True, softcap=True),
+    KernelModule("fa3", torch.float16, 64, window=False, softcap=False),
+    KernelModule("fa3", torch.bfloat16, 256, window=True, softcap=False),
+    KernelModule("fa2", torch.float16, 64, window=False, softcap=False, biased=True),
+)
+BERT = BertConfig(
+    hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50
+)  # head_dim 32
+
+_NVCC = """#!/bin/sh
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0 ;;
+  *--list-gpu-arch*) echo compute_90; exit 0 ;;
+esac
+root="{root}"
+while [ -e "$root/closed" ]; do sleep 0.02; done
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -o) output="$2"; shift ;;
+    -c) source="$2"; shift ;;
+    -MF) depfile="$2"; shift ;;
+  esac
+  shift
+done
+case "$source" in
+  *"$(cat "$root/broken" 2>/dev/null || echo none)"*) echo "$source(7): error: no such thing"; exit 2 ;;
+esac
+echo "$source" >> "$root/compiled"
+echo "$output: $source" > "$depfile"
+: > "$output"
+"""
+_LINKER = """#!/bin/sh
+while [ $# -gt 0 ]; do case "$1" in -o) : > "$2" ;; esac; shift; done
+"""
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit whose compiler writes empty files, held up and broken as a test wants."""
+
+    root: Path
+
+    @classmethod
+    def make(cls, root: Path) -> Toolkit:
+        for name, text in (("nvcc", _NVCC.replace("{root}", str(root))), ("c++", _LINKER)):
+            program = root / "cuda" / "bin" / name
+            program.parent.mkdir(parents=True, exist_ok=True)
+            program.write_text(text)
+            program.chmod(0o755)
+        return cls(root)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        # ninja comes with FlashInfer, into the environment's own folder.
+        path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+        return {
+            "CUDA_HOME": str(self.root / "cuda"),
+            "CXX": str(self.root / "cuda" / "bin" / "c++"),
+            "FLASHINFER_CUDA_ARCH_LIST": "9.0a",
+            "FLASHINFER_WORKSPACE_BASE": str(self.root),
+            "PATH": path,
+        }
+
+    def hold(self) -> None:
+        (self.root / "closed").touch()
+
+    def release(self) -> None:
+        (self.root / "closed").unlink()
+
+    def break_for(self, part_of_a_path: str) -> None:
+        (self.root / "broken").write_text(part_of_a_path)
+
+    def mend(self) -> None:
+        (self.root / "broken").unlink()
+
+    @property
+    def compiled(self) -> list[str]:
+        file = self.root / "compiled"
+        return file.read_text().split() if file.exists() else []
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toolkit]:
+    from flashinfer.jit import core, cpp_ext, env
+
+    made = Toolkit.make(tmp_path)
+    for name, value in made.environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("FLASHINFER_NVCC", "FLASHINFER_DISABLE_JIT", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    # Read when FlashInfer was imported, for the sake of some other test.
+    for name, folder in (("WORKSPACE", ""), ("JIT", "cached_ops"), ("GEN_SRC", "generated")):
+        monkeypatch.setattr(env, f"FLASHINFER_{name}_DIR", tmp_path / "kernels" / folder)
+    monkeypatch.setattr(core.current_compilation_context, "TARGET_CUDA_ARCHS", {(9, "0a")})
+    for name in ("_ready", "_jobs", "_missing"):
+        monkeypatch.setattr(jit, name, type(getattr(jit, name))())
+    caches = [cpp_ext.get_cuda_path, cpp_ext.get_cuda_version]
+    for cache in caches:
+        cache.cache_clear()
+    yield made
+    (tmp_path / "closed").unlink(missing_ok=True)
+    for job in list(jit._jobs.values()):
+        assert job.done.wait(30)
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretends that FlashInfer runs here: its plans are made by nobody, and its kernels are torch's."""
+
+    class PlannedError(Exception):
+        pass
+
+    def make_plan(*args: object, **kwargs: object) -> None:
+        raise PlannedError
+
+    def prepare(query, key, value, layout, pattern, **options) -> object:
+        try:
+            return prepared.prepare(query, key, value, layout, pattern, **options)
+        except PlannedError:
+            return Computed(layout, **options)
+
+    def prepared_on(layout, *sides_and_pattern, **options) -> object:
+        *sides, pattern = sides_and_pattern
+        return prepare(*sides, layout, pattern, **options)
+
+    class Computed:
+        def __init__(self, layout: RaggedLayout, *, sm_scale: float, softcap: float | None, **_: object) -> None:
+            self.layout, self.sm_scale, self.softcap = layout, sm_scale, softcap
+
+        def __call__(self, query, key, value, layer: str, bias=None, sinks=None) -> torch.Tensor:
+            sides = [side.transpose(1, 2) for side in (query, key, value)]
+            packed = [self.layout.query.gather(sides[0]), *(self.layout.key.gather(side) for side in sides[1:])]
+            output = attend_planned(*packed, self.layout, sm_scale=self.sm_scale, softcap=self.softcap)
+            return self.layout.query.scatter(output)
+
+    def attend_planned(*sides, kernel: object = None, **options: object) -> torch.Tensor:
+        integration.record_call(integration.AttentionCall("", "full", "flashinfer-fa2", 32, 64, None))
+        return reference.attend(*sides, **options)
+
+    monkeypatch.setattr(flashinfer, "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(flashinfer, "make_plan", make_plan)
+    monkeypatch.setattr(flashinfer, "attend", attend_planned)
+    monkeypatch.setattr(prepared, "SMALL_LOGITS", 0)
+    monkeypatch.setattr(integration, "_kept_of", lambda *_: None)
+    monkeypatch.setattr(integration, "prepare", prepare)
+    monkeypatch.setattr(compiled, "prepared_on", prepared_on)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    caplog.set_level(logging.WARNING, logger="hf_flashinfer_attn")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "hf_flashinfer_attn"]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def decide(settings: Settings, *, of_graph: bool = False) -> Decision:
+    return decide_compiled(PLAIN, settings, of_graph=of_graph)
+
+
+ON_FLASHINFER = Decision(dispatch.Path.FLASHINFER, None)
+
+
+@needs_flashinfer
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_a_module_is_found_where_flashinfer_builds_it(toolkit: Toolkit, module: KernelModule) -> None:
+    assert not is_compiled(module)
+    assert not jit.is_up_to_date(module)
+    seconds = jit.compile_module(module)
+    assert seconds > 0
+    assert compiled_modules() == (module.name,)
+    assert compiled_library(module) == cache_directory() / module.name / f"{module.name}.so"
+    assert jit.is_up_to_date(module)
+    spec = jit._build_files_of(module)
+    assert (spec.name, spec.is_compiled) == (module.name, True)
+    # FlashInfer itself has nothing left to do.
+    count = len(toolkit.compiled)
+    spec.build()
+    assert len(toolkit.compiled) == count == sum(source.suffix == ".cu" for source in spec.sources)
+    # What is there may be of another time.
+    next(compiled_library(module).parent.glob("*.o")).unlink()  # type: ignore[union-attr]
+    assert is_compiled(module)
+    assert not jit.is_up_to_date(module)
+
+
+@needs_flashinfer
+def test_flashinfer_asks_for_the_module_of_that_name(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    import flashinfer.prefill
+    from flashinfer.jit import core
+
+    asked: list[str] = []
+
+    def build_and_load(spec: core.JitSpec) -> None:
+        asked.append(spec.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(core.JitSpec, "build_and_load", build_and_load)
+    for module in MODULES[:4]:
+        with pytest.raises(InterruptedError):
+            flashinfer.prefill.get_batch_prefill_module(module.kernel, *module.arguments)
+    with pytest.raises(InterruptedError):
+        flashinfer.prefill.get_customize_batch_prefill_module(
+            "fa2", *biased_module_arguments(MODULES[4].dtype, MODULES[4].head_dim)
+        )
+    assert asked == [module.name for module in MODULES]
+
+
+def test_names_say_what_a_module_is() -> None:
+    assert [str(module) for module in MODULES] == [
+        "fa2, float16, head_dim 64",
+        "fa2, bfloat16, head_dim 128, window, softcap",
+        "fa3, float16, head_dim 64",
+        "fa3, bfloat16, head_dim 256, window",
+        "fa2, float16, head_dim 64, bias",
+    ]
+    with pytest.raises(ValueError, match="a bias with 'fa2' alone"):
+        KernelModule("fa3", torch.float16, 64, window=False, softcap=False, biased=True)
+
+
+@pytest.mark.parametrize(
+    ("left", "softcap", "window"), [(None, None, False), (3, None, True), (9, 5.0, False), (8, 5.0, True)]
+)
+def test_a_window_that_no_row_reaches_needs_no_kernel_of_its_own(
+    left: int | None, softcap: float | None, window: bool
+) -> None:
+    layout = RaggedLayout.from_lengths([4, 10], [4, 10])
+    options = {"head_dim": 72, "dtype": torch.bfloat16, "left": left, "softcap": softcap, "biased": False}
+    found = flashinfer.module_of(layout, kernel="fa2", **options)  # type: ignore[arg-type]
+    assert found == KernelModule("fa2", torch.bfloat16, 128, window, softcap is not None)
+    assert flashinfer.module_of(layout, kernel="auto", **options) is None  # type: ignore[arg-type]
+    nothing = RaggedLayout.from_lengths([0], [0])
+    assert flashinfer.module_of(nothing, kernel="fa2", **options) is None  # type: ignore[arg-type]
+
+
+@needs_flashinfer
+def test_many_threads_wait_for_one_compiler_and_one_voice_speaks(
+    toolkit: Toolkit, log: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jit, "HEARTBEAT", 0.05)
+    toolkit.hold()
+    threads = [threading.Thread(target=jit.require, args=(PLAIN,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(log()) >= 3)
+    assert not jit.is_ready(PLAIN)
+    toolkit.release()
+    for thread in threads:
+        thread.join(30)
+    assert jit.is_ready(PLAIN)
+    assert len(toolkit.compiled) == len(set(toolkit.compiled)) == 10
+    first, *beats, last = log()
+    assert first.startswith("compiling FlashInfer's kernel (fa2, float16, head_dim 64) on its first use")
+    assert str(jit.log_of(PLAIN)) in first
+    assert beats
+    assert all(
+        beat.startswith("still compiling FlashInfer's kernel (fa2, float16, head_dim 64): 0 s") for beat in beats
+    )
+    assert last.startswith("compiled FlashInfer's kernel (fa2, float16, head_dim 64) in ")
+    assert last.endswith("11 of 11 files")
+    # Nor is it looked for again.
+    monkeypatch.setattr(jit, "is_up_to_date", None)
+    jit.require(PLAIN)
+
+
+@needs_flashinfer
+def test_what_was_compiled_before_is_not_spoken_of(toolkit: Toolkit, log: Callable[[], list[str]]) -> None:
+    jit.compile_module(PLAIN)
+    jit.require(PLAIN)
+    assert log() == []
+
+
+@needs_flashinfer
+def test_a_failed_compile_gives_its_log_and_is_tried_again_after_configure(
+    toolkit: Toolkit, log: Callable[[], list[str]]
+) -> None:
+    toolkit.break_for("ragged_kernel_mask_1")
+    pattern = rf"\(fa2, float16, head_dim 64\) failed after \d+ s: error: no such thing; the log is {jit.log_of(PLAIN)}"
+    for _ in range(2):
+        with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=pattern) as error:
+            jit.require(PLAIN)
+        count = len(toolkit.compiled)
+    assert "hf-flashinfer-attn doctor" in str(error.value)
+    assert "configure(backend='torch')" in str(error.value)
+    assert "ragged_kernel_mask_1.cu(7): error: no such thing" in jit.log_of(PLAIN).read_text()
+    assert [line.partition(" ")[0] for line in log()] == ["compiling"]
+    toolkit.mend()
+    with pytest.raises(hf_flashinfer_attn.BackendUnavailableError):
+        jit.require(PLAIN)
+    assert len(toolkit.compiled) == count
+    hf_flashinfer_attn.configure()
+    jit.require(PLAIN)
+    assert len(toolkit.compiled) == 10
+
+
+@needs_flashinfer
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"CUDA_HOME": "/nowhere"}, "no nvcc.*Install the CUDA toolkit"),
+        ({"PATH": "/nowhere"}, "no ninja.*pip install ninja"),
+        ({"FLASHINFER_DISABLE_JIT": "1"}, "FLASHINFER_DISABLE_JIT forbids.*Unset"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["wait", "background"])
+def test_what_is_missing_is_named(
+    toolkit: Toolkit, changes: dict[str, str], message: str, mode: str, monkeypatch: pytest.MonkeyPatch,
+    log: Callable[[], list[str]],
+) -> None:  # fmt: skip
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    hf_flashinfer_attn.configure(jit=mode)  # type: ignore[arg-type]
+    if mode == "wait":
+        with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=message):
+            jit.require(PLAIN)
+    else:
+        settings = hf_flashinfer_attn.current_settings()
+        assert decide(settings).path is dispatch.Path.TORCH
+        wait_until(lambda: not jit.is_pending(PLAIN))
+        assert decide(settings).path is dispatch.Path.TORCH
+        wait_until(lambda: len(log()) == 2)
+        assert "attention stays on the torch backend" in log()[1]
+
+
+@needs_flashinfer
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "op"])
+def test_in_the_background_torch_serves_and_then_flashinfer(
+    toolkit: Toolkit, log: Callable[[], list[str]], traced: bool
+) -> None:
+    torch.manual_seed(0)
+    model = BertModel._from_config(BERT, attn_implementation="flashinfer", dtype=torch.float16).eval()
+    ids, mask = torch.randint(0, 50, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[0, 5:] = mask[2, 2:] = 0
+    hf_flashinfer_attn.configure(jit="background")
+    forward = torch.compile(model, backend="eager") if traced else model
+    toolkit.hold()
+    outputs, traces = [], []
+    for _ in range(3):
+        with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+            outputs.append(forward(ids, attention_mask=mask).last_hidden_state[mask.bool()])
+        traces.append(trace)
+        if len(traces) == 2:
+            toolkit.release()
+            wait_until(lambda: jit.is_ready(PLAIN))
+    assert [trace.kernels for trace in traces] == [("torch",), ("torch",), ("flashinfer-fa2",)]
+    assert traces[1].fallbacks == ("its kernel (fa2, float16, head_dim 64) is being compiled",)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    wait_until(lambda: len(log()) == 2)
+    assert "in the background; attention runs on the torch backend until" in log()[0]
+    assert "attention switches to it" in log()[1]
+    assert len(toolkit.compiled) == 10
+
+
+@needs_flashinfer
+@pytest.mark.usefixtures("a_gpu")
+def test_packed_calls_are_served_around_too(toolkit: Toolkit) -> None:
+    hf_flashinfer_attn.configure(jit="background")
+    toolkit.hold()
+    side = torch.randn(6, 2, 64, dtype=torch.float16)
+    layout = RaggedLayout.from_lengths([4, 2], [4, 2])
+    call = RaggedCall(side, side, side, layout, FULL, 0.125, softcap=None, dropout=0.0, layer="some")
+    with hf_flashinfer_attn.trace() as trace:
+        first = attend_ragged(call, ON_FLASHINFER)
+        toolkit.release()
+        wait_until(lambda: jit.is_ready(PLAIN))
+        second = attend_ragged(call, ON_FLASHINFER)
+    assert trace.calls[0].kernel == "torch"
+    assert "being compiled" in str(trace.calls[0].reason)
+    assert trace.calls[-1].kernel == "flashinfer-fa2"
+    assert torch.equal(first, second)
+
+
+@needs_flashinfer
+def test_nothing_is_kept_from_those_who_must_not_fall_back(toolkit: Toolkit) -> None:
+    toolkit.hold()
+    for settings in (Settings(backend="flashinfer", jit="background"), Settings(strict=True, jit="background")):
+        # Compiled and waited for when the call is planned.
+        assert decide(settings) == ON_FLASHINFER
+    background = Settings(jit="background")
+    with jit.waiting():
+        assert decide(background) == ON_FLASHINFER
+    assert decide(background).path is dispatch.Path.TORCH
+    with pytest.raises(KernelPendingError, match=r"a captured graph of attention: its kernel .* is being compiled"):
+        decide(background, of_graph=True)
+    toolkit.release()
+    wait_until(lambda: jit.is_ready(PLAIN))
+    assert decide(background, of_graph=True) == ON_FLASHINFER
+
+
+@needs_flashinfer
+def test_never_compiles_nothing(toolkit: Toolkit, log: Callable[[], list[str]]) -> None:
+    reason = "its kernel (fa2, float16, head_dim 64) is not compiled, and jit='never' forbids to compile it"
+    settings = hf_flashinfer_attn.configure(jit="never")
+    assert [decide(settings) for _ in range(2)] == [Decision(dispatch.Path.TORCH, reason)] * 2
+    assert log() == [f"falling back to torch attention: {reason}"]
+    with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=r"jit='never'.*warmup --model"):
+        decide(Settings(backend="flashinfer", jit="never"))
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"strict=True forbids.*warmup --model"):
+        decide(Settings(strict=True, jit="never"))
+    with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match="jit='never'"):
+        jit.require(PLAIN)
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError) as error:
+        decide(settings, of_graph=True)
+    assert not isinstance(error.value, KernelPendingError)
+    assert toolkit.compiled == []
+    # By another process, which nobody looks for in every forward.
+    jit.compile_module(PLAIN)
+    assert decide(settings).path is dispatch.Path.TORCH
+    assert decide(hf_flashinfer_attn.configure()) == ON_FLASHINFER
+    jit.require(PLAIN)
+
+
+@needs_flashinfer
+def test_a_kernel_known_to_be_ready_costs_one_look(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    jit.compile_module(PLAIN)
+    settings = hf_flashinfer_attn.configure(jit="background")
+    assert decide(settings) == ON_FLASHINFER
+    for name in ("is_up_to_date", "_job_of", "_missing"):
+        monkeypatch.setattr(jit, name, None)
+    for mode in ("wait", "background", "never"):
+        assert decide(Settings(jit=mode)) is decide(Settings(jit=mode))  # type: ignore[arg-type]
+
+
+MODERNBERT = ModernBertConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
+GEMMA2 = Gemma2Config(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
+    head_dim=72, vocab_size=50, sliding_window=3,
+)  # fmt: skip
+T5 = T5Config(d_model=48, d_kv=24, d_ff=64, num_layers=1, num_heads=2, vocab_size=50, architectures=["T5EncoderModel"])
+
+
+@pytest.mark.parametrize(
+    ("config", "capability", "expected"),
+    [
+        (BERT, (9, 0), ["fa3, float16, head_dim 64", "fa2, float16, head_dim 64"]),
+        (BERT, (8, 0), ["fa2, float16, head_dim 64"]),
+        (MODERNBERT, (8, 0), ["fa2, float16, head_dim 64", "fa2, float16, head_dim 64, window"]),
+        (GEMMA2, (8, 0), ["fa2, float16, head_dim 128, softcap", "fa2, float16, head_dim 128, window, softcap"]),
+        pytest.param(
+            T5,
+            (9, 0),
+            ["fa2, float16, head_dim 64, bias"],
+            marks=pytest.mark.skipif(not T5_IS_ON_THE_INTERFACE, reason="T5 computes attention by itself here"),
+        ),
+    ],
+    ids=["bert-9.0", "bert-8.0", "modernbert-8.0", "gemma2-8.0", "t5-9.0"],
+)
+def test_modules_of_a_model(config, capability: tuple[int, int], expected: list[str]) -> None:
+    assert sorted(map(str, modules_of(plan_of_config(config, capability=capability)))) == sorted(expected)
+
+
+def test_warmup_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r"arch='sm90'.*'9\.0a'"):
+        warmup(BERT, arch="sm90")
+    with pytest.raises(ValueError, match=r"dtypes=\(float32\): expected"):
+        warmup(BERT, arch="8.0", dtypes=[torch.float32])
+    with pytest.raises(ValueError, match="graphs are captured on this machine's GPU"):
+        warmup(BERT, graphs=[(1, 8)])
+    with pytest.raises(ValueError, match="at least one token a row"):
+        warmup("some/path", graphs=[(8, 1)])
+    with pytest.raises(ValueError, match="workers=0"):
+        warmup(BERT, workers=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_warmup_without_a_gpu_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLASHINFER_CUDA_ARCH_LIST", raising=False)
+    with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=r"no GPU.*--arch 9\.0a"):
+        warmup(BERT)
+
+
+@needs_flashinfer
+def test_warmup_compiles_what_is_missing(toolkit: Toolkit, capsys: pytest.CaptureFixture[str]) -> None:
+    report = warmup(MODERNBERT, dtypes=[torch.float16, torch.bfloat16], workers=3)
+    assert report.passed
+    assert len(report.kernels) == 6
+    assert all(kernel.seconds is not None and kernel.error is None for kernel in report.kernels)
+    assert len(toolkit.compiled) == len(set(toolkit.compiled)) == 6 * 10
+    assert f"kernels of modernbert for 9.0a in {cache_directory()}" in str(report)
+    assert "6 of 6 kernels are ready" in str(report)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "compiling 6 of 6 kernels, with 3 compilers at a time" in captured.err
+    again = warmup(MODERNBERT, dtypes=[torch.bfloat16])
+    assert [kernel.seconds for kernel in again.kernels] == [None] * 3
+    assert len(toolkit.compiled) == 60
+    assert capsys.readouterr().err == ""
+    for kernel in report.kernels:
+        jit.require(kernel.module)
+    assert len(toolkit.compiled) == 60
+
+
+@needs_flashinfer
+def test_warmup_needs_nvcc_only_for_what_is_missing(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=r"no nvcc.*Install the CUDA toolkit"):
+        warmup(BERT, progress=False)
+
+
+@needs_flashinfer
+def test_the_command_line_for_another_gpu(tmp_path: Path) -> None:
+    """Two processes and real programs: what compiles is kept, what does not is told, and the exit status says so."""
+    toolkit = Toolkit.make(tmp_path)
+    toolkit.break_for("dtype_q_bf16")
+    BERT.save_pretrained(tmp_path / "model")
+    environment = {**os.environ, **toolkit.environment, "FLASHINFER_CUDA_ARCH_LIST": "9.0a"}
+    command = [sys.executable, "-m", "hf_flashinfer_attn", "warmup", "--model", str(tmp_path / "model")]
+    command += ["--dtype", "float16,bfloat16", "--arch", "8.0", "--workers", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    folder = next((tmp_path / ".cache" / "flashinfer").glob("*/80/cached_ops"))
+    title, first, second, end = done.stdout.splitlines()
+    assert title == f"kernels of bert for 8.0 in {folder}"
+    assert first.startswith("  fa2, float16, head_dim 64: compiled in ")
+    assert second.startswith("  fa2, bfloat16, head_dim 64: failed, compiling its kernel")
+    logs = [path for path in folder.glob("*/build.log") if str(path) in second]
+    assert len(logs) == 1
+    assert "arch=compute_80" in logs[0].read_text()
+    assert end.startswith("1 of 2 kernels are ready")
+    assert len(list(folder.glob("*/*.so"))) == 1
+    assert "s] compiling 2 of 2 kernels" in done.stderr
+
+
+@needs_flashinfer
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None or "HF_FLASHINFER_ATTN_SLOW_TESTS" not in os.environ,
+    reason="needs nvcc and minutes: HF_FLASHINFER_ATTN_SLOW_TESTS=1",
+)
+def test_a_real_compiler(tmp_path: Path) -> None:
+    BERT.save_pretrained(tmp_path / "model")
+    (tmp_path / "stub.c").touch()
+    stub = ["cc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so", "stub.c"]
+    subprocess.run(stub, cwd=tmp_path, check=True)
+    environment = {
+        **os.environ,
+        "FLASHINFER_WORKSPACE_BASE": str(tmp_path),
+        "FLASHINFER_EXTRA_LDFLAGS": f"-L{tmp_path} -L/usr/local/cuda/lib64",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "hf_flashinfer_attn",
+        "warmup",
+        "--model",
+        str(tmp_path / "model"),
+        "--arch",
+        "8.0",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (library,) = tmp_path.glob(".cache/flashinfer/*/80/cached_ops/*/*.so")
+    assert library.stat().st_size > 100_000
+
+
+# Run in a process of its own, whose FlashInfer looks nowhere but in an empty folder.
+_ON_A_GPU = """
+import copy, logging, pathlib, sys, time
+import torch
+import flashinfer.jit.env
+from transformers import BertConfig, BertModel
+import hf_flashinfer_attn
+from hf_flashinfer_attn import jit, prepared
+
+flashinfer.jit.env.FLASHINFER_AOT_DIR = pathlib.Path(sys.argv[1]) / "nothing"
+flashinfer.jit.env.FLASHINFER_AOT_PROVIDERS = ()
+flashinfer.jit.env.FLASHINFER_AOT_DIRS = (flashinfer.jit.env.FLASHINFER_AOT_DIR,)
+prepared.SMALL_LOGITS = 0
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("hf_flashinfer_attn").addHandler(handler)
+
+config = BertConfig(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=128, vocab_size=100)
+torch.manual_seed(0)
+eager = BertModel._from_config(copy.deepcopy(config), attn_implementation="eager").eval().cuda()
+ours = BertModel._from_config(copy.deepcopy(config), attn_implementation="flashinfer", dtype=torch.float16).eval().cuda()
+ours.load_state_dict(eager.state_dict())
+graphed = hf_flashinfer_attn.unpad(copy.deepcopy(ours), cuda_graphs=True)
+traced = torch.compile(copy.deepcopy(ours))
+ids, mask = torch.randint(0, 100, (4, 60), device="cuda"), torch.ones(4, 60, dtype=torch.long, device="cuda")
+mask[0, 20:] = mask[3, 7:] = 0
+with torch.no_grad():
+    expected = eager(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+
+def check(model):
+    with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+        hidden = model(ids, attention_mask=mask).last_hidden_state[mask.bool()].float()
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=2e-2)
+    return trace
+
+hf_flashinfer_attn.configure(jit="background")
+start = time.perf_counter()
+first = check(ours)
+waited = time.perf_counter() - start
+"""
+_SWITCHES = """
+assert first.kernels == ("torch",) and "being compiled" in first.fallbacks[0], first
+assert waited < 15, waited
+assert check(graphed).kernels == check(traced).kernels == ("torch",)
+assert hf_flashinfer_attn.graph_statistics(graphed).captured == 0
+while check(ours).kernels == ("torch",):
+    time.sleep(0.2)
+switched = time.perf_counter() - start
+assert set(check(ours).kernels) == set(check(traced).kernels) == {"flashinfer-fa2"}
+for _ in range(2):
+    assert check(graphed).kernels == ("flashinfer-fa2",)
+statistics = hf_flashinfer_attn.graph_statistics(graphed)
+assert (statistics.captured, statistics.replayed) == (1, 2), statistics
+assert len([line for line in said if "in the background" in line]) == 1, said
+assert len([line for line in said if "switches to it" in line]) == 1, said
+assert not any("no CUDA graphs" in line for line in said), said
+print(f"torch served at once, {waited:.1f} s; FlashInfer after {switched:.1f} s")
+"""
+_STAYS = """
+while jit._jobs and not all(job.done.is_set() for job in jit._jobs.values()):
+    time.sleep(0.05)
+for _ in range(2):
+    assert check(ours).kernels == check(graphed).kernels == check(traced).kernels == ("torch",)
+assert hf_flashinfer_attn.graph_statistics(graphed).captured == 0
+stays = [line for line in said if "stays on the torch backend" in line]
+assert len(stays) == 1 and "build.log" in stays[0] and "failed after" in stays[0], said
+assert len([line for line in said if "no CUDA graphs" in line]) == 1, said
+hf_flashinfer_attn.configure(jit="wait")
+try:
+    check(ours)
+except hf_flashinfer_attn.BackendUnavailableError as error:
+    assert "build.log" in str(error) and "configure(backend='torch')" in str(error), error
+else:
+    raise AssertionError("expected an error")
+print("failed as it should")
+"""
+
+
+def run_on_gpu(tmp_path: Path, script: str, **changes: str) -> str:
+    environment = {**os.environ, "FLASHINFER_WORKSPACE_BASE": str(tmp_path), **changes}
+    command = [sys.executable, "-c", _ON_A_GPU + script, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=560)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.gpu
+def test_torch_serves_on_a_gpu_until_the_kernel_is_there(tmp_path: Path) -> None:
+    assert "torch served at once" in run_on_gpu(tmp_path, _SWITCHES)
+
+
+@pytest.mark.gpu
+def test_torch_stays_on_a_gpu_where_the_kernel_cannot_be_compiled(tmp_path: Path) -> None:
+    assert "failed as it should" in run_on_gpu(tmp_path, _STAYS, FLASHINFER_NVCC="false")
+
+
+@pytest.mark.gpu
+def test_warmup_of_this_machine_with_graphs(tmp_path: Path) -> None:
+    BERT.save_pretrained(tmp_path / "model")
+    BertModel._from_config(BERT).save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "hf_flashinfer_attn", "warmup", "--model", str(tmp_path / "model")]
+    command += ["--dtype", "float16", "--graphs", "8x400,2x16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "graphs: 2 captured in" in done.stdout
+    again = warmup(BERT, dtypes=[torch.float16])
+    assert again.passed
+    assert all(kernel.seconds is None for kernel in again.kernels)
