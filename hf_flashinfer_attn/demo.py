@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from .environment import describe_environment
 from .errors import FlashInferAttentionError
 from .integration import NAME
+from .notebook import in_notebook, track
 from .trace import trace
 
 __all__ = [
@@ -180,7 +181,7 @@ def run_demo(
         passages: How many to embed; every paragraph by default.
         device: "auto" takes a CUDA GPU where there is one.
         dtype: "auto" is float16 on a GPU and float32 on a CPU.
-        progress: Whether to show progress bars on stderr.
+        progress: Whether to show progress bars, on stderr or in a notebook.
 
     Returns:
         The report; `format_report` makes text of it, `report_figures` plain values.
@@ -381,7 +382,7 @@ def embed(
         tokenizer: From `load_encoder`.
         texts: At least one; cut to 256 tokens.
         batch_size: Rows per forward, in the order given.
-        progress: Whether to show a progress bar on stderr.
+        progress: Whether to show a progress bar, on stderr or in a notebook.
 
     Returns:
         float32, on the model's device, shape `(texts, hidden_size)`.
@@ -398,7 +399,9 @@ def embed(
 def _progress(items: Sequence[_Item], description: str, enabled: bool) -> Iterable[_Item]:
     if not enabled:
         return items
-    from tqdm.auto import tqdm
+    if in_notebook():
+        return track(items, description)
+    from tqdm import tqdm
 
     bar: Iterable[_Item] = tqdm(items, desc=description, leave=False)
     return bar

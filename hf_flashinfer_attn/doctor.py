@@ -167,6 +167,9 @@ class Diagnosis:
             lines += _entry(" ", "", obstacle)
         return "\n".join(lines)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
     def _repr_html_(self) -> str:
         parts = [
             html_table(

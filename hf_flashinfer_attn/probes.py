@@ -100,7 +100,7 @@ def probe_cache() -> tuple[Probe, ...]:
     except IMPORT_ERRORS as error:
         return (Probe("folder", None, f"flashinfer cannot be imported: {_said(error)}", is_problem=True),)
     return (
-        Probe("folder", str(folder), f"{folder}{'' if folder.exists() else ', not there yet'}"),
+        Probe("folder", str(folder), f"{_from_home(folder)}{'' if folder.exists() else ', not there yet'}"),
         _guarded("size", lambda: _size(folder)),
         _guarded("kernels", lambda: _kernels(folder)),
         _guarded("free", lambda: _free(folder)),
@@ -216,6 +216,11 @@ def _program(name: str, path: str | None, version: str, missing: str = "") -> Pr
     found = re.search(version, ran.stdout)
     number = None if found is None else found[1]
     return Probe(name, {"path": path, "version": number}, f"{number or 'of unknown version'}, {path}")
+
+
+def _from_home(folder: Path) -> str:
+    home = Path("~").expanduser()
+    return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
 
 
 def _size(folder: Path) -> Probe:

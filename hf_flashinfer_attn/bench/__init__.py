@@ -4,7 +4,8 @@ from .contenders import CONTENDERS, Contender
 from .errors import BenchError
 from .measure import BenchReport, Cell, Outcome, Plan, run_bench
 from .plot import draw_chart, require_matplotlib
-from .report import format_cell, format_summary, load_reports, report_figures
+from .progress import Progress
+from .report import format_cell, format_html, format_summary, load_reports, report_figures
 from .workload import RequestSet, parse_request_set
 
 __all__ = [
@@ -15,9 +16,11 @@ __all__ = [
     "Contender",
     "Outcome",
     "Plan",
+    "Progress",
     "RequestSet",
     "draw_chart",
     "format_cell",
+    "format_html",
     "format_summary",
     "load_reports",
     "parse_request_set",

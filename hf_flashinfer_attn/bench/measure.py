@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Any
 
 import torch
@@ -154,6 +155,11 @@ class Cell:
         """Whether no contender was wrong or failed."""
         return all(outcome.status in ("measured", "out of memory", "unsupported") for outcome in self.contenders)
 
+    def _repr_html_(self) -> str:
+        from .report import format_html  # which imports this module
+
+        return format_html(self)
+
 
 @dataclass(slots=True)
 class BenchReport:
@@ -171,6 +177,16 @@ class BenchReport:
     def passed(self) -> bool:
         """Whether no contender was wrong or failed anywhere."""
         return all(cell.passed for cell in self.cells)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        from .report import format_cell
+
+        printer.text("\n\n".join(map(format_cell, self.cells)))
+
+    def _repr_html_(self) -> str:
+        where = self.environment["gpu"] or self.environment["cpu"]
+        head = f"<p>{escape(str(where))}, {escape(self.dtype)}, best of {self.repeats}</p>"
+        return head + "".join(cell._repr_html_() for cell in self.cells)
 
 
 @dataclass(slots=True)

@@ -1,10 +1,13 @@
-"""Progress on stderr: a bar of tqdm's on a terminal that has it, plain lines elsewhere."""
+"""Progress: a bar of tqdm's on a terminal that has it, a line of HTML in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from types import TracebackType
 from typing import Any
+
+from ..notebook import NotebookBar, in_notebook
 
 __all__ = ["Progress"]
 
@@ -14,15 +17,24 @@ class Progress:
 
     Args:
         bar: Whether to draw a bar; by default where stderr is a terminal and tqdm is installed.
+
+    Examples:
+        >>> from hf_flashinfer_attn.bench import Progress
+        >>> with Progress() as progress:
+        ...     progress.print("0.5 s")
+        0.5 s
     """
 
     def __init__(self, bar: bool | None = None) -> None:
         self._start = time.perf_counter()
+        self._line = NotebookBar("starting") if bar is None and in_notebook() else None
         self._bar = _make_bar() if bar or (bar is None and sys.stderr.isatty()) else None
 
     def step(self, text: str) -> None:
         """Shows what comes next."""
-        if self._bar is None:
+        if self._line is not None:
+            self._line.update(description=text)
+        elif self._bar is None:
             print(f"[{time.perf_counter() - self._start:6.1f} s] {text}", file=sys.stderr, flush=True)
         else:
             self._bar.set_description(text)
@@ -35,9 +47,19 @@ class Progress:
         print(text, flush=True)
 
     def close(self) -> None:
-        """Removes the bar."""
+        """Removes the bar; in a notebook the time that it all took stays."""
+        if self._line is not None:
+            self._line.close("time taken")
         if self._bar is not None:
             self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def _make_bar() -> Any:

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..html_table import html_table
 from .errors import BenchError
 from .measure import BenchReport, Cell, Outcome
 
-__all__ = ["FORMAT", "format_cell", "format_summary", "load_reports", "report_figures"]
+__all__ = ["FORMAT", "format_cell", "format_html", "format_summary", "load_reports", "report_figures"]
 
 FORMAT = "hf_flashinfer_attn.bench/1"
 
@@ -74,14 +75,7 @@ def format_cell(cell: Cell) -> str:
 
     Times are of a pass over all batches. "of floor" is the floor over the best time: 100% cannot be beaten.
     """
-    title = (
-        f"{cell.shape}, {cell.lengths}: {cell.requests:,} requests in batches of {cell.batch_size}, "
-        f"{cell.tokens:,} tokens, {cell.padded_fraction:.0%} padding"
-    )
-    if cell.floor_seconds is not None:
-        title += f", floor {_seconds(cell.floor_seconds)}"
-    elif cell.flops is not None:
-        title += ", no floor: a pass was faster than the measured rates allow"
+    title = _title(cell)
     rows = [_COLUMNS, *(_row(outcome) for outcome in cell.contenders)]
     measured = [row for row in rows if len(row) == len(_COLUMNS)]
     widths = [max(len(row[column]) for row in measured) for column in range(len(_COLUMNS))]
@@ -94,6 +88,40 @@ def format_cell(cell: Cell) -> str:
         lines.append("  " + "  ".join(cells).rstrip())
     lines += [f"  {outcome.name}: {reason} fell back" for outcome in cell.contenders for reason in outcome.fallbacks]
     return "\n".join(lines)
+
+
+def format_html(cell: Cell) -> str:
+    """Returns one cell as a table for notebooks; columns without values are left out.
+
+    Examples:
+        >>> from hf_flashinfer_attn.bench import Plan, format_html, parse_request_set, run_bench
+        >>> plan = Plan(("gte-small",), request_sets=(parse_request_set("4+9"),), requests=8, layers=1, device="cpu")
+        >>> "<td" in format_html(run_bench(plan).cells[0])
+        True
+    """
+    rows = [_row(outcome) for outcome in cell.contenders]
+    measured = [row for row in rows if len(row) == len(_COLUMNS)]
+    columns = [at for at in range(len(_COLUMNS)) if at == 0 or any(row[at] != "-" for row in measured)]
+    cells = [
+        [row[at] for at in columns] if len(row) == len(_COLUMNS) else [*row, *[""] * (len(columns) - 2)] for row in rows
+    ]
+    notes = [f"{outcome.name}: {reason} fell back" for outcome in cell.contenders for reason in outcome.fallbacks]
+    notes.append(f"error: against {cell.reference}")
+    return html_table([_COLUMNS[at] for at in columns], cells, title=_title(cell), note="\n".join(notes))
+
+
+def _title(cell: Cell) -> str:
+    # A folder's name says enough; an id of a hub stays whole.
+    name = Path(cell.shape).name if Path(cell.shape).is_absolute() else cell.shape
+    title = (
+        f"{name}, {cell.lengths}: {cell.requests:,} requests in batches of {cell.batch_size}, "
+        f"{cell.tokens:,} tokens, {cell.padded_fraction:.0%} padding"
+    )
+    if cell.floor_seconds is not None:
+        title += f", floor {_seconds(cell.floor_seconds)}"
+    elif cell.flops is not None:
+        title += ", no floor: a pass was faster than the measured rates allow"
+    return title
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
