@@ -127,7 +127,8 @@ def trace() -> Iterator[Trace]:
         >>> config._attn_implementation = "flashinfer"
         >>> model = BertModel(config).eval()
         >>> with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
-        ...     _ = model(torch.ones(1, 8, dtype=torch.long))
+        ...     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+        ...     _ = model(torch.ones(2, 3, dtype=torch.long), attention_mask=mask)
         >>> len(trace.calls), trace.layouts
         (2, 1)
     """
