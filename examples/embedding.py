@@ -18,7 +18,7 @@ import torch
 from encoder import MAX_GRAPH_ROWS, Encoder, Rows
 from plan import EMBEDDING, FORMAT, ROW, Part, PartReport, Plan
 
-__all__ = ["PartEmbedder", "embed_parts"]
+__all__ = ["PartEmbedder", "embed_parts", "shapes_to_capture"]
 
 # While one part is on the GPU, the next one is read and tokenised, and the one before is written.
 THREADS = 4
@@ -51,6 +51,14 @@ class _Reader:
         )
 
 
+def shapes_to_capture(tokens_per_batch: int, max_length: int) -> list[tuple[int, int]]:
+    """Returns rows and tokens of the batches that parts are cut into, but for the last few of the input."""
+    counts = [1 << power for power in range(3, MAX_GRAPH_ROWS.bit_length())]
+    sizes = (tokens_per_batch * 15 // 16, tokens_per_batch, tokens_per_batch * 17 // 16)
+    # A text has three tokens at least, two of which are special.
+    return [(rows, size) for size in sizes for rows in counts if 3 * rows <= size <= max_length * rows]
+
+
 class PartEmbedder:
     """Embeds parts. Several threads may: they take turns on the model, and read, tokenise and write beside it.
 
@@ -67,14 +75,7 @@ class PartEmbedder:
         self._turn = threading.Lock()
         # Whoever launches kernels should not wait 5 ms each time for threads that unpack tokens.
         sys.setswitchinterval(5e-4)
-        self.encoder.capture(self._shapes())
-
-    def _shapes(self) -> list[tuple[int, int]]:
-        """Returns rows and tokens of the batches that `_batches` makes, but for the last few of the input."""
-        tokens = self.plan.options.tokens_per_batch
-        rows = [1 << power for power in range(3, MAX_GRAPH_ROWS.bit_length())]
-        rows = [count for count in rows if count * self.encoder.max_length >= tokens and count * 3 <= tokens]
-        return [(count, size) for size in (tokens * 15 // 16, tokens, tokens * 17 // 16) for count in rows]
+        self.encoder.capture(shapes_to_capture(plan.options.tokens_per_batch, self.encoder.max_length))
 
     def _batches(self, lengths: np.ndarray) -> list[slice]:
         """Cuts rows that are sorted by length into batches of as many tokens each: few sizes, so few graphs."""

@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig
 import encoder
 import hf_flashinfer_attn
 import plan as plans
-from embedding import PartEmbedder, embed_parts
+from embedding import PartEmbedder, embed_parts, shapes_to_capture
 from plan import Gatherer, Options, Plan
 from random_model import random_texts, save_random_model
 
@@ -67,6 +67,13 @@ def tiny_config() -> BertConfig:
         vocab_size=400, hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96,
         max_position_embeddings=MAX_LENGTH, initializer_range=0.2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens_per_batch", "max_length"), [(16_384, 512), (16_384, 64), (1_000, 128), (100, 8_192)])
+def test_batches_that_graphs_are_captured_of_can_come(tokens_per_batch: int, max_length: int) -> None:
+    shapes = shapes_to_capture(tokens_per_batch, max_length)
+    assert shapes
+    assert all(3 <= tokens / rows <= max_length for rows, tokens in shapes)
 
 
 @torch.no_grad()

@@ -529,9 +529,10 @@ def test_memory_is_kept_to_the_budget() -> None:
 @torch.no_grad()
 def test_captured_ahead() -> None:
     model = unpad(build(device="cuda"), cuda_graphs=True)
-    hf_flashinfer_attn.capture_graphs(model, [(8, 400), (64, 2_000)])
+    # The last has rows that are longer than there are positions.
+    hf_flashinfer_attn.capture_graphs(model, [(8, 400), (64, 2_000), (1, 2 * model.config.max_position_embeddings)])
     captured = graph_statistics(model).captured
-    assert captured == 2
+    assert captured == 3
     mask = (torch.arange(50) < torch.full((8, 1), 50)).long()
     model(torch.ones(8, 50, dtype=torch.long), attention_mask=mask)
     assert graph_statistics(model).captured == captured

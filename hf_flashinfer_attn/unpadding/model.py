@@ -142,6 +142,7 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]]) ->
     Args:
         model: What `unpad` was called with, on a GPU.
         shapes: Rows and tokens, padding aside, of the batches to come; each takes the graph of the next larger size.
+            The graphs are those of forwards with ids and a mask; with `token_type_ids` there are others.
 
     Raises:
         ValueError: If the model has no graphs, or none of a size that large, or runs without them as it is.
@@ -174,7 +175,9 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]]) ->
                         f"there is no graph of {tokens} tokens in {rows} rows; expected 1 token a row to "
                         f"{'0' if graphs is None else graphs.options.max_tokens} tokens, a model on a GPU, and eval()."
                     )
-                backbone(input_ids=torch.zeros_like(mask), attention_mask=mask, use_cache=False)
+                # The rows of a shape may be longer than the model has positions for; a batch of that size need not be.
+                nothing = torch.zeros_like(mask)
+                backbone(input_ids=nothing, position_ids=nothing, attention_mask=mask, use_cache=False)
                 _require_graphs(known)
 
 
