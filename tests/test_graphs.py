@@ -265,6 +265,8 @@ def test_on_a_cpu_everything_runs_without() -> None:
         hf_flashinfer_attn.capture_graphs(model, [(8, 40)])
     with pytest.raises(ValueError, match="has no CUDA graphs"):
         hf_flashinfer_attn.capture_graphs(padded, [(8, 40)])
+    with pytest.raises(ValueError, match="Qwen3Model takes no token_type_ids"):
+        hf_flashinfer_attn.capture_graphs(unpad(build("qwen3"), cuda_graphs=True), [(8, 40)], token_type_ids=True)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -533,9 +535,14 @@ def test_captured_ahead() -> None:
     hf_flashinfer_attn.capture_graphs(model, [(8, 400), (64, 2_000), (1, 2 * model.config.max_position_embeddings)])
     captured = graph_statistics(model).captured
     assert captured == 3
-    mask = (torch.arange(50) < torch.full((8, 1), 50)).long()
-    model(torch.ones(8, 50, dtype=torch.long), attention_mask=mask)
+    ids = torch.ones(8, 50, dtype=torch.long)
+    mask = ids.clone()
+    mask[3, 40:] = 0
+    model(ids, attention_mask=mask)
     assert graph_statistics(model).captured == captured
+    hf_flashinfer_attn.capture_graphs(model, [(8, 400)], token_type_ids=True)
+    model(ids, attention_mask=mask, token_type_ids=torch.zeros_like(ids))
+    assert graph_statistics(model).captured == captured + 1
 
 
 @pytest.mark.gpu

@@ -136,16 +136,18 @@ def _install_graphs(backbone: torch.nn.Module, options: GraphOptions) -> None:
         install_graphs(cast(PreTrainedModel, backbone), options)
 
 
-def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]]) -> None:
+def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *, token_type_ids: bool = False) -> None:
     """Captures the CUDA graphs of some sizes ahead, so that no forward has to.
 
     Args:
         model: What `unpad` was called with, on a GPU.
         shapes: Rows and tokens, padding aside, of the batches to come; each takes the graph of the next larger size.
-            The graphs are those of forwards with ids and a mask; with `token_type_ids` there are others.
+        token_type_ids: Whether batches will come with them, as from tokenizers of BERT; forwards without take other
+            graphs.
 
     Raises:
-        ValueError: If the model has no graphs, or none of a size that large, or runs without them as it is.
+        ValueError: If the model has no graphs, or none of a size that large, or runs without them as it is, or takes no
+            `token_type_ids`.
 
     Examples:
         >>> import torch, hf_flashinfer_attn
@@ -159,6 +161,9 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]]) ->
     backbones = [module for module in model.modules() if graphs_of(module) is not None]
     if not backbones:
         raise ValueError(f"{type(model).__name__} has no CUDA graphs; expected a model after unpad(cuda_graphs=True).")
+    for backbone in backbones:
+        if token_type_ids and "token_type_ids" not in _signature_of(type(backbone).forward).parameters:
+            raise ValueError(f"{type(backbone).__name__} takes no token_type_ids; expected token_type_ids=False.")
     for rows, tokens in shapes:
         lengths = torch.full((rows,), tokens // rows)
         lengths[: tokens % rows] += 1
@@ -177,7 +182,8 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]]) ->
                     )
                 # The rows of a shape may be longer than the model has positions for; a batch of that size need not be.
                 nothing = torch.zeros_like(mask)
-                backbone(input_ids=nothing, position_ids=nothing, attention_mask=mask, use_cache=False)
+                types = {"token_type_ids": nothing} if token_type_ids else {}
+                backbone(input_ids=nothing, position_ids=nothing, attention_mask=mask, use_cache=False, **types)
                 _require_graphs(known)
 
 
