@@ -60,10 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_command(commands: Subparsers, name: str, run: _Run, summary: str, more: str = "") -> argparse.ArgumentParser:
+    description = f"{summary[0].upper()}{summary[1:]}. {more}".rstrip()
+    parser = commands.add_parser(name, help=summary, description=description)
+    parser.set_defaults(run=run)
+    return parser
+
+
 def _add_demo(commands: Subparsers) -> None:
     summary = "search Python's documentation with a real model, and compare with sdpa"
-    parser = commands.add_parser("demo", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    parser.set_defaults(run=_run_demo)
+    parser = _add_command(commands, "demo", _run_demo, summary)
     parser.add_argument("query", nargs="?", metavar="QUERY", help="what to search for (default: a question that fits)")
     parser.add_argument("--top-k", type=_positive, default=5, metavar="K", help="passages to show (default: 5)")
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="rows per forward (default: 64)")
@@ -103,13 +109,11 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 def _add_bench(commands: Subparsers) -> None:
     summary = "time whole models with us and without, on your texts or on named workloads; outputs are checked first"
-    parser = commands.add_parser(
-        "bench",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. Prints a table per model and request set, and one line of "
-        "JSON last. The exit status is 1 if a contender failed or its outputs were wrong; such a one is not timed.",
+    more = (
+        "Prints a table per model and request set, and one line of JSON last. The exit status is 1 if a contender "
+        "failed or its outputs were wrong; such a one is not timed."
     )
-    parser.set_defaults(run=_run_bench)
+    parser = _add_command(commands, "bench", _run_bench, summary, more)
     what = parser.add_argument_group("what to run")
     models = what.add_mutually_exclusive_group(required=True)
     models.add_argument("--model", metavar="PATH_OR_ID", help="a model of yours")
@@ -215,13 +219,11 @@ def _run_bench(arguments: argparse.Namespace) -> int:
 
 def _add_warmup(commands: Subparsers) -> None:
     summary = "compile every kernel that a model may need ahead, for another GPU on a machine without one too"
-    parser = commands.add_parser(
-        "warmup",
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. Needs nvcc and ninja; the model's config is enough. The exit "
-        "status is 1 if a kernel could not be compiled, or a graph not captured.",
+    more = (
+        "Needs nvcc and ninja; the model's config is enough. The exit status is 1 if a kernel could not be compiled, "
+        "or a graph not captured."
     )
-    parser.set_defaults(run=_run_warmup)
+    parser = _add_command(commands, "warmup", _run_warmup, summary, more)
     parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="what to compile for")
     parser.add_argument(
         "--dtype",
@@ -284,13 +286,8 @@ def _graph_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 def _add_doctor(commands: Subparsers) -> None:
     summary = "say whether FlashInfer would run here, what is missing, and what a model would use"
-    parser = commands.add_parser(
-        "doctor",
-        help=summary,
-        description=f'{summary[0].upper()}{summary[1:]}. The exit status is 0 if "flashinfer" would run on a GPU here, '
-        "else 1.",
-    )
-    parser.set_defaults(run=_run_doctor)
+    more = 'The exit status is 0 if "flashinfer" would run on a GPU here, else 1.'
+    parser = _add_command(commands, "doctor", _run_doctor, summary, more)
     parser.add_argument(
         "--model", metavar="PATH_OR_ID", help="what each layer of a model would use, from its config alone"
     )

@@ -230,6 +230,23 @@ def _refuse_host(device: torch.device, dtype: torch.dtype) -> str | None:
     return "without a GPU it is the same as unpad; leave it out" if device.type == "cpu" else None
 
 
+def _with_inputs_on_the_host(
+    contender: Contender, summary: str = "the same, and inputs left on the CPU", **changes: Any
+) -> Contender:
+    return replace(contender, name=f"{contender.name}_host", summary=summary, prepare_batch=_on_the_host, **changes)
+
+
+_UNPAD = _padded("unpad", "the same and unpad: padded in and out, computed on tokens alone", _unpadded, ours=True)
+_GRAPHS = _padded("graphs", "unpad through CUDA graphs", _graphed, ours=True, refuse=_refuse_graphs)
+_COMPILED_GRAPHS = _padded(
+    "compiled_graphs",
+    "graphs of what torch.compile made",
+    functools.partial(_graphed, compile=True),
+    ours=True,
+    refuse=_refuse_graphs,
+)
+
+
 def _varlen_model(model: PreTrainedModel) -> PreTrainedModel:
     if model.base_model is not model:
         raise BenchError(f"the head of {type(model).__name__} takes rows, not packed tokens; take varlen out.")
@@ -310,35 +327,13 @@ CONTENDERS: dict[str, Contender] = {
         ),
         _padded("compile", "sdpa under torch.compile, padded", _compiled),
         _padded(NAME, 'attn_implementation="flashinfer" and nothing else, padded', _twin_with(NAME), ours=True),
-        _padded("unpad", "the same and unpad: padded in and out, computed on tokens alone", _unpadded, ours=True),
-        replace(
-            _padded(
-                "unpad_host", "unpad, and inputs left on the CPU where a tokenizer makes them", _unpadded, ours=True
-            ),
-            prepare_batch=_on_the_host,
-            refuse=_refuse_host,
+        _UNPAD,
+        _with_inputs_on_the_host(
+            _UNPAD, "unpad, and inputs left on the CPU where a tokenizer makes them", refuse=_refuse_host
         ),
-        _padded("graphs", "unpad through CUDA graphs", _graphed, ours=True, refuse=_refuse_graphs),
-        replace(
-            _padded("graphs_host", "the same, and inputs left on the CPU", _graphed, ours=True, refuse=_refuse_graphs),
-            prepare_batch=_on_the_host,
-        ),
-        _padded(
-            "compiled_graphs",
-            "graphs of what torch.compile made",
-            functools.partial(_graphed, compile=True),
-            ours=True,
-            refuse=_refuse_graphs,
-        ),
-        replace(
-            _padded(
-                "compiled_graphs_host",
-                "the same, and inputs left on the CPU",
-                functools.partial(_graphed, compile=True),
-                ours=True,
-                refuse=_refuse_graphs,
-            ),
-            prepare_batch=_on_the_host,
-        ),
+        _GRAPHS,
+        _with_inputs_on_the_host(_GRAPHS),
+        _COMPILED_GRAPHS,
+        _with_inputs_on_the_host(_COMPILED_GRAPHS),
     )
 }

@@ -31,7 +31,7 @@ from ..layout import RaggedLayout, known_layout, offsets_of
 from ..mask import is_mask_of_ones, mask_of_ones
 from ..settings import Settings, current_settings
 from ..trace import AttentionCall, is_tracing, record_call, trace
-from .packing import RIDER
+from .packing import RIDER, leave_sizes_open
 
 __all__ = [
     "CALLER",
@@ -535,11 +535,7 @@ class GraphedForward:
 
         forward = type(module).forward
         if self.options.compile:
-            # For all sizes at once.
-            for value in (*(inputs[name] for name in names), inputs.get("attention_mask")):
-                if value is not None:
-                    torch._dynamo.maybe_mark_dynamic(value, 1)
-            torch._dynamo.maybe_mark_dynamic(offsets, 0)
+            leave_sizes_open((inputs.get(name) for name in (*names, "attention_mask")), offsets)
             forward = torch.compile(forward)
 
         def run() -> ModelOutput:

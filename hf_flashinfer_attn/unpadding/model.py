@@ -39,7 +39,7 @@ from .graphs import (
     is_copied_with,
     uninstall_graphs,
 )
-from .packing import RIDER, Packing, PackingAhead
+from .packing import RIDER, Packing, PackingAhead, leave_sizes_open
 
 __all__ = ["capture_graphs", "graph_statistics", "repad", "unpad"]
 
@@ -359,11 +359,7 @@ def _pack(
     if graphs_of(module) is not None:
         carry_state(offsets, None if packing.meanwhile is None else packing.meanwhile.state)
         return (), inputs
-    # For torch.compile, which else makes a graph for the lengths of the first batch alone.
-    for name in (*packed, "attention_mask"):
-        if (value := inputs[name]) is not None:
-            torch._dynamo.maybe_mark_dynamic(value, 1)
-    torch._dynamo.maybe_mark_dynamic(offsets, 0)
+    leave_sizes_open((inputs[name] for name in (*packed, "attention_mask")), offsets)
     return (), inputs
 
 

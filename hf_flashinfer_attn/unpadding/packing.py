@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from ..layout import LengthsRead, RaggedLayout
 from ..movement import TokenMap, sent
 
-__all__ = ["RIDER", "Packing", "PackingAhead"]
+__all__ = ["RIDER", "Packing", "PackingAhead", "leave_sizes_open"]
 
 # Where a packing rides on the offsets that a backbone is given.
 RIDER = "_flashinfer_packing"
@@ -180,6 +180,19 @@ def _flat(padded: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 def _slots_within(slots: torch.Tensor, width: int) -> torch.Tensor:
     return slots.remainder(width).long()[None]
+
+
+def leave_sizes_open(inputs: Iterable[torch.Tensor | None], offsets: torch.Tensor) -> None:
+    """Has torch.compile make one graph for packed batches of all sizes, not for those of the first one alone.
+
+    Args:
+        inputs: Of shape `(1, total_tokens)`; None for what there is not.
+        offsets: Of the rows.
+    """
+    for value in inputs:
+        if value is not None:
+            torch._dynamo.maybe_mark_dynamic(value, 1)
+    torch._dynamo.maybe_mark_dynamic(offsets, 0)
 
 
 def _has_holes(slots: np.ndarray[Any, Any], width: int) -> bool:
