@@ -53,6 +53,9 @@ def run(gpus: int, folder: Path, source: Path, output: Path, more: list[str]) ->
         {
             "parts": len(mine), "tokens": sum(one["tokens"] for one in mine),
             "seconds": max(one["ended"] for one in mine) - min(one["started"] for one in mine),
+            # What comes before the GPU is busy, and after.
+            "first_part_seconds": min(one["ended"] for one in mine) - min(one["started"] for one in mine),
+            "last_part_seconds": mine[-1]["ended"] - mine[-1]["started"],
         }
         for mine in ([one for one in parts if one["worker"] == process] for process in processes)
     ]  # fmt: skip

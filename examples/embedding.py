@@ -72,7 +72,8 @@ class PartEmbedder:
         self.plan, self.device = plan, device
         self.encoder = Encoder(options.model, device, pooling=options.pooling, max_length=options.max_length)
         self._reader = _Reader(plan)
-        self._turn = threading.Lock()
+        # Tokenising a part takes all cores: one after the other, so that the first one is soon ready for the model.
+        self._preparing, self._turn = threading.Lock(), threading.Lock()
         # Whoever launches kernels should not wait 5 ms each time for threads that unpack tokens.
         sys.setswitchinterval(5e-4)
         self.encoder.capture(shapes_to_capture(plan.options.tokens_per_batch, self.encoder.max_length))
@@ -91,9 +92,10 @@ class PartEmbedder:
 
     def embed(self, part: Part) -> PartReport:
         """Embeds a part and writes its file."""
-        started = time.time()
-        table = self._reader.read(part)
-        tokens = self.encoder.tokenise(table[self.plan.options.column].to_pylist())
+        with self._preparing:
+            started = time.time()
+            table = self._reader.read(part)
+            tokens = self.encoder.tokenise(table[self.plan.options.column].to_pylist())
         # Longest first, so that memory is asked for at the beginning; in a stable order, so that it is always the same.
         lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
         order = np.argsort(-lengths, kind="stable")
