@@ -24,7 +24,7 @@ from paired_models import T5_IS_ON_THE_INTERFACE
 from transformers import BertConfig, BertModel, Gemma2Config, ModernBertConfig, T5Config
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import compiled, dispatch, integration, jit, prepared
+from hf_flashinfer_attn import compiled, dispatch, integration, jit, layer_attention, prepared
 from hf_flashinfer_attn.attention import RaggedCall, attend_ragged
 from hf_flashinfer_attn.backends import flashinfer, reference
 from hf_flashinfer_attn.backends.biased import biased_module_arguments
@@ -42,6 +42,7 @@ from hf_flashinfer_attn.layout import RaggedLayout
 from hf_flashinfer_attn.model_plan import plan_of_config
 from hf_flashinfer_attn.pattern import FULL
 from hf_flashinfer_attn.settings import Settings
+from hf_flashinfer_attn.trace import AttentionCall, record_call
 from hf_flashinfer_attn.warmup import warmup
 
 needs_flashinfer = pytest.mark.skipif(
@@ -192,7 +193,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.layout.query.scatter(output)
 
     def attend_planned(*sides, kernel: object = None, **options: object) -> torch.Tensor:
-        integration.record_call(integration.AttentionCall("", "full", "flashinfer-fa2", 32, 64, None))
+        record_call(AttentionCall("", "full", "flashinfer-fa2", 32, 64, None))
         return reference.attend(*sides, **options)
 
     monkeypatch.setattr(flashinfer, "unavailable_reason", lambda device: None)
@@ -200,8 +201,9 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashinfer, "make_plan", make_plan)
     monkeypatch.setattr(flashinfer, "attend", attend_planned)
     monkeypatch.setattr(prepared, "SMALL_LOGITS", 0)
-    monkeypatch.setattr(integration, "_kept_of", lambda *_: None)
-    monkeypatch.setattr(integration, "prepare", prepare)
+    for module in (integration, layer_attention):
+        monkeypatch.setattr(module, "kept_of", lambda *_: None)
+    monkeypatch.setattr(layer_attention, "prepare", prepare)
     monkeypatch.setattr(compiled, "prepared_on", prepared_on)
 
 

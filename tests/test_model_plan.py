@@ -59,14 +59,14 @@ def run_really(
 ) -> tuple[Counter[tuple[Any, ...]], Counter[Asked]]:
     """Runs a model with random weights on a padded batch; returns what a trace says, and what layers asked for."""
     asked: list[Asked] = []
-    attend = integration._attend
+    attend = integration.attend
 
     def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, *rest: Any) -> Any:
         softcap, s_aux, position_bias = rest[4:7]
         asked.append(Asked(query.shape[1], key.shape[1], softcap, position_bias is not None, s_aux is not None))
         return attend(module, query, key, value, mask, *rest)
 
-    monkeypatch.setattr(integration, "_attend", spy)
+    monkeypatch.setattr(integration, "attend", spy)
     model = AutoModel.from_config(copy.deepcopy(config), attn_implementation="flashinfer", dtype=torch.float32).eval()
     tokens, mask = right_padded((9, 5))
     inputs = {"input_ids": tokens, "attention_mask": mask}
