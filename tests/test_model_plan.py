@@ -99,6 +99,17 @@ def test_agrees_with_a_real_forward(family: Family, monkeypatch: pytest.MonkeyPa
         assert plan.problem is None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for no GPU")
+@pytest.mark.parametrize("collects", [False, True], ids=["", "attentions"])
+def test_agrees_with_a_real_forward_that_collects_attentions(collects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BertConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
+    config.output_attentions = collects
+    plan = plan_of_config(config, dtype=torch.float32)
+    assert expanded(plan.layers) == run_really(config, monkeypatch)
+    (layer,) = plan.layers
+    assert (layer.kernels, layer.reason) == ((("dense",), "output_attentions=True") if collects else (("torch",), None))
+
+
 def gpt_oss_config() -> PreTrainedConfig:
     layer_types = ["sliding_attention", "full_attention"] * 2
     return decoder_config(
