@@ -52,12 +52,16 @@ DISABLED_VARIABLE = "FLASHINFER_DISABLE_JIT"
 _WAY_OUT = (
     "Run `hf-flashinfer-attn doctor` to see what is missing, or use hf_flashinfer_attn.configure(backend='torch')."
 )
-NO_NVCC = "there is no nvcc to compile its kernels with (looked at CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)"
+NO_NVCC = (
+    "there is no nvcc to compile its kernels with (looked at FLASHINFER_NVCC, CUDA_HOME or CUDA_PATH where one is set, "
+    "else at PATH and /usr/local/cuda)"
+)
 GET_NVCC = "Install the CUDA toolkit, or the package flashinfer-jit-cache with compiled kernels."
 COMPILE_AHEAD = (
     "Compile it ahead: `hf-flashinfer-attn warmup --model PATH`; or wait for it: "
     "hf_flashinfer_attn.configure(jit='wait')."
 )
+_DEFAULT_HOME = "/usr/local/cuda"
 # What the compiler says where the machine lacks something, and what to do about it.
 _CURES = {
     "cannot find -lcuda:": "The linker found no libcuda: install the driver or the CUDA toolkit's stubs, and name "
@@ -69,14 +73,20 @@ _CURES = {
 
 
 def nvcc_path() -> Path | None:
-    """Returns the nvcc that FlashInfer would run; None if there is none."""
+    """Returns the nvcc that FlashInfer would run; None if there is none.
+
+    It takes the toolkit whose nvcc is first on the `PATH` only where neither `CUDA_HOME` nor `CUDA_PATH` names one, and
+    looks no further than the one it took. `FLASHINFER_NVCC` names another compiler to use with that toolkit.
+    """
     if (named := os.environ.get("FLASHINFER_NVCC")) is not None:
         found = shutil.which(named)
         return None if found is None else Path(found)
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home is None and (found := shutil.which("nvcc")) is not None:
-        return Path(found)
-    nvcc = Path(home or "/usr/local/cuda") / "bin" / "nvcc"
+    if home is None:
+        on_path = shutil.which("nvcc")
+        home = _DEFAULT_HOME if on_path is None else os.path.dirname(os.path.dirname(on_path))
+    # Not joined as paths are: FlashInfer writes an empty variable into its build files as it is.
+    nvcc = Path(f"{home}/bin/nvcc")
     return nvcc if nvcc.is_file() else None
 
 

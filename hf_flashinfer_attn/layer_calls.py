@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .dispatch import AttentionRequest
+from .layer_request import LayerRequest
 
 __all__ = ["LayerCall", "calls_kept", "keep_layer_calls"]
 
@@ -39,6 +40,21 @@ class LayerCall:
     softcap: float | None
     biased: bool
     sinks: bool
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, asked: LayerRequest) -> LayerCall:
+        """Keeps what does not need tensors, so that calls can be compared."""
+        return cls(
+            module=module,
+            request=asked.request,
+            num_heads=asked.query.shape[1],
+            num_kv_heads=asked.key.shape[1],
+            head_dim=asked.query.shape[-1],
+            value_head_dim=asked.value.shape[-1],
+            softcap=asked.softcap,
+            biased=asked.position_bias is not None,
+            sinks=asked.sinks is not None,
+        )
 
 
 _kept: ContextVar[list[LayerCall] | None] = ContextVar("hf_flashinfer_attn_layer_calls", default=None)

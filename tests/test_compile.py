@@ -544,7 +544,7 @@ def test_offsets_with_padding_are_refused() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_float32_is_cast_as_for_flash_kernels_in_a_graph(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer norms kept in float32 hand float32 to attention in a half-precision model."""
-    monkeypatch.setattr(integration, "_is_cast_as_flash", lambda query: query.dtype == torch.float32)
+    monkeypatch.setattr(integration, "is_cast_as_flash", lambda query: query.dtype == torch.float32)
     layer = torch.nn.Linear(4, 4, dtype=torch.float32 if autocast else torch.bfloat16)
 
     def forward(query: torch.Tensor) -> torch.Tensor:

@@ -160,10 +160,12 @@ def program(folder: Path, name: str, script: str) -> Path:
 
 
 def test_broken_nvcc_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nvcc = program(tmp_path, "nvcc", "echo 'libfoo.so: cannot open shared object file' >&2; exit 127")
-    ninja = program(tmp_path, "ninja", "echo 1.12.1")
-    program(tmp_path, "c++", "echo 'c++ (Debian 12.2.0-14) 12.2.0'")
-    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    nvcc = program(folder, "nvcc", "echo 'libfoo.so: cannot open shared object file' >&2; exit 127")
+    ninja = program(folder, "ninja", "echo 1.12.1")
+    program(folder, "c++", "echo 'c++ (Debian 12.2.0-14) 12.2.0'")
+    monkeypatch.setenv("PATH", str(folder))
     for name in ("CUDA_HOME", "CUDA_PATH", "FLASHINFER_NVCC", "CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
     found = probe_compilers()
@@ -171,13 +173,15 @@ def test_broken_nvcc_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "nvcc", None, f"{nvcc} --version fails with status 127: libfoo.so: cannot open shared object file", True
     )
     assert named(found, "ninja") == Probe("ninja", {"path": str(ninja), "version": "1.12.1"}, f"1.12.1, {ninja}")
-    assert named(found, "C++").value == {"path": str(tmp_path / "c++"), "version": "12.2.0"}
+    assert named(found, "C++").value == {"path": str(folder / "c++"), "version": "12.2.0"}
     assert named(found, "C").is_problem
 
 
 def test_nvcc_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(tmp_path, "nvcc", "").write_bytes(b"\x7fELF of another machine")
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program(folder, "nvcc", "").write_bytes(b"\x7fELF of another machine")
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     for name in ("CUDA_HOME", "CUDA_PATH", "FLASHINFER_NVCC"):
         monkeypatch.delenv(name, raising=False)
     nvcc = named(probe_compilers(), "nvcc")

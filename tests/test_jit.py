@@ -24,7 +24,7 @@ from paired_models import T5_IS_ON_THE_INTERFACE
 from transformers import BertConfig, BertModel, Gemma2Config, ModernBertConfig, T5Config
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import compiled, dispatch, integration, jit, prepared
+from hf_flashinfer_attn import compiled, dispatch, integration, jit, layer_attention, prepared
 from hf_flashinfer_attn.attention import RaggedCall, attend_ragged
 from hf_flashinfer_attn.backends import flashinfer, reference
 from hf_flashinfer_attn.backends.biased import biased_module_arguments
@@ -42,6 +42,7 @@ from hf_flashinfer_attn.layout import RaggedLayout
 from hf_flashinfer_attn.model_plan import plan_of_config
 from hf_flashinfer_attn.pattern import FULL
 from hf_flashinfer_attn.settings import Settings
+from hf_flashinfer_attn.trace import AttentionCall, record_call
 from hf_flashinfer_attn.warmup import warmup
 
 needs_flashinfer = pytest.mark.skipif(
@@ -192,7 +193,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.layout.query.scatter(output)
 
     def attend_planned(*sides, kernel: object = None, **options: object) -> torch.Tensor:
-        integration.record_call(integration.AttentionCall("", "full", "flashinfer-fa2", 32, 64, None))
+        record_call(AttentionCall("", "full", "flashinfer-fa2", 32, 64, None))
         return reference.attend(*sides, **options)
 
     monkeypatch.setattr(flashinfer, "unavailable_reason", lambda device: None)
@@ -200,8 +201,9 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashinfer, "make_plan", make_plan)
     monkeypatch.setattr(flashinfer, "attend", attend_planned)
     monkeypatch.setattr(prepared, "SMALL_LOGITS", 0)
-    monkeypatch.setattr(integration, "_kept_of", lambda *_: None)
-    monkeypatch.setattr(integration, "prepare", prepare)
+    for module in (integration, layer_attention):
+        monkeypatch.setattr(module, "kept_of", lambda *_: None)
+    monkeypatch.setattr(layer_attention, "prepare", prepare)
     monkeypatch.setattr(compiled, "prepared_on", prepared_on)
 
 
@@ -374,6 +376,101 @@ def test_a_failed_compile_gives_its_log_and_is_tried_again_after_configure(
     hf_flashinfer_attn.configure()
     jit.require(PLAIN)
     assert len(toolkit.compiled) == 10
+
+
+# Which nvcc runs.
+
+
+@dataclass(frozen=True)
+class NvccCase:
+    """Variables, with {root} for a folder of toolkits, and the nvcc that FlashInfer would run."""
+
+    variables: dict[str, str]
+    expected: str | None
+
+
+NVCC_CASES = {
+    "named": NvccCase({"FLASHINFER_NVCC": "{root}/other/bin/nvcc", "CUDA_HOME": "{root}/home"}, "other/bin/nvcc"),
+    "named-and-missing": NvccCase({"FLASHINFER_NVCC": "/nowhere/nvcc", "CUDA_HOME": "{root}/home"}, None),
+    "named-on-path": NvccCase({"FLASHINFER_NVCC": "nvcc", "PATH": "{root}/on_path/bin"}, "on_path/bin/nvcc"),
+    "home": NvccCase({"CUDA_HOME": "{root}/home", "PATH": "{root}/on_path/bin"}, "home/bin/nvcc"),
+    "path-variable": NvccCase({"CUDA_PATH": "{root}/home", "PATH": "{root}/on_path/bin"}, "home/bin/nvcc"),
+    "home-before-path-variable": NvccCase({"CUDA_HOME": "{root}/home", "CUDA_PATH": "{root}/other"}, "home/bin/nvcc"),
+    "empty-home": NvccCase({"CUDA_HOME": "", "CUDA_PATH": "{root}/other"}, "other/bin/nvcc"),
+    "home-without": NvccCase({"CUDA_HOME": "{root}/empty", "PATH": "{root}/on_path/bin"}, None),
+    "path-variable-without": NvccCase({"CUDA_PATH": "{root}/empty", "PATH": "{root}/on_path/bin"}, None),
+    "home-without-path-variable-with": NvccCase({"CUDA_HOME": "{root}/empty", "CUDA_PATH": "{root}/other"}, None),
+    "path": NvccCase({"PATH": "{root}/on_path/bin"}, "on_path/bin/nvcc"),
+    "path-not-in-bin": NvccCase({"PATH": "{root}/loose"}, None),
+    "default": NvccCase({"_DEFAULT_HOME": "{root}/home"}, "home/bin/nvcc"),
+    "none": NvccCase({}, None),
+}
+
+
+@pytest.fixture
+def toolkits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders with and without an nvcc, and an environment that names none of them."""
+    for name in ("home/bin", "other/bin", "on_path/bin", "loose"):
+        nvcc = tmp_path / name / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text("#!/bin/sh")
+        nvcc.chmod(0o755)
+    for name in ("empty", "tools"):
+        (tmp_path / name).mkdir()
+    # FlashInfer calls it, and nothing else may be found beside it.
+    if (which := shutil.which("which")) is not None:
+        (tmp_path / "tools" / "which").symlink_to(which)
+    for name in ("FLASHINFER_NVCC", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "tools"))
+    monkeypatch.setattr(jit, "_DEFAULT_HOME", str(tmp_path / "empty"))
+    return tmp_path
+
+
+def _set_up(case: NvccCase, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in case.variables.items():
+        value = value.format(root=root)
+        if name == "_DEFAULT_HOME":
+            monkeypatch.setattr(jit, name, value)
+        else:
+            monkeypatch.setenv(name, f"{value}{os.pathsep}{root / 'tools'}" if name == "PATH" else value)
+
+
+@pytest.mark.parametrize("case", NVCC_CASES.values(), ids=NVCC_CASES)
+def test_nvcc_and_whether_flashinfer_is_available_agree(
+    case: NvccCase, toolkits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _set_up(case, toolkits, monkeypatch)
+    expected = None if case.expected is None else toolkits / case.expected
+    assert jit.nvcc_path() == expected
+    installed = {"flashinfer": object(), "flashinfer_jit_cache": None}
+    monkeypatch.setattr(importlib.util, "find_spec", installed.get)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    # Past its cache, which outlives a test.
+    reason = flashinfer.unavailable_reason.__wrapped__(torch.device("cuda"))
+    assert reason == (None if expected is not None else (jit.NO_NVCC, jit.GET_NVCC))
+    installed["flashinfer_jit_cache"] = object()
+    assert flashinfer.unavailable_reason.__wrapped__(torch.device("cuda")) is None
+
+
+@needs_flashinfer
+@pytest.mark.skipif(shutil.which("which") is None, reason="FlashInfer calls which")
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Where the default is another folder, FlashInfer cannot be asked.
+        pytest.param(case, id=name)
+        for name, case in NVCC_CASES.items()
+        if name not in ("default", "none") and "FLASHINFER_NVCC" not in case.variables
+    ],
+)
+def test_nvcc_is_that_of_flashinfer(case: NvccCase, toolkits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashinfer.jit import cpp_ext
+
+    _set_up(case, toolkits, monkeypatch)
+    theirs = Path(f"{cpp_ext.get_cuda_path.__wrapped__()}/bin/nvcc")
+    assert jit.nvcc_path() == (theirs if theirs.is_file() else None)
 
 
 @needs_flashinfer

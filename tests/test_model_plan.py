@@ -59,14 +59,14 @@ def run_really(
 ) -> tuple[Counter[tuple[Any, ...]], Counter[Asked]]:
     """Runs a model with random weights on a padded batch; returns what a trace says, and what layers asked for."""
     asked: list[Asked] = []
-    attend = integration._attend
+    attend = integration.attend
 
     def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, *rest: Any) -> Any:
         softcap, s_aux, position_bias = rest[4:7]
         asked.append(Asked(query.shape[1], key.shape[1], softcap, position_bias is not None, s_aux is not None))
         return attend(module, query, key, value, mask, *rest)
 
-    monkeypatch.setattr(integration, "_attend", spy)
+    monkeypatch.setattr(integration, "attend", spy)
     model = AutoModel.from_config(copy.deepcopy(config), attn_implementation="flashinfer", dtype=torch.float32).eval()
     tokens, mask = right_padded((9, 5))
     inputs = {"input_ids": tokens, "attention_mask": mask}
@@ -97,6 +97,17 @@ def test_agrees_with_a_real_forward(family: Family, monkeypatch: pytest.MonkeyPa
     if family.is_on_the_interface:
         assert plan.layers
         assert plan.problem is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for no GPU")
+@pytest.mark.parametrize("collects", [False, True], ids=["", "attentions"])
+def test_agrees_with_a_real_forward_that_collects_attentions(collects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BertConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
+    config.output_attentions = collects
+    plan = plan_of_config(config, dtype=torch.float32)
+    assert expanded(plan.layers) == run_really(config, monkeypatch)
+    (layer,) = plan.layers
+    assert (layer.kernels, layer.reason) == ((("dense",), "output_attentions=True") if collects else (("torch",), None))
 
 
 def gpt_oss_config() -> PreTrainedConfig:

@@ -11,6 +11,7 @@ import pytest
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn.dispatch import RULES
+from hf_flashinfer_attn.jit import NO_NVCC
 
 PACKAGE = Path(hf_flashinfer_attn.__file__).parent
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md"
@@ -107,3 +108,7 @@ def test_reason_of_a_fallback_is_on_the_page(feature: str) -> None:
 def test_messages_are_found() -> None:
     assert len(MESSAGES) > 90
     assert not _is_quoted(f"backend {VALUE} went for a walk", _quoted(PAGE.read_text()))
+
+
+def test_reason_that_modules_share_is_on_the_page() -> None:
+    assert NO_NVCC in _quoted(PAGE.read_text())

@@ -24,9 +24,10 @@ from transformers.masking_utils import and_masks, causal_mask_function, sliding_
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
-from hf_flashinfer_attn.integration import _kept_of_packed, attention_mask
+from hf_flashinfer_attn.integration import attention_mask
 from hf_flashinfer_attn.layout import PreparedStore, RaggedLayout, offsets_of
 from hf_flashinfer_attn.movement import TokenMap
+from hf_flashinfer_attn.reuse import _kept_of_packed
 from hf_flashinfer_attn.unpadding import model as model_module
 from hf_flashinfer_attn.unpadding.families import family_of
 from hf_flashinfer_attn.unpadding.packing import Packing, PackingAhead

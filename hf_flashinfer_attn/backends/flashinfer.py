@@ -8,8 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import os
-import shutil
 import threading
 import weakref
 from collections import deque
@@ -80,11 +78,9 @@ def unavailable_reason(device: torch.device) -> tuple[str, str] | None:
         return "the package flashinfer is not installed", "Install it: pip install flashinfer-python (Linux)."
     if (reason := capability_reason(torch.cuda.get_device_capability(device))) is not None:
         return reason, "Use hf_flashinfer_attn.configure(backend='torch')."
-    if not _can_compile():
-        return (
-            "there is no nvcc to compile its kernels with (looked at CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda)",
-            "Install the CUDA toolkit, or the package flashinfer-jit-cache with compiled kernels.",
-        )
+    # The package of compiled kernels needs none.
+    if importlib.util.find_spec("flashinfer_jit_cache") is None and jit.nvcc_path() is None:
+        return jit.NO_NVCC, jit.GET_NVCC
     return None
 
 
@@ -93,13 +89,6 @@ def capability_reason(capability: tuple[int, int]) -> str | None:
     if capability < (7, 5):
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, FlashInfer needs 7.5 or newer"
     return None
-
-
-def _can_compile() -> bool:
-    if importlib.util.find_spec("flashinfer_jit_cache") is not None or shutil.which("nvcc") is not None:
-        return True
-    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    return any(home and os.path.exists(os.path.join(home, "bin", "nvcc")) for home in homes)
 
 
 def dtype_reason(dtype: torch.dtype, device: torch.device) -> str | None:
