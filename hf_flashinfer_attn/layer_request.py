@@ -239,7 +239,7 @@ def _image_offsets(position_ids: torch.Tensor) -> torch.Tensor:
     them, since every layer is handed the same tensor.
     """
     version = None if position_ids.is_inference() else position_ids._version
-    known: tuple[int | None, torch.Tensor] | None = getattr(position_ids, "image_offsets", None)
+    known: tuple[int | None, torch.Tensor] | None = getattr(position_ids, "_image_offsets", None)
     if known is not None and version is not None and known[0] == version:
         return known[1]
     starts = (position_ids == 0).all(-1) if position_ids.shape[-1] == 2 else position_ids.flatten() == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PixtralVisionConfig, PixtralVisionModel
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -21,7 +22,7 @@ from transformers.masking_utils import (
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError
-from hf_flashinfer_attn.integration import attention_forward, attention_mask
+from hf_flashinfer_attn.integration import NAME, attention_forward, attention_mask
 from hf_flashinfer_attn.layout import PackedCarrier, RaggedLayout, RaggedSide, offsets_of, uniform_layout
 from hf_flashinfer_attn.mask import RaggedMask, _LazyLayout
 from hf_flashinfer_attn.reuse import _kept_of_packed
@@ -186,3 +187,15 @@ def test_attention_that_would_repeat_the_lengths_of_a_capture_is_refused(options
         attention_forward(
             torch.nn.Identity(), query, query, query, None, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, **options
         )
+
+
+def test_layers_of_a_vision_tower_share_the_layout_of_its_images() -> None:
+    config = PixtralVisionConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        attn_implementation=NAME,
+    )  # fmt: skip
+    tower = PixtralVisionModel(config).eval()
+    images, sizes = torch.randn(2, 3, 32, 32), torch.tensor([(32, 32), (24, 16)])
+    with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+        tower(images, image_sizes=sizes)
+    assert (len(trace.calls), trace.layouts) == (3, 1)
