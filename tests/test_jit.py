@@ -603,6 +603,20 @@ def test_warmup_needs_nvcc_only_for_what_is_missing(toolkit: Toolkit, monkeypatc
         warmup(BERT, progress=False)
 
 
+@needs_flashinfer
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
+    BERT.save_pretrained(tmp_path / "model")
+    file = tmp_path / "file"
+    file.touch()
+    environment = {**os.environ, "FLASHINFER_WORKSPACE_BASE": str(file)}
+    command = [sys.executable, "-m", "hf_flashinfer_attn", "warmup", "--model", str(tmp_path / "model")]
+    done = subprocess.run([*command, "--arch", "8.0"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "flashinfer cannot be imported: " in done.stderr
+    assert "FLASHINFER_WORKSPACE_BASE" in done.stderr
+
+
 def _names_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
