@@ -7,6 +7,7 @@ Those files are written by `python -m hf_flashinfer_attn bench --json` alone.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
@@ -157,6 +158,8 @@ def _best(outcome: dict[str, Any]) -> str:
 
 
 def main() -> int:
+    # Without options; but --help must not write.
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     grouped = machines()
     for machine, reports in grouped.items():
         draw_chart(in_chart(reports), chart_file(machine), description=digest(reports))

@@ -6,6 +6,7 @@ python -m docs.make_pages
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
 import sys
@@ -196,6 +197,8 @@ def _documentation(text: str) -> Iterator[str]:
 
 
 def main() -> int:
+    # Without options; but --help must not write.
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     for name, text in pages().items():
         (DOCS / name).write_text(text, encoding="utf-8")
     return 0

@@ -259,8 +259,8 @@ def _run_warmup(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             progress=not arguments.quiet,
         )
-    except (OSError, ValueError) as error:
-        # The config cannot be read, or an argument is not what it should be.
+    except ValueError as error:
+        # An argument is not what it should be.
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(report)
@@ -327,6 +327,9 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
             capability=arguments.arch,
             on_step=None if progress is None else progress.step,
         )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     finally:
         if progress is not None:
             progress.close()
@@ -360,6 +363,8 @@ def _texts(text: str) -> tuple[str, ...]:
         lines = Path(text).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: it is not UTF-8") from error
     return tuple(line for line in lines if line.strip())
 
 
@@ -387,4 +392,11 @@ def _writable_file(text: str) -> Path:
     file = Path(text)
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing folder")
+    existed = file.exists()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from error
+    if not existed:
+        file.unlink()
     return file

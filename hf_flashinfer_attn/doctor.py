@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from .errors import BackendUnavailableError, FlashInferAttentionError
+from .errors import BackendUnavailableError
 from .html_table import html_table
 from .kernel_cache import is_compiled, modules_of
+from .pretrained import reading
 from .probes import IMPORT_ERRORS, Probe, probe_cache, probe_compilers, probe_gpus, probe_versions
 from .settings import current_settings
 from .version import __version__
@@ -26,15 +27,11 @@ if TYPE_CHECKING:
     from .backends.flashinfer import Kernel
     from .model_plan import ModelPlan
 
-__all__ = ["Diagnosis", "DiagnosisError", "KernelCheck", "ModelKernel", "Section", "doctor"]
+__all__ = ["Diagnosis", "KernelCheck", "ModelKernel", "Section", "doctor"]
 
 # The error of a kernel over that of sdpa's, up to which it is as exact.
 BUDGET = 1.25
 _WIDTH = 100
-
-
-class DiagnosisError(FlashInferAttentionError):
-    """What `doctor` was asked about cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +231,8 @@ def doctor(
         What was found; `print(diagnosis)` shows it. Nothing that is missing raises.
 
     Raises:
-        DiagnosisError: If the model's config cannot be read.
+        FlashInferAttentionError: If the model's config cannot be read.
+        ValueError: If `capability` or `dtype` is given without a model.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -244,6 +242,8 @@ def doctor(
         >>> diagnosis.ready or len(diagnosis.obstacles) > 0
         True
     """
+    if model is None and (dtype is not None or capability is not None):
+        raise ValueError("dtype and capability are those that a model is planned for; expected a model with them.")
     sections = (
         Section("versions", probe_versions()),
         Section("gpu", probe_gpus()),
@@ -334,17 +334,8 @@ def _plan(
 
     config = model
     if not isinstance(config, PreTrainedConfig):
-        way_out = "Pass a folder with a config.json, or the id of a model on the hub."
-        # What can be no id is not asked of the hub.
-        if os.fspath(model).startswith(("/", ".", "~")) and not os.path.exists(model):
-            raise DiagnosisError(f"there is no folder {os.fspath(model)!r}. {way_out}")
-        try:
+        with reading(model):
             config = AutoConfig.from_pretrained(model)
-        except (OSError, ValueError, KeyError) as error:
-            said = str(error).strip().partition("\n")[0]
-            raise DiagnosisError(
-                f"the config of {os.fspath(model)!r} cannot be read: {said.rstrip('.')}. {way_out}"
-            ) from error
     if dtype is None:
         named = getattr(config, "dtype", None)
         dtype = named if named in DTYPES else torch.float16

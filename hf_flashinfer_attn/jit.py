@@ -219,7 +219,7 @@ def _failure(module: KernelModule, log: Path, seconds: float) -> BackendUnavaila
     diagnostic = r"^(?!\[\d+/).*?((?:fatal|error)(?: error)?\s*:.*|cannot find -l.*)$"
     said = re.search(diagnostic, text, re.MULTILINE | re.IGNORECASE)
     what = "" if said is None else f": {said[1].strip()[:200]}"
-    cure = next((cure for sign, cure in _CURES.items() if sign in text), "")
+    cure = "".join(cure for sign, cure in _CURES.items() if sign in text)
     return BackendUnavailableError(
         "flashinfer",
         f"compiling its kernel ({module}) failed after {seconds:.0f} s{what}; the log is {log}",

@@ -105,7 +105,15 @@ def _flashinfer(module: str) -> ModuleType:
             "the package flashinfer is not installed",
             "Install it: pip install flashinfer-python (Linux), or use hf_flashinfer_attn.configure(backend='torch').",
         )
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except OSError as error:
+        # FlashInfer makes its folder when it is imported.
+        raise BackendUnavailableError(
+            "flashinfer",
+            f"flashinfer cannot be imported: {error}",
+            "FLASHINFER_WORKSPACE_BASE names the folder that it writes to; it must be one that can be written to.",
+        ) from error
 
 
 def cache_directory() -> Path:

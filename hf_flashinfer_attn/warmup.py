@@ -25,6 +25,7 @@ from .errors import BackendUnavailableError, FlashInferAttentionError
 from .integration import NAME
 from .kernel_cache import KernelModule, cache_directory, modules_of
 from .model_plan import plan_of_config
+from .pretrained import reading
 from .unpadding import capture_graphs, graph_statistics, unpad
 
 __all__ = ["GraphCheck", "WarmedKernel", "WarmupReport", "warmup"]
@@ -153,6 +154,7 @@ def warmup(
 
     Raises:
         BackendUnavailableError: If there is nothing to compile for, or with: no GPU and no `arch`, no nvcc, no ninja.
+        FlashInferAttentionError: If the model or its config cannot be read.
         ValueError: If `arch`, a dtype or a size of a graph is not one.
 
     Examples:
@@ -174,7 +176,8 @@ def warmup(
         raise ValueError(f"workers={workers}: expected a number above 0.")
     config = model.config if isinstance(model, PreTrainedModel) else model
     if not isinstance(config, PreTrainedConfig):
-        config = AutoConfig.from_pretrained(config)
+        with reading(config):
+            config = AutoConfig.from_pretrained(config)
     archs = _archs(arch)
     chosen = _dtypes(config, dtypes)
     modules: dict[KernelModule, None] = {}
@@ -332,7 +335,8 @@ def _compile_all(modules: Sequence[KernelModule], workers: int, shown: bool) -> 
         except BackendUnavailableError as failure:
             error = f"{failure.reason}. {failure.way_out}"
         kernel = WarmedKernel(module, seconds, error)
-        progress.say(str(kernel))
+        # Why is in the report, which comes last.
+        progress.say(str(kernel) if error is None else f"{module}: failed")
         return kernel
 
     with _Progress(shown and bool(missing)) as progress, ThreadPoolExecutor(at_once) as pool:
@@ -380,7 +384,9 @@ def _check_graphs(name: str, dtype: torch.dtype, shapes: Sequence[tuple[int, int
         raise BackendUnavailableError(
             "flashinfer", "there is no GPU to capture CUDA graphs on", "Leave the graphs out on this machine."
         )
-    model = AutoModel.from_pretrained(name, attn_implementation=NAME, dtype=dtype).to("cuda").eval()
+    with reading(name):
+        model = AutoModel.from_pretrained(name, attn_implementation=NAME, dtype=dtype)
+    model.to("cuda").eval()
     start, problem = time.perf_counter(), None
     try:
         unpad(model, cuda_graphs=True)

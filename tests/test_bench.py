@@ -446,16 +446,21 @@ def test_a_floor_that_was_beaten_is_none(rate: float, monkeypatch: pytest.Monkey
         (["--shape", "bert-huge"], "'bert-huge' is no shape"),
         (["--shape", "gte-small", "--against", "flash_attention_9"], "'flash_attention_9' is no contender"),
         (["--shape", "gte-small", "--texts", "{texts}"], "texts go with a model of yours"),
-        (["--model", "{texts}/none"], "cannot be loaded"),
+        (["--model", "{texts}/none"], "there is no folder"),
+        (["--model", "{folder}"], "cannot be read"),
+        (["--model", "x"], "layers are for named shapes"),
+        (["--shape", "gte-small", "--sort"], "sorting and cutting are for texts"),
+        (["--shape", "gte-small", "--max-length", "9"], "sorting and cutting are for texts"),
         (["--shape", "gte-small", "--lengths", "long"], "nothing was measured: long has requests of 8192 tokens"),
     ],
-    ids=["shape", "contender", "texts", "model", "too-long"],
+    ids=["shape", "contender", "texts", "no-folder", "no-config", "layers", "sort", "max-length", "too-long"],
 )
 def test_what_cannot_be_measured(
     arguments: list[str], message: str, texts_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    filled = [argument.replace("{texts}", str(texts_file)) for argument in arguments]
-    assert cli.main(["bench", "--layers", "1", "--device", "cpu", *filled]) == 1
+    filled = [argument.format(texts=texts_file, folder=texts_file.parent) for argument in arguments]
+    layers = [] if message.endswith(("no folder", "cannot be read")) else ["--layers", "1"]
+    assert cli.main(["bench", *layers, "--device", "cpu", *filled]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -472,13 +477,17 @@ def test_varlen_is_refused_by_name_on_a_cpu(capsys: pytest.CaptureFixture[str]) 
         (["--shape", "gte-small", "--model", "x"], "not allowed with"),
         (["--shape", "gte-small", "--lengths", "chats"], "'chats' is no request set"),
         (["--model", "x", "--texts", "no/such/file"], "cannot be read"),
+        (["--model", "x", "--texts", "{latin}"], "cannot be read: it is not UTF-8"),
         (["--shape", "gte-small", "--json", "no/such/folder/x.json"], "existing folder"),
+        (["--shape", "gte-small", "--json", "/proc/x.json"], "cannot be written"),
     ],
-    ids=["nothing", "both", "lengths", "texts", "json"],
+    ids=["nothing", "both", "lengths", "texts", "latin", "json", "unwritable"],
 )
-def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("f\u00fcr".encode("latin-1"))
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["bench", *arguments])
+        cli.main(["bench", *(argument.format(latin=latin) for argument in arguments)])
     assert exit_.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
 

@@ -19,9 +19,10 @@ from paired_models import decoder_config
 import hf_flashinfer_attn
 from hf_flashinfer_attn import cli, probes, settings
 from hf_flashinfer_attn.backends import flashinfer as flashinfer_backend
-from hf_flashinfer_attn.doctor import DiagnosisError, KernelCheck, Section
+from hf_flashinfer_attn.doctor import KernelCheck, Section
 from hf_flashinfer_attn.html_table import html_table
 from hf_flashinfer_attn.kernel_cache import KernelModule
+from hf_flashinfer_attn.pretrained import UnreadableModelError
 from hf_flashinfer_attn.probes import Probe, probe_cache, probe_compilers, probe_gpus, probe_versions
 from hf_flashinfer_attn.trace import AttentionCall, Trace
 
@@ -114,8 +115,10 @@ def test_check_runs_what_would_run_here(model_folder: Path, capsys: pytest.Captu
     [
         (["--model", "/no/such/folder"], "there is no folder '/no/such/folder'"),
         (["--model", str(ROOT / "docs")], "cannot be read"),
+        (["--arch", "9.0"], "expected a model with them"),
+        (["--dtype", "float16"], "expected a model with them"),
     ],
-    ids=["no-folder", "no-config"],
+    ids=["no-folder", "no-config", "arch-of-nothing", "dtype-of-nothing"],
 )
 def test_model_that_cannot_be_read(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -123,7 +126,7 @@ def test_model_that_cannot_be_read(
     assert cli.main(["doctor", *arguments]) == 1
     output = capsys.readouterr()
     assert message in output.err
-    assert "config.json" in output.err
+    assert "config.json" in output.err or "--model" not in arguments
     assert output.out == ""
 
 
@@ -472,7 +475,7 @@ def test_config_in_place_of_a_path() -> None:
     plan = hf_flashinfer_attn.doctor(config, capability=(8, 0)).plan
     assert plan is not None
     assert plan.layers[0].kernels == ("fa2", "sdpa")
-    with pytest.raises(DiagnosisError, match="there is no folder"):
+    with pytest.raises(UnreadableModelError, match="there is no folder"):
         hf_flashinfer_attn.doctor("./no/such/folder")
 
 

@@ -651,6 +651,27 @@ def test_warmup_without_a_gpu_names_the_way_out(monkeypatch: pytest.MonkeyPatch)
         warmup(BERT)
 
 
+@pytest.mark.parametrize("missing", [("cuda",), ("cudart",), ("cudart", "cuda")], ids="+".join)
+def test_every_library_that_the_linker_lacks_has_its_cure(missing: tuple[str, ...], tmp_path: Path) -> None:
+    log = tmp_path / "build.log"
+    log.write_text("\n".join(f"/usr/bin/ld: cannot find -l{name}: No such file or directory" for name in missing))
+    error = jit._failure(PLAIN, log, 3.0)
+    assert f": cannot find -l{missing[0]}: No such file" in error.reason
+    cured = [name for name in ("cuda", "cudart") if f"The linker found no lib{name}:" in error.way_out]
+    assert sorted(cured) == sorted(missing)
+
+
+@needs_flashinfer
+def test_warmup_says_once_why_a_kernel_failed(toolkit: Toolkit, capsys: pytest.CaptureFixture[str]) -> None:
+    toolkit.break_for("ragged_kernel_mask_1")
+    report = warmup(BERT, dtypes=[torch.float16])
+    assert not report.passed
+    assert str(report).count("failed after") == sum(kernel.error is not None for kernel in report.kernels)
+    told = capsys.readouterr().err
+    assert ": failed\n" in told
+    assert "failed after" not in told
+
+
 @needs_flashinfer
 def test_warmup_compiles_what_is_missing(toolkit: Toolkit, capsys: pytest.CaptureFixture[str]) -> None:
     report = warmup(MODERNBERT, dtypes=[torch.float16, torch.bfloat16], workers=3)
@@ -677,6 +698,20 @@ def test_warmup_needs_nvcc_only_for_what_is_missing(toolkit: Toolkit, monkeypatc
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=r"no nvcc.*Install the CUDA toolkit"):
         warmup(BERT, progress=False)
+
+
+@needs_flashinfer
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
+    BERT.save_pretrained(tmp_path / "model")
+    file = tmp_path / "file"
+    file.touch()
+    environment = {**os.environ, "FLASHINFER_WORKSPACE_BASE": str(file)}
+    command = [sys.executable, "-m", "hf_flashinfer_attn", "warmup", "--model", str(tmp_path / "model")]
+    done = subprocess.run([*command, "--arch", "8.0"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "flashinfer cannot be imported: " in done.stderr
+    assert "FLASHINFER_WORKSPACE_BASE" in done.stderr
 
 
 def _names_in(folder: Path) -> list[str]:

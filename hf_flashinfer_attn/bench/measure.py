@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from ..environment import describe_environment
 from ..errors import UnsupportedAttentionError
+from ..pretrained import reading
 from ..trace import Trace, trace
 from .contenders import BASELINE, CONTENDERS, Contender
 from .errors import BenchError
@@ -297,6 +298,10 @@ def _check(plan: Plan) -> None:
         raise BenchError("expected request sets (--lengths) or texts (--texts).")
     if plan.texts is not None and not plan.texts:
         raise BenchError("there are no texts; expected one a line.")
+    if plan.texts is None and (plan.sort or plan.max_length is not None):
+        raise BenchError("sorting and cutting are for texts (--sort and --max-length with --texts).")
+    if plan.model is not None and plan.layers is not None:
+        raise BenchError("layers are for named shapes; a model of yours has its own (--layers with --shape).")
 
 
 def _subjects(
@@ -313,11 +318,17 @@ def _subjects(
 
 
 def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    with reading(name):
+        AutoConfig.from_pretrained(name)
     try:
         model: PreTrainedModel = AutoModel.from_pretrained(name, attn_implementation=BASELINE, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise BenchError(f"the model {name!r} cannot be loaded: {error}") from error
+        raise BenchError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _random_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -343,7 +354,10 @@ def _request_batches(
     plan: Plan, subject: _Subject, device: torch.device, skipped: list[str]
 ) -> Iterator[tuple[str, int, list[PaddedBatch]]]:
     if plan.texts is not None:
-        tokenizer = AutoTokenizer.from_pretrained(subject.name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(subject.name)
+        except (OSError, ValueError) as error:
+            raise BenchError(f"the tokenizer of {subject.name!r} cannot be loaded: {_first_line(error)}") from error
         limits = [plan.max_length, subject.longest, tokenizer.model_max_length]
         batch_size = plan.batch_size or TEXTS_BATCH_SIZE
         yield (
