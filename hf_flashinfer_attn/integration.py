@@ -184,7 +184,9 @@ def attention_forward(
     else:
         whole_mask = attention_mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]
     whole_mask = whole_mask or dropout > 0 or bool(output_attentions) or position_bias is not None or s_aux is not None
-    whole_mask = whole_mask or cache is not None or type(module).__name__ in _PACKED_IMAGES
+    whole_mask = whole_mask or cache is not None
+    whole_mask = whole_mask or type(module).__name__ in _PACKED_IMAGES
+    whole_mask = whole_mask or type(module).__name__ in _CAUSAL_PADDING_IS_READ
     if whole_mask or needs_grad(query, key, value):
         untraced: tuple[torch.Tensor, torch.Tensor | None]
         untraced = _untraced_attend(module, query, key, value, attention_mask, *rest)
@@ -354,6 +356,9 @@ def _attend(
         query, key, value = _cast_as_flash(module, query, key, value)
     mask = attention_mask
     lazy = mask if isinstance(mask, RaggedMask) else None
+    if lazy is not None and not _fits(lazy.spec, query, key) and lazy.hides_nothing:
+        # Eager attention gets none, and some models hand on the mask of other queries or keys than those of this call.
+        mask, lazy, is_causal = None, None, False
     if mask is None and cu_seq_lens_q is None and position_ids is not None and type(module).__name__ in _PACKED_IMAGES:
         cu_seq_lens_q = cu_seq_lens_k = _image_offsets(position_ids)
     offsets = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
@@ -388,6 +393,12 @@ def _attend(
         mask_holes=lazy is not None and (offsets is None or lazy.spec.packed is None) and lazy.has_holes,
         window_keeps_padded_queries=(
             lazy is not None and pattern.is_window and keep_padded_queries and lazy.has_padding
+        ),
+        causal_padding_is_read=(
+            lazy is not None
+            and pattern.is_causal
+            and type(module).__name__ in _CAUSAL_PADDING_IS_READ
+            and lazy.has_padding
         ),
         mask_shape_differs=query.shape[0] != key.shape[0] or (lazy is not None and not _fits(lazy.spec, query, key)),
         mask_modified=lazy is not None and lazy.was_modified,
@@ -505,6 +516,9 @@ def _layer_call(
         ),
         biased_window=position_bias is not None and (pattern.is_window or softcap is not None),
         window_keeps_padded_queries=(lazy is not None and pattern.is_window and not _padded_queries_are_idle(module)),
+        causal_padding_is_read=(
+            lazy is not None and pattern.is_causal and type(module).__name__ in _CAUSAL_PADDING_IS_READ
+        ),
         mask_shape_differs=query.shape[0] != key.shape[0] or (lazy is not None and not _fits(lazy.spec, query, key)),
         mask_modified=lazy is not None and lazy.was_modified,
     )
@@ -551,6 +565,8 @@ def _pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: b
     if mask is None or mask.ndim == 2:
         # Only where no mask helper was called: a mask knows better than a module (UMT5's decoder says False).
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        if is_causal is None and mask is None and type(module).__name__ in _CAUSAL_BY_MASK:
+            causal = False
         return CAUSAL if causal else FULL
     if mask.ndim == 4:
         return dense_pattern("given as a 4D tensor")
@@ -686,15 +702,22 @@ _OWN_SEQUENCE = frozenset(
         "codebook_idx", "cycle_offset", "sliding_window", "rotary_pos_emb", "deterministic",
     }
 )  # fmt: skip
+# Padding included, Blt's bytes become patches, DiffusionGemma's prompt the keys of its canvas, and MiniMax M3's tokens
+# the blocks that it chooses from.
+_CAUSAL_PADDING_IS_READ = frozenset({"BltSelfAttention", "DiffusionGemmaEncoderTextAttention", "MiniMaxM3VLAttention"})
 # SigLIP's text tower pools the last position, padding or not; Conformers, and adapters on speech models, convolve over
 # the hidden states of padding; recurrent layers carry them on. Without a mask from the user, T5Gemma's encoder masks
 # its pad tokens by itself, and its decoder attends to all of them.
 _PADDING_IS_READ = frozenset(
     {
         "SiglipAttention", "Siglip2Attention", "RecurrentGemmaAttention", "RecurrentGemmaSdpaAttention",
-        "T5GemmaSelfAttention",
+        "T5GemmaSelfAttention", *_CAUSAL_PADDING_IS_READ,
     }
 )  # fmt: skip
+# Say that they are causal where they are not, as in cross-attention; what is causal in these models has a mask.
+_CAUSAL_BY_MASK = frozenset(
+    {"BridgeTowerSelfAttention", "IdeficsAttention", "KosmosTextAttention", "LightGlueAttention"}
+)
 _READS_NEIGHBOURS = frozenset({"MobileBertSelfAttention"})
 _PACKED_IMAGES = frozenset({"PixtralAttention"})
 # Takes for a second sequence that these encoder-only models never give.
