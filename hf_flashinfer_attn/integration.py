@@ -114,6 +114,9 @@ def attention_forward(
     cu_seq_lens_k: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     cache: object | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention as transformers' layers call it.
@@ -138,6 +141,10 @@ def attention_forward(
         cu_seq_lens_k: The same of the keys.
         position_ids: Tells images apart in Pixtral's vision tower, which gives a flash kernel nothing else to.
         cache: The paged cache of continuous batching.
+        indices: The keys that a layer of sparse attention chose for each query, integers, shape
+            `(batch, q_length, chosen)`.
+        block_indices: The same in blocks of keys, shape `(batch, groups, q_length, chosen)`.
+        sinks: A logit for each query that takes weight and gives nothing; refused.
 
     Returns:
         The output, shape `(batch, q_length, heads, value_head_dim)`, in padding zero or anything finite; and the
@@ -159,6 +166,15 @@ def attention_forward(
             "which packing takes from other sequences",
             "Pad the batch; in sentence-transformers, model[0].unpad_inputs = False.",
         )
+    if sinks is not None:
+        raise UnsupportedAttentionError(
+            f"sinks of shape {tuple(sinks.shape)}, one for each query",
+            "Use attn_implementation='eager' for this model.",
+        )
+    if block_indices is not None:
+        attention_mask = _mask_of_blocks(module, attention_mask, block_indices, query, key, position_ids)
+    elif indices is not None and indices.shape[-1] < key.shape[2]:
+        attention_mask = _mask_of_chosen(attention_mask, indices, query, key)
     rest = (
         dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,
         cu_seq_lens_k, position_ids, cache,
@@ -193,6 +209,38 @@ def attention_forward(
         return untraced
     offsets = cu_seq_lens_q, cu_seq_lens_k
     return _attend_traced(module, query, key, value, lazy, offsets, scaling, is_causal, softcap), None
+
+
+def _mask_of_chosen(
+    mask: torch.Tensor | GraphMask | None, indices: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor:
+    """Returns a mask that hides all keys but the chosen ones too, which transformers leaves to flash kernels."""
+    shape = (query.shape[0], query.shape[2], key.shape[2])
+    hidden = torch.ones(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), False).unsqueeze(1)
+    if mask is None:
+        mask = query.new_zeros(hidden.shape)
+    whole: torch.Tensor = mask.dense() if isinstance(mask, (RaggedMask, GraphMask)) else mask
+    return whole & ~hidden if whole.dtype == torch.bool else whole.masked_fill(hidden, torch.finfo(whole.dtype).min)
+
+
+def _mask_of_blocks(
+    module: torch.nn.Module,
+    mask: torch.Tensor | GraphMask | None,
+    block_indices: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same of blocks, which only the layer can tell the keys of."""
+    indexer: Any = module.indexer
+    q_length, kv_length = query.shape[2], key.shape[2]
+    if position_ids is None:
+        position_ids = torch.arange(kv_length - q_length, kv_length, device=query.device)
+    whole = mask.dense() if isinstance(mask, (RaggedMask, GraphMask)) else mask
+    made: torch.Tensor = indexer.build_block_mask(
+        block_indices, whole, kv_length, query.dtype, query.device, position_ids.expand(query.shape[0], -1)
+    )
+    return made
 
 
 def _signature(
