@@ -21,7 +21,7 @@ from .errors import UnsupportedAttentionError
 __all__ = ["answer_flash_imports", "join_compatible_implementations", "weights_are_collected"]
 
 # They pick a class of their own by name: a KeyError before 5.23, and flash-attn with a mask that is not its since.
-_OWN_FLASH_CLASSES = frozenset({"falcon", "gpt_neo", "gptj"})
+_OWN_FLASH_CLASSES = frozenset({"falcon", "gpt_neo", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
 _MARK = "_knows_flashinfer"
 
 
