@@ -73,6 +73,12 @@ def attention_mask(
         A mask of shape `(batch, 1, q_length, kv_length)` without memory. While torch.compile traces, a `GraphMask` for
         bands, so that the graph stays whole, and a graph break for any other mask.
     """
+    if (
+        mask_function is bidirectional_mask_function
+        and attention_mask is None
+        and getattr(kwargs.get("config"), "model_type", None) in _FAILS_ON_MASKS
+    ):
+        return None
     if torch.compiler.is_compiling():
         # Not None: not every module takes its absence for what was asked.
         if mask_function is bidirectional_mask_function and attention_mask is None:
@@ -762,6 +768,8 @@ _PADDING_IS_READ = frozenset(
         "T5GemmaSelfAttention", *_CAUSAL_PADDING_IS_READ,
     }
 )  # fmt: skip
+# Adds a mask to scores of another shape, as its encoder does only if it is given one.
+_FAILS_ON_MASKS = frozenset({"autoformer"})
 # Say that they are causal where they are not, as in cross-attention; what is causal in these models has a mask.
 _CAUSAL_BY_MASK = frozenset(
     {"BridgeTowerSelfAttention", "IdeficsAttention", "KosmosTextAttention", "LightGlueAttention"}
