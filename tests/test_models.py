@@ -83,9 +83,9 @@ def test_gradients_equal_those_of_sdpa() -> None:
 
 def test_a_model_that_fails_on_any_mask_gets_none() -> None:
     config = AutoformerConfig(
-        prediction_length=4, context_length=6, label_length=3, lags_sequence=[1, 2], d_model=16, encoder_layers=1, decoder_layers=1,
-        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, moving_average=3,
-        num_time_features=1,
+        prediction_length=4, context_length=6, label_length=3, lags_sequence=[1, 2], d_model=16, encoder_layers=1,
+        decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        moving_average=3, num_time_features=1,
     )  # fmt: skip
     past, future = torch.randn(2, 8), torch.randn(2, 4)
     inputs = {
