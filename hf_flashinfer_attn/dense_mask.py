@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from .hooks import block_mask
 from .mask import RaggedMask
 from .pattern import Pattern
 
-__all__ = ["dense_mask_of"]
+__all__ = ["dense_mask_of", "mask_of_blocks", "mask_of_chosen"]
 
 
 def dense_mask_of(
@@ -36,6 +37,53 @@ def dense_mask_of(
     if position_bias is None or mask is None:
         return mask if position_bias is None else position_bias
     return _intersect(position_bias, mask) if mask.dtype == torch.bool else position_bias + mask
+
+
+def mask_of_chosen(
+    mask: torch.Tensor | None, indices: torch.Tensor, query: torch.Tensor, key: torch.Tensor, pattern: Pattern
+) -> torch.Tensor:
+    """Returns a mask that hides all keys but the chosen ones too, which transformers leaves to flash kernels.
+
+    Args:
+        mask: As a model gave it.
+        indices: Keys chosen for each query, integers, shape `(batch, q_length, chosen)`.
+        query: Shape `(batch, heads, q_length, head_dim)`.
+        key: Shape `(batch, kv_heads, kv_length, head_dim)`.
+        pattern: Which keys a query may see. Where there are fewer than are chosen, the choice holds others too.
+    """
+    mask = dense_mask_of(mask, None, None, query, key, pattern)
+    shape = (query.shape[0], query.shape[2], key.shape[2])
+    hidden = torch.ones(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), False).unsqueeze(1)
+    if mask is None:
+        return ~hidden
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
+def mask_of_blocks(
+    module: torch.nn.Module,
+    mask: torch.Tensor | None,
+    block_indices: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    position_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns the same, additive, of chosen blocks, whose keys only the layer can tell.
+
+    Args:
+        module: The layer.
+        mask: As a model gave it.
+        block_indices: Blocks chosen for each query, shape `(batch, groups, q_length, chosen)`.
+        query: Shape `(batch, heads, q_length, head_dim)`.
+        key: Shape `(batch, kv_heads, kv_length, head_dim)`.
+        position_ids: Of the queries; None where they are the last of the keys.
+    """
+    if isinstance(mask, RaggedMask):
+        mask = mask.dense()
+    q_length, kv_length = query.shape[2], key.shape[2]
+    if position_ids is None:
+        position_ids = torch.arange(kv_length - q_length, kv_length, device=query.device)
+    positions = position_ids.expand(query.shape[0], -1)
+    return block_mask(module, block_indices, mask, kv_length, query.dtype, query.device, positions)
 
 
 def _owners(side: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,7 @@ class AttentionRequest:
         biased_window: Whether a bias is added where there is a window or softcap too.
         mask_holes: Whether padding splits a row in which distances matter, or a packed sequence is in pieces.
         window_keeps_padded_queries: Whether distances matter, and padded queries, which have none, are kept.
+        causal_padding_is_read: Whether a causal mask has padding whose hidden states the model reads later.
         mask_shape_differs: Whether the mask was made for other lengths than those of this call.
         mask_modified: Whether the model wrote to the mask's values.
     """
@@ -72,6 +73,7 @@ class AttentionRequest:
     biased_window: bool = False
     mask_holes: bool = False
     window_keeps_padded_queries: bool = False
+    causal_padding_is_read: bool = False
     mask_shape_differs: bool = False
     mask_modified: bool = False
 
@@ -114,6 +116,7 @@ RULES: tuple[Rule, ...] = (
     ),
     _flag("a window over padding with holes, packed sequences in pieces", Path.DENSE, "mask_holes"),
     _flag("a window over padding in a layer that keeps padded queries", Path.DENSE, "window_keeps_padded_queries"),
+    _flag("causal attention over padding that the model reads later", Path.DENSE, "causal_padding_is_read"),
     _flag("a mask of another shape than the call", Path.DENSE, "mask_shape_differs"),
     _flag("a mask that the model wrote to", Path.DENSE, "mask_modified"),
     _flag("position_bias together with a window or softcap", Path.TORCH, "biased_window"),

@@ -1,4 +1,4 @@
-"""Everything private of transformers that this package touches: two functions replaced, one variable read.
+"""Everything private of transformers that this package touches: two functions replaced, one called, a variable read.
 
 Guarded by `tests/test_registration.py` for every supported version of transformers.
 """
@@ -18,10 +18,10 @@ from transformers.utils import output_capturing
 
 from .errors import UnsupportedAttentionError
 
-__all__ = ["answer_flash_imports", "join_compatible_implementations", "weights_are_collected"]
+__all__ = ["answer_flash_imports", "block_mask", "join_compatible_implementations", "weights_are_collected"]
 
 # They pick a class of their own by name: a KeyError before 5.23, and flash-attn with a mask that is not its since.
-_OWN_FLASH_CLASSES = frozenset({"falcon", "gpt_neo", "gptj"})
+_OWN_FLASH_CLASSES = frozenset({"falcon", "gpt_neo", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
 _MARK = "_knows_flashinfer"
 
 
@@ -101,3 +101,36 @@ def weights_are_collected() -> bool:
         return False
     collected = collector.get()
     return bool(collected) and any("attentions" in name for name in collected)
+
+
+def block_mask(
+    module: torch.nn.Module,
+    block_indices: torch.Tensor,
+    mask: torch.Tensor | None,
+    kv_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    position_ids: torch.Tensor,
+) -> torch.Tensor:
+    """Asks a layer of block-sparse attention (MiniMax M3) for the mask that it would give eager attention.
+
+    Args:
+        module: The layer.
+        block_indices: The blocks it chose, shape `(batch, groups, q_length, chosen)`.
+        mask: Whole, additive; or None.
+        kv_length: Keys.
+        dtype: Of the result.
+        device: Of the result.
+        position_ids: Of the queries, shape `(batch, q_length)`.
+
+    Raises:
+        UnsupportedAttentionError: If the layer has no such function.
+    """
+    build = getattr(getattr(module, "indexer", None), "build_block_mask", None)
+    if build is None:
+        raise UnsupportedAttentionError(
+            f"blocks of keys chosen by {type(module).__name__}, which has no indexer.build_block_mask",
+            "Use attn_implementation='eager' for this model.",
+        )
+    made: torch.Tensor = build(block_indices, mask, kv_length, dtype, device, position_ids)
+    return made

@@ -10,11 +10,19 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from .attention import needs_grad
 from .compiled import ragged_attention
+from .dense_mask import mask_of_blocks, mask_of_chosen
 from .errors import UnsupportedAttentionError
 from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
 from .layer_attention import attend
-from .layer_kinds import PACKED_IMAGES, READS_NEIGHBOURS, layer_name, padded_queries_are_idle
+from .layer_kinds import (
+    CAUSAL_PADDING_IS_READ,
+    FAILS_ON_MASKS,
+    PACKED_IMAGES,
+    READS_NEIGHBOURS,
+    layer_name,
+    padded_queries_are_idle,
+)
 from .layer_request import cast_as_flash, is_cast_as_flash, pattern_of
 from .mask import RaggedMask, lazy_mask
 from .reuse import kept_of, signature_of
@@ -57,6 +65,12 @@ def attention_mask(
         A mask of shape `(batch, 1, q_length, kv_length)` without memory. While torch.compile traces, a `GraphMask` for
         bands, so that the graph stays whole, and a graph break for any other mask.
     """
+    if (
+        mask_function is bidirectional_mask_function
+        and attention_mask is None
+        and getattr(kwargs.get("config"), "model_type", None) in FAILS_ON_MASKS
+    ):
+        return None
     if torch.compiler.is_compiling():
         # Not None: not every module takes its absence for what was asked.
         if mask_function is bidirectional_mask_function and attention_mask is None:
@@ -98,6 +112,9 @@ def attention_forward(
     cu_seq_lens_k: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     cache: object | None = None,
+    indices: torch.Tensor | None = None,
+    block_indices: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention as transformers' layers call it.
@@ -122,6 +139,10 @@ def attention_forward(
         cu_seq_lens_k: The same of the keys.
         position_ids: Tells images apart in Pixtral's vision tower, which gives a flash kernel nothing else to.
         cache: The paged cache of continuous batching.
+        indices: The keys that a layer of sparse attention chose for each query, integers, shape
+            `(batch, q_length, chosen)`.
+        block_indices: The same in blocks of keys, shape `(batch, groups, q_length, chosen)`.
+        sinks: A logit for each query that takes weight and gives nothing; refused.
 
     Returns:
         The output, shape `(batch, q_length, heads, value_head_dim)`, in padding zero or anything finite; and the
@@ -145,6 +166,16 @@ def attention_forward(
             "which packing takes from other sequences",
             "Pad the batch; in sentence-transformers, model[0].unpad_inputs = False.",
         )
+    if sinks is not None:
+        raise UnsupportedAttentionError(
+            f"sinks of shape {tuple(sinks.shape)}, one for each query",
+            "Use attn_implementation='eager' for this model.",
+        )
+    if block_indices is not None:
+        attention_mask = mask_of_blocks(module, _values(attention_mask), block_indices, query, key, position_ids)
+    elif indices is not None and indices.shape[-1] < key.shape[2]:
+        mask = _values(attention_mask)
+        attention_mask = mask_of_chosen(mask, indices, query, key, pattern_of(module, mask, is_causal))
     rest = (
         dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,
         cu_seq_lens_k, position_ids,
@@ -170,7 +201,7 @@ def attention_forward(
     else:
         whole_mask = attention_mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]
     whole_mask = whole_mask or dropout > 0 or bool(output_attentions) or position_bias is not None or s_aux is not None
-    whole_mask = whole_mask or type(module).__name__ in PACKED_IMAGES
+    whole_mask = whole_mask or type(module).__name__ in PACKED_IMAGES or type(module).__name__ in CAUSAL_PADDING_IS_READ
     if whole_mask or needs_grad(query, key, value):
         untraced: tuple[torch.Tensor, torch.Tensor | None]
         untraced = _untraced_attend(module, query, key, value, attention_mask, *rest)
@@ -238,6 +269,10 @@ def _eager_mask(mask: torch.Tensor | GraphMask | None) -> torch.Tensor | None:
     if not isinstance(mask, GraphMask):
         return mask
     return mask.lazy() if mask.values is None else mask.values
+
+
+def _values(mask: torch.Tensor | GraphMask | None) -> torch.Tensor | None:
+    return mask.dense() if isinstance(mask, GraphMask) else mask
 
 
 def refuse_paged(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-__all__ = ["PACKED_IMAGES", "READS_NEIGHBOURS", "layer_name", "padded_queries_are_idle"]
+__all__ = [
+    "CAUSAL_BY_MASK",
+    "CAUSAL_PADDING_IS_READ",
+    "FAILS_ON_MASKS",
+    "PACKED_IMAGES",
+    "READS_NEIGHBOURS",
+    "layer_name",
+    "padded_queries_are_idle",
+]
 
 # What the forward of an attention layer may take without attending to another sequence than its own.
 _OWN_SEQUENCE = frozenset(
@@ -21,15 +29,24 @@ _OWN_SEQUENCE = frozenset(
         "codebook_idx", "cycle_offset", "sliding_window", "rotary_pos_emb", "deterministic",
     }
 )  # fmt: skip
+# Padding included, Blt's bytes become patches, DiffusionGemma's prompt the keys of its canvas, and MiniMax M3's tokens
+# the blocks that it chooses from.
+CAUSAL_PADDING_IS_READ = frozenset({"BltSelfAttention", "DiffusionGemmaEncoderTextAttention", "MiniMaxM3VLAttention"})
 # SigLIP's text tower pools the last position, padding or not; Conformers, and adapters on speech models, convolve over
 # the hidden states of padding; recurrent layers carry them on. Without a mask from the user, T5Gemma's encoder masks
 # its pad tokens by itself, and its decoder attends to all of them.
 _PADDING_IS_READ = frozenset(
     {
         "SiglipAttention", "Siglip2Attention", "RecurrentGemmaAttention", "RecurrentGemmaSdpaAttention",
-        "T5GemmaSelfAttention",
+        "T5GemmaSelfAttention", *CAUSAL_PADDING_IS_READ,
     }
 )  # fmt: skip
+# Adds a mask to scores of another shape, as its encoder does only if it is given one.
+FAILS_ON_MASKS = frozenset({"autoformer"})
+# Say that they are causal where they are not, as in cross-attention; what is causal in these models has a mask.
+CAUSAL_BY_MASK = frozenset(
+    {"BridgeTowerSelfAttention", "IdeficsAttention", "KosmosTextAttention", "LightGlueAttention"}
+)
 # Its embeddings join each token with its neighbours.
 READS_NEIGHBOURS = frozenset({"MobileBertSelfAttention"})
 # Takes many images as one row, and tells them apart by positions.

@@ -10,7 +10,7 @@ from .attention import needs_grad
 from .bias import LogitsBias
 from .dispatch import AttentionRequest
 from .errors import UnsupportedAttentionError
-from .layer_kinds import PACKED_IMAGES, layer_name, padded_queries_are_idle
+from .layer_kinds import CAUSAL_BY_MASK, CAUSAL_PADDING_IS_READ, PACKED_IMAGES, layer_name, padded_queries_are_idle
 from .layout import LengthsRead, RaggedLayout, packed_layout
 from .mask import MaskSpec, RaggedMask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
@@ -90,6 +90,9 @@ class LayerRequest:
         if is_cast_as_flash(query) or (query.dtype == torch.float32 and not has_values):
             query, key, value = cast_as_flash(module, query, key, value)
         lazy = mask if isinstance(mask, RaggedMask) else None
+        if lazy is not None and has_values and not _fits(lazy.spec, query, key) and lazy.hides_nothing:
+            # Eager attention gets none, and some models hand on the mask of other queries or keys than those of a call.
+            mask, lazy, is_causal = None, None, False
         holds_images = mask is None and type(module).__name__ in PACKED_IMAGES
         if holds_images and cu_seq_lens_q is None and position_ids is not None and has_values:
             cu_seq_lens_q = cu_seq_lens_k = _image_offsets(position_ids)
@@ -127,6 +130,12 @@ class LayerRequest:
             ),
             window_keeps_padded_queries=(
                 lazy is not None and pattern.is_window and keep_padded_queries and (not has_values or lazy.has_padding)
+            ),
+            causal_padding_is_read=(
+                lazy is not None
+                and pattern.is_causal
+                and type(module).__name__ in CAUSAL_PADDING_IS_READ
+                and (not has_values or lazy.has_padding)
             ),
             mask_shape_differs=query.shape[0] != key.shape[0]
             or (lazy is not None and not _fits(lazy.spec, query, key)),
@@ -186,6 +195,8 @@ def pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bo
     if mask is None or mask.ndim == 2:
         # Only where no mask helper was called: a mask knows better than a module (UMT5's decoder says False).
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        if is_causal is None and mask is None and type(module).__name__ in CAUSAL_BY_MASK:
+            causal = False
         return CAUSAL if causal else FULL
     if mask.ndim == 4:
         return dense_pattern("given as a 4D tensor")

@@ -299,6 +299,15 @@ class RaggedMask(torch.Tensor):
         """Whether any slot is padding."""
         return self._lazy_layout.has_padding
 
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether every query sees every key, so that eager attention would get no mask; waits for the lengths."""
+        pattern, length = self.spec.pattern, self.spec.kv_length
+        if pattern.kind is PatternKind.DENSE or pattern.is_causal or self.spec.packed is not None:
+            return False
+        reaches_all = all(reach is None or reach > length for reach in (pattern.left, pattern.right))
+        return reaches_all and not self.has_padding and not self.was_modified
+
     def dense(self) -> torch.Tensor:
         """Returns the additive mask as a plain tensor, shape `(batch, 1, q_length, kv_length)`."""
         if self._dense is None:

@@ -583,6 +583,36 @@ def t5gemma() -> PreTrainedConfig:
     )
 
 
+def blt() -> PreTrainedConfig:
+    level = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+    made: PreTrainedConfig = find_class("BltConfig", "configuration")(
+        vocab_size=VOCAB_SIZE,
+        patch_in_forward=False,
+        patch_size=4,
+        cross_attn_k=2,
+        encoder_hash_byte_group_size=[2, 3],
+        encoder_hash_byte_group_vocab=64,
+        encoder_hash_byte_group_nb_functions=1,
+        patcher_config=level,
+        encoder_config=level,
+        decoder_config={**level, "vocab_size": VOCAB_SIZE, "hidden_size_global": 64},
+        global_config={**level, "hidden_size": 64},
+        rope_parameters=level["rope_parameters"],
+        tie_word_embeddings=False,
+    )
+    # Asked for by the cache.
+    made.num_hidden_layers = 1
+    return made
+
+
 def t5gemma_encoder() -> PreTrainedConfig:
     made = t5gemma()
     made.is_encoder_decoder = False
@@ -729,6 +759,7 @@ HEADS = (
         interface_since="5.15"),
     encoder("bart-sequence-classification", "BartForSequenceClassification", two_sided("BartConfig", **CLASSES),
         {"logits": Valid.ROWS}),
+    decoder("blt", "BltModel", blt, position_ids=False),
     decoder("gpt2-sequence-classification", "GPT2ForSequenceClassification",
         configured("GPT2Config", vocab_size=VOCAB_SIZE, n_embd=48, n_layer=2, n_head=2, n_positions=64,
             **SPECIAL_TOKENS, **CLASSES), {"logits": Valid.ROWS}),
@@ -1202,8 +1233,26 @@ def two_tower_inputs(outputs: Mapping[str, Valid], *, causal: bool = False) -> M
     return make
 
 
+def image_prefix_inputs(outputs: Mapping[str, Valid], image_tokens: int) -> MakeInputs:
+    """Kosmos' text after an image, whose places a mask of its own tells."""
+
+    def make(config: PreTrainedConfig, generator: torch.Generator, padding: Padding) -> Example:
+        text = two_tower_inputs(outputs, causal=True)(config, generator, padding)
+        is_image = torch.zeros_like(text.inputs["input_ids"])
+        is_image[:, ALWAYS_VALID - image_tokens : ALWAYS_VALID] = 1
+        return Example({**text.inputs, "image_embeds_position_mask": is_image}, text.masks, text.valid)
+
+    return make
+
+
 LEFT_PADDING = (Padding.NO_MASK, Padding.LEFT, Padding.BATCH_OF_ONE)
 EMBEDDINGS = {"text_embeds": Valid.ROWS, "image_embeds": Valid.ROWS}
+BRIDGED = {"text_features": Valid.TOKENS, "image_features": Valid.ROWS}
+TOKENS_AND_IMAGES = {"last_hidden_state": Valid.TOKENS, "image_embeds": Valid.ROWS}
+KOSMOS_TEXT = {
+    "vocab_size": VOCAB_SIZE, "embed_dim": 32, "layers": 2, "attention_heads": 2, "ffn_dim": 64,
+    "max_position_embeddings": 64, **SPECIAL_TOKENS,
+}  # fmt: skip
 
 # fmt: off
 MULTIMODAL = (
@@ -1229,6 +1278,17 @@ MULTIMODAL = (
         configured("LlavaConfig", text_config={**tiny_text(2, 16), "model_type": "llama"},
             vision_config={**TOWER, "model_type": "clip_vision_model"}, image_token_index=IMAGE_TOKEN),
         image_text_inputs(TOKENS_ONLY, 16), tuple(TOKENS_ONLY), LEFT_PADDING),
+    # Hands layers of cross-attention masks of other lengths than theirs, which eager attention does not get.
+    Family("bridgetower", "text and pixels", "BridgeTowerModel",
+        configured("BridgeTowerConfig", text_config=tiny_text(2, 32), hidden_size=64, num_hidden_layers=2,
+            num_attention_heads=2, intermediate_size=64,
+            vision_config={"hidden_size": 64, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}),
+        two_tower_inputs(BRIDGED), tuple(BRIDGED), EVERY_PADDING),
+    # Its projection of images says that it is causal, and is not.
+    Family("kosmos2", "text and pixels", "Kosmos2Model",
+        configured("Kosmos2Config", latent_query_num=3, vision_config=TOWER, text_config=KOSMOS_TEXT),
+        image_prefix_inputs(TOKENS_AND_IMAGES, 3), tuple(TOKENS_AND_IMAGES), EVERY_PADDING,
+        frozenset({Padding.RIGHT})),
 )
 # fmt: on
 

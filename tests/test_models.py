@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
+from transformers import AutoformerConfig, AutoformerModel, BertConfig, BertModel, Qwen3Config, Qwen3Model
 
 import hf_flashinfer_attn
 
@@ -79,3 +79,23 @@ def test_gradients_equal_those_of_sdpa() -> None:
         gradients.append([parameter.grad for parameter in model.encoder.parameters()])
     for ours, theirs in zip(*gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_fails_on_any_mask_gets_none() -> None:
+    config = AutoformerConfig(
+        prediction_length=4, context_length=6, label_length=3, lags_sequence=[1, 2], d_model=16, encoder_layers=1,
+        decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        moving_average=3, num_time_features=1,
+    )  # fmt: skip
+    past, future = torch.randn(2, 8), torch.randn(2, 4)
+    inputs = {
+        "past_values": past, "past_time_features": past[..., None], "past_observed_mask": torch.ones(2, 8),
+        "future_values": future, "future_time_features": future[..., None],
+    }  # fmt: skip
+    outputs = []
+    for implementation in ("eager", "flashinfer"):
+        torch.manual_seed(0)
+        model = AutoformerModel._from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+        with torch.no_grad():
+            outputs.append(model(**inputs).last_hidden_state)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-5)

@@ -11,6 +11,8 @@ import torch
 from transformers import (
     AttentionInterface,
     AutoModel,
+    BarkSemanticConfig,
+    BarkSemanticModel,
     BertConfig,
     BertModel,
     CLIPConfig,
@@ -187,7 +189,16 @@ def test_the_collector_of_weights_is_where_the_hook_looks() -> None:
     assert seen == [False, True]
 
 
-def test_models_that_call_flash_attn_themselves_are_refused_by_name() -> None:
-    config = GPTNeoConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global"], 2]])
-    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"gpt_neo.*'eager' or 'sdpa'"):
-        GPTNeoModel._from_config(config, attn_implementation="flashinfer")
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (
+            GPTNeoModel,
+            GPTNeoConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]),
+        ),
+        (BarkSemanticModel, BarkSemanticConfig(hidden_size=32, num_layers=2, num_heads=2)),
+    ],
+)
+def test_models_that_call_flash_attn_themselves_are_refused_by_name(model_class, config) -> None:
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=rf"{config.model_type}.*'eager' or 'sdpa'"):
+        model_class._from_config(config, attn_implementation="flashinfer")
