@@ -89,6 +89,8 @@ class PreparedAttention:
 # the lengths, a plan, a gather and a scatter: 0.18 ms on an H200, whatever the head_dim up to 64
 # (benchmarks/results/attention_alone.json, benchmarks/NOTES.md).
 SMALL_LOGITS = 1 << 26
+# Slots of a batch without padding below which no plan of cuDNN's is made for its shape.
+PLANNED_SLOTS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +103,15 @@ class NativeAttention:
     Args:
         is_causal: Whether no query sees a later key.
         sm_scale: What logits are multiplied with.
-        mask: Added to the logits, broadcastable to `(batch, heads, q_length, kv_length)`; or None.
+        mask: Added to the logits, shape `(batch, 1, 1, kv_length)`; or None.
+        plans_nothing: Whether to call a kernel by name that takes all shapes alike.
         record: What a trace says of a call, but for the layer.
     """
 
     is_causal: bool
     sm_scale: float
     mask: torch.Tensor | None
+    plans_nothing: bool
     record: AttentionCall
 
     def __call__(
@@ -120,10 +124,20 @@ class NativeAttention:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes attention; shapes as those of [`PreparedAttention`]. There is neither bias nor sinks."""
-        output = F.scaled_dot_product_attention(
-            aligned(query), aligned(key), aligned(value), self.mask, is_causal=self.is_causal, scale=self.sm_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+        sides, mask = (aligned(query), aligned(key), aligned(value)), self.mask
+        if not self.plans_nothing:
+            output = F.scaled_dot_product_attention(
+                *sides, mask, is_causal=self.is_causal, scale=self.sm_scale, enable_gqa=query.shape[1] != key.shape[1]
+            )
+        elif mask is None:
+            output = torch.ops.aten._scaled_dot_product_flash_attention(
+                *sides, 0.0, self.is_causal, False, scale=self.sm_scale
+            )[0]
+        else:
+            whole = mask.expand(-1, query.shape[1], query.shape[2], -1)
+            output = torch.ops.aten._scaled_dot_product_efficient_attention(
+                *sides, whole, False, 0.0, self.is_causal, scale=self.sm_scale
+            )[0]
         if is_tracing():
             record_call(replace(self.record, layer=layer))
         return output.transpose(1, 2).contiguous()
@@ -162,7 +176,16 @@ def native(
     if not fits:
         return None
     record = AttentionCall("", pattern.name, "sdpa", head_dim, head_dim, None)
-    return NativeAttention(pattern == CAUSAL, sm_scale, None, record)
+    is_small = query.shape[0] * query.shape[2] < PLANNED_SLOTS and query.shape[1] == key.shape[1]
+    return NativeAttention(pattern == CAUSAL, sm_scale, None, is_small and _plans_shapes(query.device), record)
+
+
+def _plans_shapes(device: torch.device) -> bool:
+    """Whether torch's choice is cuDNN's kernel, which takes its time to plan each shape that did not come before.
+
+    Kernels are called by name there: to choose one through torch is to choose it for all threads.
+    """
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _is_faster(device: torch.device, head_dim: int, length: int) -> bool:
@@ -216,7 +239,7 @@ def native_masked(
     mask = torch.full((batch, 1, 1, -(-kv_length // 8) * 8), least, dtype=query.dtype, device=query.device)
     mask = mask[..., :kv_length].masked_fill_(valid, 0)
     record = AttentionCall("", spec.pattern.name, "sdpa", head_dim, head_dim, None)
-    return NativeAttention(False, sm_scale, mask, record)
+    return NativeAttention(False, sm_scale, mask, _plans_shapes(query.device), record)
 
 
 def prepare(
