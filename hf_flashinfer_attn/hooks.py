@@ -1,4 +1,4 @@
-"""Everything private of transformers that this package touches: two functions replaced, one called, a variable read.
+"""Everything private of transformers that this package touches: two functions replaced, one called, variables read.
 
 Guarded by `tests/test_registration.py` for every supported version of transformers.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,15 @@ __all__ = ["answer_flash_imports", "block_mask", "join_compatible_implementation
 
 # They pick a class of their own by name: a KeyError before 5.23, and flash-attn with a mask that is not its since.
 _OWN_FLASH_CLASSES = frozenset({"falcon", "gpt_neo", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
+# Have a class for each implementation that they know, in some versions; any other name is a KeyError there. Models of
+# other configs may be in the same files.
+_OWN_CLASSES = frozenset(
+    {
+        "altclip_text_model", "beit", "data2vec-vision", "deepseek_ocr2_sam_vision_model", "diffllama", "git",
+        "kyutai_speech_to_text", "mimi", "moshi", "moshi_depth", "nemotron", "sam_hq_vision_model", "sam_vision_model",
+        "superglue", "unlimited_ocr_sam_vision_model",
+    }
+)  # fmt: skip
 _MARK = "_knows_flashinfer"
 
 
@@ -84,6 +94,12 @@ def join_compatible_implementations(name: str) -> None:
                 f"{model_type}, which calls flash-attn itself for any name with 'flash' in it",
                 "Use attn_implementation='eager' or 'sdpa' for this model.",
             )
+        own = _own_classes(type(self), name) if model_type in _OWN_CLASSES else ()
+        if attn_implementation == name and own:
+            raise UnsupportedAttentionError(
+                f"{model_type}, whose layers are classes of their own for {', '.join(map(repr, own))}",
+                "Use one of these for this model, or for this part: attn_implementation={'vision_config': 'eager'}.",
+            )
         listed = getattr(self, "_compatible_flash_implementations", None)
         if attn_implementation == name and listed is not None and name not in listed:
             self._compatible_flash_implementations = [*listed, name]
@@ -91,6 +107,13 @@ def join_compatible_implementations(name: str) -> None:
 
     setattr(check_and_adjust, _MARK, True)
     PreTrainedModel._check_and_adjust_attn_implementation = check_and_adjust
+
+
+def _own_classes(model: type, name: str) -> tuple[str, ...]:
+    """Returns the names by which a model picks classes of attention, where it knows no other names."""
+    variables = vars(sys.modules[model.__module__])
+    tables = [value for key, value in variables.items() if key.endswith("_ATTENTION_CLASSES")]
+    return tuple(dict.fromkeys(own for table in tables if name not in table for own in table))
 
 
 def weights_are_collected() -> bool:

@@ -107,7 +107,7 @@ class Family:
         uses_interface: Whether attention goes through transformers' attention interface.
         interface_since: The version of transformers that moved the family to the interface.
         takes_names_since: The version of transformers before which the family looks implementations up in a dictionary
-            of its own, and any other name is a KeyError.
+            of its own.
         since: The version of transformers that has the family.
         reference: The implementation that defines the right answer.
         weight_scale: What random weights are multiplied with, for families whose activations would explode.

@@ -17,6 +17,8 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    GitConfig,
+    GitModel,
     GPTNeoConfig,
     GPTNeoModel,
     GptOssConfig,
@@ -64,6 +66,19 @@ def test_an_unknown_loader_is_refused_by_version(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(flash_utils, "_lazy_imports", lambda name: None)
     with pytest.raises(RuntimeError, match=r"transformers 5\..*takes \['name'\], expected"):
         hf_flashinfer_attn.register()
+
+
+def test_models_with_classes_of_their_own_are_refused_by_name() -> None:
+    config = GitConfig(**TINY, vocab_size=50, vision_config={**TINY, "image_size": 32, "patch_size": 16})
+    with pytest.raises(
+        hf_flashinfer_attn.UnsupportedAttentionError, match=r"^git, .* classes of their own for 'eager'"
+    ):
+        GitModel._from_config(config, attn_implementation="flashinfer")
+    model = GitModel._from_config(config, attn_implementation={"": "eager", "vision_config": "flashinfer"})
+    assert model.config._attn_implementation == "eager"
+    with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+        model(IDS, pixel_values=torch.randn(2, 3, 32, 32))
+    assert len(trace.calls) == 2  # of the vision tower
 
 
 def test_set_attn_implementation() -> None:
