@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from .backends import flashinfer, reference
 from .bias import LogitsBias
 from .dispatch import AttentionRequest, Decision, Path, decide, decide_compiled
+from .errors import UnsupportedAttentionError
 from .layout import RaggedLayout
 from .pattern import Pattern
 from .settings import current_settings
@@ -49,7 +51,18 @@ class RaggedCall:
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd expects a gradient through a call with these inputs."""
+    """Whether autograd expects a gradient through a call with these inputs.
+
+    Raises:
+        UnsupportedAttentionError: If it expects a tangent, which a kernel that knows none would lose without a word.
+    """
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise UnsupportedAttentionError(
+            "forward-mode differentiation (torch.autograd.forward_ad, torch.func.jvp)",
+            "Use attn_implementation='eager', or reverse mode.",
+        )
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

@@ -24,9 +24,11 @@ from paired_models import (
     t5_config,
 )
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers import PreTrainedConfig
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn.integration import attention_forward
 
 LENGTHS, DECODER_LENGTHS = (9, 5, 7, 3), (4, 6, 3, 5)
 DROPOUT = 0.3
@@ -463,3 +465,25 @@ def test_attention_weights_that_nobody_asks_attention_for() -> None:
         valid = batch["attention_mask"].bool()
         for mine, other in zip(ours, theirs):
             torch.testing.assert_close(mine.transpose(1, 2)[valid], other.transpose(1, 2)[valid], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tangents_are_refused_not_lost() -> None:
+    """Kernels called past autograd would return numbers without them."""
+    module, inputs = nn.Module(), torch.randn(3, 1, 2, 5, 8)
+
+    def attention(query: Tensor) -> Tensor:
+        output, _ = attention_forward(module, query, inputs[1], inputs[2], None)
+        return output
+
+    expected = attention(inputs[0])
+    for differentiate in (lambda: torch.func.jvp(attention, (inputs[0],), (inputs[0],)), lambda: _dual(attention)):
+        with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match="forward-mode"):
+            differentiate()
+    with forward_ad.dual_level():
+        assert torch.equal(attention(inputs[0]), expected)
+
+
+def _dual(attention: Callable[[Tensor], Tensor]) -> Tensor:
+    with forward_ad.dual_level():
+        return attention(forward_ad.make_dual(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)))
