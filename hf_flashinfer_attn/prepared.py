@@ -89,7 +89,7 @@ class PreparedAttention:
 # the lengths, a plan, a gather and a scatter: 0.18 ms on an H200, whatever the head_dim up to 64
 # (benchmarks/results/attention_alone.json, benchmarks/NOTES.md).
 SMALL_LOGITS = 1 << 26
-# Slots of a batch without padding below which no plan of cuDNN's is made for its shape.
+# Slots of a batch without padding below which no plan of cuDNN's is made for its shape, unless heads are grouped.
 PLANNED_SLOTS = 8192
 
 
@@ -177,15 +177,20 @@ def native(
         return None
     record = AttentionCall("", pattern.name, "sdpa", head_dim, head_dim, None)
     is_small = query.shape[0] * query.shape[2] < PLANNED_SLOTS and query.shape[1] == key.shape[1]
-    return NativeAttention(pattern == CAUSAL, sm_scale, None, is_small and _plans_shapes(query.device), record)
+    plans_nothing = is_small and torch.backends.cuda.flash_sdp_enabled() and _plans_shapes(query, key)
+    return NativeAttention(pattern == CAUSAL, sm_scale, None, plans_nothing, record)
 
 
-def _plans_shapes(device: torch.device) -> bool:
+def _plans_shapes(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether torch's choice is cuDNN's kernel, which takes its time to plan each shape that did not come before.
 
-    Kernels are called by name there: to choose one through torch is to choose it for all threads.
+    Kernels are called by name there: to choose one through torch is to choose it for all threads. What a user has
+    switched off stays off.
     """
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    # torch's choice takes empty tensors, which not every kernel does.
+    is_empty = 0 in query.shape or 0 in key.shape
+    is_hopper = torch.cuda.get_device_capability(query.device) == (9, 0)
+    return is_hopper and torch.backends.cuda.cudnn_sdp_enabled() and not is_empty
 
 
 def _is_faster(device: torch.device, head_dim: int, length: int) -> bool:
@@ -239,7 +244,8 @@ def native_masked(
     mask = torch.full((batch, 1, 1, -(-kv_length // 8) * 8), least, dtype=query.dtype, device=query.device)
     mask = mask[..., :kv_length].masked_fill_(valid, 0)
     record = AttentionCall("", spec.pattern.name, "sdpa", head_dim, head_dim, None)
-    return NativeAttention(False, sm_scale, mask, _plans_shapes(query.device), record)
+    plans_nothing = torch.backends.cuda.mem_efficient_sdp_enabled() and _plans_shapes(query, key)
+    return NativeAttention(False, sm_scale, mask, plans_nothing, record)
 
 
 def prepare(
