@@ -111,8 +111,9 @@ def join_compatible_implementations(name: str) -> None:
 
 def _own_classes(model: type, name: str) -> tuple[str, ...]:
     """Returns the names by which a model picks classes of attention, where it knows no other names."""
-    variables = vars(sys.modules[model.__module__])
-    tables = [value for key, value in variables.items() if key.endswith("_ATTENTION_CLASSES")]
+    # A user's subclass has them where its base is.
+    modules = dict.fromkeys(sys.modules[base.__module__] for base in model.__mro__)
+    tables = [value for module in modules for key, value in vars(module).items() if key.endswith("_ATTENTION_CLASSES")]
     return tuple(dict.fromkeys(own for table in tables if name not in table for own in table))
 
 

@@ -74,6 +74,10 @@ def test_models_with_classes_of_their_own_are_refused_by_name() -> None:
         hf_flashinfer_attn.UnsupportedAttentionError, match=r"^git, .* classes of their own for 'eager'"
     ):
         GitModel._from_config(config, attn_implementation="flashinfer")
+    with pytest.raises(
+        hf_flashinfer_attn.UnsupportedAttentionError, match=r"^git, .* classes of their own for 'eager'"
+    ):
+        type("Derived", (GitModel,), {"__module__": __name__})._from_config(config, attn_implementation="flashinfer")
     model = GitModel._from_config(config, attn_implementation={"": "eager", "vision_config": "flashinfer"})
     assert model.config._attn_implementation == "eager"
     with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
