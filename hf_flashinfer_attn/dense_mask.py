@@ -53,10 +53,8 @@ def mask_of_chosen(
     """
     mask = dense_mask_of(mask, None, None, query, key, pattern)
     shape = (query.shape[0], query.shape[2], key.shape[2])
-    hidden = torch.ones(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), False).unsqueeze(1)
-    if mask is None:
-        return ~hidden
-    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+    chosen = torch.zeros(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), True)
+    return _intersect(mask, chosen.unsqueeze(1))
 
 
 def mask_of_blocks(
@@ -93,6 +91,7 @@ def _owners(side: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 
 def _intersect(mask: torch.Tensor | None, allowed: torch.Tensor) -> torch.Tensor:
+    """Returns a mask, bool or additive, that also hides what is not allowed; `allowed` itself where there is none."""
     if mask is None:
         return allowed
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)

@@ -41,7 +41,7 @@ _PADDING_IS_READ = frozenset(
         "T5GemmaSelfAttention", *CAUSAL_PADDING_IS_READ,
     }
 )  # fmt: skip
-# Adds a mask to scores of another shape, as its encoder does only if it is given one.
+# Types of models, not layers: adds a mask to scores of another shape, as its encoder does only if it is given one.
 FAILS_ON_MASKS = frozenset({"autoformer"})
 # Say that they are causal where they are not, as in cross-attention; what is causal in these models has a mask.
 CAUSAL_BY_MASK = frozenset(
