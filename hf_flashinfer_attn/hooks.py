@@ -90,9 +90,10 @@ def join_compatible_implementations(name: str) -> None:
     def check_and_adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         model_type = getattr(getattr(self, "config", None), "model_type", None)
         if attn_implementation == name and model_type in _OWN_FLASH_CLASSES:
+            others = "'eager' or 'sdpa'" if self._supports_sdpa else "'eager'"
             raise UnsupportedAttentionError(
                 f"{model_type}, which calls flash-attn itself for any name with 'flash' in it",
-                "Use attn_implementation='eager' or 'sdpa' for this model.",
+                f"Use attn_implementation={others} for this model.",
             )
         own = _own_classes(type(self), name) if model_type in _OWN_CLASSES else ()
         if attn_implementation == name and own:

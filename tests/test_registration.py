@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,12 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    FalconConfig,
+    FalconModel,
     GitConfig,
     GitModel,
+    GPTJConfig,
+    GPTJModel,
     GPTNeoConfig,
     GPTNeoModel,
     GptOssConfig,
@@ -216,8 +221,14 @@ def test_the_collector_of_weights_is_where_the_hook_looks() -> None:
             GPTNeoConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]),
         ),
         (BarkSemanticModel, BarkSemanticConfig(hidden_size=32, num_layers=2, num_heads=2)),
+        (GPTJModel, GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8)),
+        (FalconModel, FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)),
     ],
 )
 def test_models_that_call_flash_attn_themselves_are_refused_by_name(model_class, config) -> None:
-    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=rf"{config.model_type}.*'eager' or 'sdpa'"):
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=rf"^{config.model_type}, ") as caught:
         model_class._from_config(config, attn_implementation="flashinfer")
+    others = re.findall(r"'(\w+)'", caught.value.way_out)
+    assert "eager" in others
+    for other in others:
+        assert model_class._from_config(config, attn_implementation=other).config._attn_implementation == other
