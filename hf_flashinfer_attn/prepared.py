@@ -198,7 +198,8 @@ def _is_faster(device: torch.device, head_dim: int, length: int) -> bool:
     if head_dim not in flashinfer.KERNEL_HEAD_DIMS["auto"]:
         return True
     # There it is cuDNN's. On an H200 it takes 4% to 33% less time than our best from 128 to 1,024 slots, 8% less to
-    # 3% more at 2,048, and mostly more below 128: benchmarks/results/full_batches.json.
+    # 3% more at 2,048, and mostly more below 128: benchmarks/results/full_batches.json. Below
+    # PLANNED_SLOTS torch's flash kernel stands in for it, and takes up to 14% more: benchmarks/results/new_shapes.json.
     return head_dim <= 128 and 128 <= length <= 1024 and torch.cuda.get_device_capability(device) == (9, 0)
 
 
