@@ -74,6 +74,21 @@ def test_only_chosen_keys_are_seen(
     assert (without_choice - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(("name", "settings", "count", "all_of_them", "since"), FAMILIES)
+def test_only_chosen_keys_are_seen_in_a_compiled_model(
+    name: str, settings: dict[str, Any], count: str, all_of_them: int, since: str
+) -> None:
+    """There the mask is one of a graph, of which a choice of keys needs the values."""
+    if Version(transformers.__version__) < Version(since):
+        pytest.skip(f"{name} is not in transformers {transformers.__version__}")
+    tokens, mask = right_padded(LENGTHS)
+    expected = hidden_of(build(name, settings, "eager", **{count: 3}), tokens, mask)
+    torch.compiler.reset()
+    model = torch.compile(build(name, settings, "flashinfer", **{count: 3}), backend="eager")
+    actual = hidden_of(model, tokens, mask)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE * max(1.0, expected.abs().max().item()))
+
+
 def test_all_keys_chosen_leave_attention_ragged() -> None:
     module = nn.Module()
     query = key = value = torch.randn(2, 2, 5, 8)
