@@ -116,8 +116,8 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
                 module.register_forward_pre_hook(_pack_features, with_kwargs=True),
                 module.register_forward_hook(spread_features, prepend=True),
             ]
-            if (own_attention := _family(cast(PreTrainedModel, module.model)).own_attention) is not None:
-                handles.append(module.register_forward_hook(own_attention().leave, always_call=True))
+            if _family(cast(PreTrainedModel, module.model)).own_attention is not None:
+                handles.append(module.register_forward_hook(_leave_features, with_kwargs=True, always_call=True))
         else:
             continue
         setattr(module, _HANDLES, handles)
@@ -376,6 +376,14 @@ def _pack_features(
         return packed, _riding_on(packed)
 
     return pack_features(module, args, kwargs, pack)
+
+
+def _leave_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+    """After the forward of such a module, whose backbone's own hooks were passed by."""
+    features: dict[str, Any] = args[0] if args else kwargs["features"]
+    own_attention = _family(module.model).own_attention
+    assert own_attention is not None
+    own_attention().leave(features.get("cu_seq_lens_q"))
 
 
 def _riding_on(inputs: dict[str, Any]) -> Packing | None:
