@@ -13,6 +13,7 @@ from .layer_calls import LayerCall, calls_kept
 from .layer_request import LayerRequest
 from .layout import RaggedLayout, is_of_graph, uniform_layout
 from .prepared import NativeAttention, PreparedAttention, native, native_masked, prepare
+from .recording import refuse_recording
 from .reuse import kept_of, signature_of
 from .settings import current_settings
 from .trace import AttentionCall, is_tracing, record_call
@@ -39,6 +40,7 @@ def attend(
     position_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attends as `attention_forward` says, which tells of arguments, results and errors."""
+    refuse_recording()
     calls = calls_kept() if query.is_meta else None
     asked = LayerRequest.of(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal,

@@ -24,6 +24,7 @@ from ..integration import NAME
 from ..layout import LengthsRead, offsets_of
 from ..mask import mask_of_ones
 from ..movement import sent
+from ..recording import refuse_recording
 from ..settings import current_settings
 from .families import Family, Positions, family_of, reason_against
 from .features import forwards_features, pack_features, spread_features
@@ -329,6 +330,7 @@ def _pack(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before a backbone's forward: packs its inputs, or leaves them as they are."""
+    refuse_recording()
     inputs = _named(module, args, kwargs)
     if is_copied_with(module):
         # Not the module itself: accelerate moves whatever it can among arguments.
