@@ -152,6 +152,7 @@ def _prepare_unread(asked: LayerRequest) -> NativeAttention | None:
     """Prepares torch's own kernel for a mask whose lengths nobody read; None where another serves."""
     if asked.lazy is None or asked.offsets is not None or not _may_be_native(asked):
         return None
+    asked.lazy.require_unwritten()
     return native_masked(
         asked.query, asked.key, asked.value, asked.lazy.spec, sm_scale=asked.sm_scale, softcap=asked.softcap
     )
