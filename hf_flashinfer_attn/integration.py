@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
 
 from .attention import needs_grad
 from .compiled import ragged_attention
@@ -25,6 +25,7 @@ from .layer_kinds import (
 )
 from .layer_request import cast_as_flash, is_cast_as_flash, pattern_of
 from .mask import RaggedMask, lazy_mask
+from .recording import recorder, refuse_export
 from .reuse import kept_of, signature_of
 from .trace import is_tracing
 
@@ -46,7 +47,7 @@ def attention_mask(
     device: torch.device | str = "cpu",
     use_vmap: bool = False,
     **kwargs: Any,
-) -> RaggedMask | GraphMask | None:
+) -> torch.Tensor | GraphMask | None:
     """Makes the lazy mask of one forward; called by transformers' mask helpers.
 
     Args:
@@ -63,7 +64,8 @@ def attention_mask(
 
     Returns:
         A mask of shape `(batch, 1, q_length, kv_length)` without memory. While torch.compile traces, a `GraphMask` for
-        bands, so that the graph stays whole, and a graph break for any other mask.
+        bands, so that the graph stays whole, and a graph break for any other mask. While torch.export or
+        torch.jit.trace records, the mask of eager attention.
     """
     if (
         mask_function is bidirectional_mask_function
@@ -71,6 +73,13 @@ def attention_mask(
         and getattr(kwargs.get("config"), "model_type", None) in FAILS_ON_MASKS
     ):
         return None
+    if recorder() is not None:
+        # Models that compute attention by themselves can be recorded.
+        recorded: torch.Tensor = eager_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype=dtype,
+            use_vmap=use_vmap, device=device,
+        )  # fmt: skip
+        return recorded
     if torch.compiler.is_compiling():
         # Not None: not every module takes its absence for what was asked.
         if mask_function is bidirectional_mask_function and attention_mask is None:
@@ -150,7 +159,8 @@ def attention_forward(
 
     Raises:
         BackendUnavailableError: If the backend asked for by name cannot run.
-        UnsupportedAttentionError: If the request is not supported, or needs a fallback that was forbidden.
+        UnsupportedAttentionError: If the request is not supported, or needs a fallback that was forbidden, or the
+            forward is recorded by torch.export or torch.jit.trace.
     """
     if cache is not None:
         refuse_paged()
@@ -180,6 +190,8 @@ def attention_forward(
         dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,
         cu_seq_lens_k, position_ids,
     )  # fmt: skip
+    if torch.compiler.is_exporting():
+        refuse_export()
     if not torch.compiler.is_compiling():
         mask = _eager_mask(attention_mask)
         plain = s_aux is None and position_bias is None

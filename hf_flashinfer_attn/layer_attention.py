@@ -13,6 +13,7 @@ from .layer_calls import LayerCall, calls_kept
 from .layer_request import LayerRequest
 from .layout import RaggedLayout, is_of_graph, uniform_layout
 from .prepared import NativeAttention, PreparedAttention, native, native_masked, prepare
+from .recording import refuse_recording
 from .reuse import kept_of, signature_of
 from .settings import current_settings
 from .trace import AttentionCall, is_tracing, record_call
@@ -39,6 +40,7 @@ def attend(
     position_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attends as `attention_forward` says, which tells of arguments, results and errors."""
+    refuse_recording()
     calls = calls_kept() if query.is_meta else None
     asked = LayerRequest.of(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
@@ -150,6 +152,7 @@ def _prepare_unread(asked: LayerRequest) -> NativeAttention | None:
     """Prepares torch's own kernel for a mask whose lengths nobody read; None where another serves."""
     if asked.lazy is None or asked.offsets is not None or not _may_be_native(asked):
         return None
+    asked.lazy.require_unwritten()
     return native_masked(
         asked.query, asked.key, asked.value, asked.lazy.spec, sm_scale=asked.sm_scale, softcap=asked.softcap
     )

@@ -71,6 +71,7 @@ class _LazyLayout:
         self._spec = spec
         self._device = device
         self._dense: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, int]] = {}
+        self._padding_version = _version_of(spec.padding_mask)
         self._layouts: dict[bool, RaggedLayout] = {}
         self.prepared = PreparedStore()
         self.carrier = PackedCarrier.of_forward()
@@ -99,7 +100,15 @@ class _LazyLayout:
             self._is_unread = False
         return self._started
 
+    def require_unwritten(self) -> None:
+        if _version_of(self._spec.padding_mask) != self._padding_version:
+            raise UnsupportedAttentionError(
+                "an attention mask that was written to between the making of the whole mask and the attention",
+                "Make the whole mask after the last write, or of a copy: create_causal_mask(..., mask.clone()).",
+            )
+
     def _start_read(self) -> None:
+        self.require_unwritten()
         spec, end = self._spec, self._spec.kv_offset + self._seen_keys
         if spec.packed is not None:
             self._started = LengthsRead(spec.packed)
@@ -151,6 +160,7 @@ class _LazyLayout:
                 return made.clone()
             values = self._untouched(dtype, self._device)
             if values is None:
+                self.require_unwritten()
                 # Contiguous: transformers may return an expanded view, where an in-place write fails.
                 values = self._spec.densify(dtype, self._device).contiguous()
                 values = self._keep(values.clone() if values.is_inference() else values, self._device)
@@ -172,6 +182,7 @@ class _LazyLayout:
         return layout
 
     def _make(self, keep_padded_queries: bool) -> RaggedLayout:
+        self.require_unwritten()
         spec = self._spec
         queries, keys = (spec.batch_size, spec.q_length), (spec.batch_size, spec.kv_length)
         if spec.packed is not None and self._read is not None:
@@ -199,6 +210,11 @@ class _LazyLayout:
             return [spec.q_length] * spec.batch_size, [self._seen_keys] * spec.batch_size
         counts = self._read.values
         return counts[0], counts[0 if self._query_valid is self._key_valid else 1]
+
+
+def _version_of(padding_mask: torch.Tensor | None) -> int | None:
+    """Returns what changes when a mask is written to; None where nobody counts that."""
+    return None if padding_mask is None or padding_mask.is_inference() else padding_mask._version
 
 
 # Tensor methods that only read metadata, so that the mask may stay lazy.
@@ -275,6 +291,14 @@ class RaggedMask(torch.Tensor):
                 keys alone.
         """
         return self._lazy_layout.get(keep_padded_queries)
+
+    def require_unwritten(self) -> None:
+        """Raises if the padding mask is no longer what it was when this mask was made.
+
+        Raises:
+            UnsupportedAttentionError: If somebody wrote to it.
+        """
+        self._lazy_layout.require_unwritten()
 
     @property
     def prepared(self) -> PreparedStore:

@@ -70,7 +70,7 @@ def kept_of(
     softcap: float | None,
 ) -> Kept | None:
     """Returns where the layers of a forward keep prepared attention; None where each must be looked at."""
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing() or torch._C._get_tracing_state() is not None:
         return None
     # Tensors may be written to between two calls.
     if isinstance(scaling, torch.Tensor) or isinstance(softcap, torch.Tensor):

@@ -28,6 +28,7 @@ _FASTER_ELSEWHERE = (
 )
 _REFUSED = (
     "continuous batching (`paged\\|flashinfer`)",
+    "`torch.export`, `torch.jit.trace` and `make_fx` of attention",
     "planning while a CUDA graph is captured",
     "`cu_seq_lens` together with a padding mask",
 )

@@ -293,3 +293,25 @@ def test_a_mask_of_integers_means_the_same() -> None:
     assert mask.spec.padding_mask is not None
     assert torch.equal(mask.spec.padding_mask, VALID)
     assert torch.equal(mask + 0, reference())
+
+
+@pytest.mark.parametrize("read", ["layout", "values"])
+def test_a_padding_mask_that_is_written_to_before_it_is_read_is_refused(read: str) -> None:
+    padding_mask = torch.ones(2, 4, dtype=torch.bool)
+    unread, known = (attention_mask(2, 4, 4, attention_mask=padding_mask) for _ in range(2))
+    before = known.layout_of_forward(keep_padded_queries=False).query.lengths
+    padding_mask[1, 2:] = False
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match="written to between"):
+        unread.layout_of_forward(keep_padded_queries=False) if read == "layout" else unread.dense()
+    # What was read before the write is what eager attention would have computed with.
+    assert known.layout_of_forward(keep_padded_queries=False).query.lengths == before == (4, 4)
+    assert attention_mask(2, 4, 4, attention_mask=padding_mask).layout_of_forward(
+        keep_padded_queries=False
+    ).query.lengths == (4, 2)
+
+
+def test_a_padding_mask_of_integers_is_copied_when_a_mask_is_made() -> None:
+    padding_mask = torch.ones(2, 4, dtype=torch.long)
+    mask = attention_mask(2, 4, 4, attention_mask=padding_mask)
+    padding_mask[1, 2:] = 0
+    assert mask.layout_of_forward(keep_padded_queries=False).query.lengths == (4, 4)

@@ -99,6 +99,41 @@ def test_attention_is_ours(mask: Tensor, is_packed: bool) -> None:
     assert_right(model, batch, is_packed=is_packed)
 
 
+@pytest.mark.parametrize("inner_is_padded", [True, False])
+@pytest.mark.parametrize("inner_fails", [None, "before it packs", "after it packed"])
+def test_a_forward_inside_another_one(inner_is_padded: bool, inner_fails: str | None) -> None:
+    """A hook on embeddings may run another model, such as a teacher, or the same one again."""
+    model = unpad(build())
+    outer, inner = batch_of(), batch_of((4, 2) if inner_is_padded else (4, 4))
+    results: list[Any] = []
+
+    def fail(*args: Any) -> None:
+        raise InterruptedError
+
+    def run_inner(*args: Any) -> None:
+        if results:
+            return
+        results.append(None)
+        if inner_fails is None:
+            results[0] = model(**inner).last_hidden_state
+            return
+        failing = model.register_forward_pre_hook(fail, prepend=inner_fails == "before it packs")
+        with pytest.raises(InterruptedError):
+            model(**inner)
+        failing.remove()
+
+    model.embeddings.register_forward_hook(run_inner)
+    with torch.no_grad():
+        results.append(model(**outer).last_hidden_state)
+        for batch, actual in zip((inner, outer), results, strict=True):
+            valid = batch["attention_mask"].bool()
+            if actual is not None:
+                expected = build("eager")(**batch).last_hidden_state[valid]
+                tolerance = TOLERANCE * expected.abs().max().item()
+                torch.testing.assert_close(actual[valid], expected, rtol=0, atol=tolerance)
+    assert mpnet._innermost.get() is None
+
+
 def hook(model: nn.Module) -> None:
     for module in model.modules():
         add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
@@ -148,9 +183,9 @@ def test_an_error_in_a_forward_leaves_nothing_behind() -> None:
     with pytest.raises(ZeroDivisionError):
         model(**batch)
     handle.remove()
-    assert mpnet._offsets.get() is None
+    assert mpnet._innermost.get() is None
     assert_right(model, batch)
-    assert mpnet._offsets.get() is None
+    assert mpnet._innermost.get() is None
 
 
 def test_packed_input_of_the_user() -> None:

@@ -24,6 +24,7 @@ from ..integration import NAME
 from ..layout import LengthsRead, offsets_of
 from ..mask import mask_of_ones
 from ..movement import sent
+from ..recording import refuse_recording
 from ..settings import current_settings
 from .families import Family, Positions, family_of, reason_against
 from .features import forwards_features, pack_features, spread_features
@@ -116,8 +117,8 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
                 module.register_forward_pre_hook(_pack_features, with_kwargs=True),
                 module.register_forward_hook(spread_features, prepend=True),
             ]
-            if (own_attention := _family(cast(PreTrainedModel, module.model)).own_attention) is not None:
-                handles.append(module.register_forward_hook(own_attention().leave, always_call=True))
+            if _family(cast(PreTrainedModel, module.model)).own_attention is not None:
+                handles.append(module.register_forward_hook(_leave_features, with_kwargs=True, always_call=True))
         else:
             continue
         setattr(module, _HANDLES, handles)
@@ -329,6 +330,7 @@ def _pack(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before a backbone's forward: packs its inputs, or leaves them as they are."""
+    refuse_recording()
     inputs = _named(module, args, kwargs)
     if is_copied_with(module):
         # Not the module itself: accelerate moves whatever it can among arguments.
@@ -376,6 +378,14 @@ def _pack_features(
         return packed, _riding_on(packed)
 
     return pack_features(module, args, kwargs, pack)
+
+
+def _leave_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+    """After the forward of such a module, whose backbone's own hooks were passed by."""
+    features: dict[str, Any] = args[0] if args else kwargs["features"]
+    own_attention = _family(module.model).own_attention
+    assert own_attention is not None
+    own_attention().leave(features.get("cu_seq_lens_q"))
 
 
 def _riding_on(inputs: dict[str, Any]) -> Packing | None:

@@ -31,7 +31,15 @@ __all__ = [
     "route",
 ]
 
-_offsets: ContextVar[torch.Tensor | None] = ContextVar("flashinfer_mpnet_offsets", default=None)
+
+class _Forward(NamedTuple):
+    """A forward of a backbone that is under way, and the one inside which it was called."""
+
+    offsets: torch.Tensor | None
+    outer: _Forward | None
+
+
+_innermost: ContextVar[_Forward | None] = ContextVar("flashinfer_mpnet_forward", default=None)
 
 
 class PackedBias(NamedTuple):
@@ -62,7 +70,8 @@ class RaggedMPNetEncoder(MPNetEncoder):  # type: ignore[misc]
         Returns:
             Shape `(1, heads, slots, slots)`, or that of packed rows.
         """
-        offsets = _offsets.get()
+        forward = _innermost.get()
+        offsets = None if forward is None else forward.offsets
         if offsets is None:
             alone: torch.Tensor = super().compute_position_bias(x[:1], position_ids, num_buckets)
             return alone
@@ -167,7 +176,7 @@ def route(backbone: PreTrainedModel) -> list[RemovableHandle]:
         _become(layer.attention.attn, RaggedMPNetSelfAttention)
     return [
         backbone.register_forward_pre_hook(_enter, with_kwargs=True),
-        backbone.register_forward_hook(leave, always_call=True),
+        backbone.register_forward_hook(_leave, with_kwargs=True, always_call=True),
     ]
 
 
@@ -191,14 +200,23 @@ def _own_forwards(module: torch.nn.Module) -> list[str]:
 
 
 def enter(offsets: torch.Tensor | None) -> None:
-    """Tells the encoder about packed rows, until `leave`."""
-    _offsets.set(offsets)
+    """Tells the encoder about packed rows, or that there are none, until `leave` is called with the same."""
+    _innermost.set(_Forward(offsets, _innermost.get()))
 
 
-def leave(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """After the forward of a backbone, or of what calls it past its hooks."""
-    _offsets.set(None)
+def leave(offsets: torch.Tensor | None) -> None:
+    """Returns to the forward inside which one was entered.
+
+    Where a hook raises before one is entered, it is left all the same; the outer one, of other offsets, goes on.
+    """
+    forward = _innermost.get()
+    if forward is not None and forward.offsets is offsets:
+        _innermost.set(forward.outer)
 
 
 def _enter(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     enter(kwargs.get("cu_seq_lens_q"))
+
+
+def _leave(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    leave(kwargs.get("cu_seq_lens_q"))
