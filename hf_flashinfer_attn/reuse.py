@@ -10,6 +10,7 @@ from .attention import needs_grad
 from .layer_kinds import PACKED_IMAGES
 from .layout import PreparedStore, known_layout, uniform_layout, versions_of
 from .mask import RaggedMask
+from .recording import recorder
 from .settings import current_settings
 
 __all__ = ["Kept", "kept_of", "signature_of"]
@@ -84,6 +85,8 @@ def kept_of(
     if mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]:
         return None
     if position_ids is not None and type(module).__name__ in PACKED_IMAGES:
+        return None
+    if recorder() is not None:  # layouts of one length outlive forwards: the first layer may find one here
         return None
     layout = uniform_layout(query.shape[0], query.shape[2], key.shape[2])
     return Kept(layout, layout.prepared)
