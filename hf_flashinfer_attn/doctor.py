@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from .errors import BackendUnavailableError
+from .errors import BackendUnavailableError, first_line
 from .html_table import html_table
 from .kernel_cache import is_compiled, modules_of
 from .pretrained import reading
@@ -392,7 +392,7 @@ def _checks(
             if not result.ratio <= BUDGET:
                 problem = f"{result.ratio:.2f} times the error of sdpa, expected at most {BUDGET}"
         except (RuntimeError, OSError, ImportError, ValueError, AssertionError) as error:
-            problem = str(error).strip().partition("\n")[0] or type(error).__name__
+            problem = first_line(error)
         yield KernelCheck(name, dtype, case.head_dim, case.attention, result, problem)
 
 

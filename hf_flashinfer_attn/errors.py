@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BackendUnavailableError", "FlashInferAttentionError", "UnsupportedAttentionError"]
+__all__ = ["BackendUnavailableError", "FlashInferAttentionError", "UnsupportedAttentionError", "first_line"]
 
 
 class FlashInferAttentionError(RuntimeError):
@@ -62,3 +62,8 @@ class UnsupportedAttentionError(FlashInferAttentionError):
         super().__init__(f"{feature}. {way_out}")
         self.feature = feature
         self.way_out = way_out
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what an error says in its first line; its class where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -21,7 +21,7 @@ from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedM
 
 from .backends import flashinfer
 from .dispatch import Path, fallback_of
-from .errors import FlashInferAttentionError
+from .errors import FlashInferAttentionError, first_line
 from .html_table import html_table
 from .integration import NAME
 from .layer_calls import LayerCall, keep_layer_calls
@@ -195,7 +195,7 @@ def plan_of_config(
     except FlashInferAttentionError as error:
         return _without_layers(known, str(error))
     except _MODEL_ERRORS as error:
-        return _without_layers(known, f"the model cannot be built: {_first_line(error)}")
+        return _without_layers(known, f"the model cannot be built: {first_line(error)}")
     known = replace(known, class_name=type(model).__name__)
     unpad_reason = _reason_against_unpad(model)
     calls, problem = _run(model, own_attention=unpad_reason is None)
@@ -245,10 +245,6 @@ def _capability_here() -> tuple[int, int] | None:
 
 def _without_layers(plan: ModelPlan, problem: str) -> ModelPlan:
     return replace(plan, unpad_reason=problem, cuda_graphs_reason=problem, problem=problem)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -310,7 +306,7 @@ def _run(model: PreTrainedModel, *, own_attention: bool) -> tuple[list[LayerCall
         except FlashInferAttentionError as error:
             return None, str(error)
         except _MODEL_ERRORS as error:
-            problem = problem or f"its code asks tensors for values, or for other inputs: {_first_line(error)}"
+            problem = problem or f"its code asks tensors for values, or for other inputs: {first_line(error)}"
         else:
             return calls, None
     return None, problem

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import FlashInferAttentionError
+from .errors import FlashInferAttentionError, first_line
 
 __all__ = ["UnreadableModelError", "reading"]
 
@@ -34,5 +34,5 @@ def reading(name: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        said = str(error).strip().partition("\n")[0].rstrip(".:")
+        said = first_line(error).rstrip(".:")
         raise UnreadableModelError(f"the model {path!r} cannot be read: {said}. {_WAY_OUT}") from error

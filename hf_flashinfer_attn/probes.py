@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion
 
-from .errors import BackendUnavailableError
+from .errors import BackendUnavailableError, first_line
 from .jit import nvcc_path
 from .kernel_cache import KernelModule, cache_directory, compiled_modules, is_compiled
 
@@ -67,7 +67,7 @@ def probe_gpus() -> tuple[Probe, ...]:
             probes.append(Probe(f"cuda:{index}", value, shown))
     except (RuntimeError, AssertionError) as error:
         # The last is how a torch without CUDA says so.
-        probes = [Probe("cuda", None, f"none: {_said(error)}", is_problem=True)]
+        probes = [Probe("cuda", None, f"none: {first_line(error)}", is_problem=True)]
     if not probes:
         probes = [Probe("cuda", None, "none: torch sees no GPU", is_problem=True)]
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -98,7 +98,7 @@ def probe_cache() -> tuple[Probe, ...]:
     except BackendUnavailableError as error:
         return (Probe("folder", None, error.reason, is_problem=True),)
     except IMPORT_ERRORS as error:
-        return (Probe("folder", None, f"flashinfer cannot be imported: {_said(error)}", is_problem=True),)
+        return (Probe("folder", None, f"flashinfer cannot be imported: {first_line(error)}", is_problem=True),)
     return (
         Probe("folder", str(folder), f"{_from_home(folder)}{'' if folder.exists() else ', not there yet'}"),
         _guarded("size", lambda: _size(folder)),
@@ -112,15 +112,11 @@ IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, ValueError,
 _GNU = r"(?:version|\)) (\d\S*)"
 
 
-def _said(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def _guarded(name: str, probe: Callable[[], Probe]) -> Probe:
     try:
         return probe()
     except (*IMPORT_ERRORS, BackendUnavailableError) as error:
-        return Probe(name, None, _said(error), is_problem=True)
+        return Probe(name, None, first_line(error), is_problem=True)
 
 
 def _package(name: str, distribution: str, remark: str = "", *, required: bool = True) -> Probe:
@@ -189,7 +185,7 @@ def _driver() -> Probe:
         command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
-        return Probe("driver", None, f"{smi} failed: {_said(error)}", is_problem=True)
+        return Probe("driver", None, f"{smi} failed: {first_line(error)}", is_problem=True)
     if not lines:
         return Probe("driver", None, f"{smi} knows of no GPU", is_problem=True)
     return Probe("driver", lines[0], lines[0])
@@ -209,7 +205,7 @@ def _program(name: str, path: str | None, version: str, missing: str = "") -> Pr
     try:
         ran = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace", timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
-        return Probe(name, None, f"{path} does not run: {_said(error)}", is_problem=True)
+        return Probe(name, None, f"{path} does not run: {first_line(error)}", is_problem=True)
     if ran.returncode != 0:
         said = (ran.stderr or ran.stdout).strip().partition("\n")[0]
         return Probe(name, None, f"{path} --version fails with status {ran.returncode}: {said}", is_problem=True)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from ..environment import describe_environment
-from ..errors import UnsupportedAttentionError
+from ..errors import UnsupportedAttentionError, first_line
 from ..pretrained import reading
 from ..trace import Trace, trace
 from .contenders import BASELINE, CONTENDERS, Contender
@@ -319,16 +319,14 @@ def _subjects(
 
 def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     with reading(name):
-        AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     try:
-        model: PreTrainedModel = AutoModel.from_pretrained(name, attn_implementation=BASELINE, dtype=dtype)
+        model: PreTrainedModel = AutoModel.from_pretrained(
+            name, config=config, attn_implementation=BASELINE, dtype=dtype
+        )
     except (OSError, ValueError) as error:
-        raise BenchError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise BenchError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _random_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -357,7 +355,7 @@ def _request_batches(
         try:
             tokenizer = AutoTokenizer.from_pretrained(subject.name)
         except (OSError, ValueError) as error:
-            raise BenchError(f"the tokenizer of {subject.name!r} cannot be loaded: {_first_line(error)}") from error
+            raise BenchError(f"the tokenizer of {subject.name!r} cannot be loaded: {first_line(error)}") from error
         limits = [plan.max_length, subject.longest, tokenizer.model_max_length]
         batch_size = plan.batch_size or TEXTS_BATCH_SIZE
         yield (
