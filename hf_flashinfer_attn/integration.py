@@ -190,8 +190,6 @@ def attention_forward(
         dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,
         cu_seq_lens_k, position_ids,
     )  # fmt: skip
-    if torch.compiler.is_exporting():
-        refuse_export()
     if not torch.compiler.is_compiling():
         mask = _eager_mask(attention_mask)
         plain = s_aux is None and position_bias is None
@@ -205,6 +203,8 @@ def attention_forward(
                 if (prepared := kept.store.find(signature)) is not None:
                     return prepared(query, key, value, layer_name(module) if is_tracing() else ""), None
         return attend(module, query, key, value, mask, *rest)
+    if torch.compiler.is_exporting():
+        refuse_export()
     lazy = None
     if isinstance(attention_mask, GraphMask):
         if attention_mask.values is None and attention_mask.fits(query, key):

@@ -71,7 +71,7 @@ def kept_of(
     softcap: float | None,
 ) -> Kept | None:
     """Returns where the layers of a forward keep prepared attention; None where each must be looked at."""
-    if torch.cuda.is_current_stream_capturing() or torch._C._get_tracing_state() is not None:
+    if torch.cuda.is_current_stream_capturing() or recorder() is not None:
         return None
     # Tensors may be written to between two calls.
     if isinstance(scaling, torch.Tensor) or isinstance(softcap, torch.Tensor):
@@ -85,8 +85,6 @@ def kept_of(
     if mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]:
         return None
     if position_ids is not None and type(module).__name__ in PACKED_IMAGES:
-        return None
-    if recorder() is not None:  # layouts of one length outlive forwards: the first layer may find one here
         return None
     layout = uniform_layout(query.shape[0], query.shape[2], key.shape[2])
     return Kept(layout, layout.prepared)
