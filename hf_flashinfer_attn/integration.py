@@ -23,7 +23,7 @@ from .layer_kinds import (
     layer_name,
     padded_queries_are_idle,
 )
-from .layer_request import cast_as_flash, is_cast_as_flash, pattern_of
+from .layer_request import LayerArguments, cast_as_flash, is_cast_as_flash, pattern_of
 from .mask import RaggedMask, lazy_mask
 from .recording import recorder, refuse_export
 from .reuse import kept_of, signature_of
@@ -186,10 +186,6 @@ def attention_forward(
     elif indices is not None and indices.shape[-1] < key.shape[2]:
         mask = _values(attention_mask)
         attention_mask = mask_of_chosen(mask, indices, query, key, pattern_of(module, mask, is_causal))
-    rest = (
-        dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,
-        cu_seq_lens_k, position_ids,
-    )  # fmt: skip
     if not torch.compiler.is_compiling():
         mask = _eager_mask(attention_mask)
         plain = s_aux is None and position_bias is None
@@ -202,9 +198,14 @@ def attention_forward(
                 signature = signature_of(module, query, key, value, scaling, is_causal, softcap)
                 if (prepared := kept.store.find(signature)) is not None:
                     return prepared(query, key, value, layer_name(module) if is_tracing() else ""), None
-        return attend(module, query, key, value, mask, *rest)
-    if torch.compiler.is_exporting():
+    elif torch.compiler.is_exporting():
         refuse_export()
+    given = LayerArguments(
+        dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,
+        cu_seq_lens_k, position_ids,
+    )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        return attend(module, query, key, value, mask, given)
     lazy = None
     if isinstance(attention_mask, GraphMask):
         if attention_mask.values is None and attention_mask.fits(query, key):
@@ -216,7 +217,7 @@ def attention_forward(
     whole_mask = whole_mask or type(module).__name__ in PACKED_IMAGES or type(module).__name__ in CAUSAL_PADDING_IS_READ
     if whole_mask or needs_grad(query, key, value):
         untraced: tuple[torch.Tensor, torch.Tensor | None]
-        untraced = _untraced_attend(module, query, key, value, attention_mask, *rest)
+        untraced = _untraced_attend(module, query, key, value, attention_mask, given)
         return untraced
     offsets = cu_seq_lens_q, cu_seq_lens_k
     return _attend_traced(module, query, key, value, lazy, offsets, scaling, is_causal, softcap), None
@@ -259,21 +260,10 @@ def _untraced_attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | GraphMask | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    output_attentions: bool | None,
-    *rest: Any,
+    given: LayerArguments,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    output_attentions = bool(output_attentions) or weights_are_collected()
-    return attend(
-        module, query, key, value, _eager_mask(attention_mask), dropout, scaling, is_causal, sliding_window, softcap,
-        s_aux, position_bias, output_attentions, *rest,
-    )  # fmt: skip
+    given = given._replace(output_attentions=bool(given.output_attentions) or weights_are_collected())
+    return attend(module, query, key, value, _eager_mask(attention_mask), given)
 
 
 def _eager_mask(mask: torch.Tensor | GraphMask | None) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from .dense_mask import dense_mask_of
 from .dispatch import Decision, Path, decide
 from .errors import UnsupportedAttentionError
 from .layer_calls import LayerCall, calls_kept
-from .layer_request import LayerRequest
+from .layer_request import LayerArguments, LayerRequest
 from .layout import RaggedLayout, is_of_graph, uniform_layout
 from .prepared import NativeAttention, PreparedAttention, native, native_masked, prepare
 from .recording import refuse_recording
@@ -27,27 +27,12 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    position_bias: torch.Tensor | None,
-    output_attentions: bool | None,
-    cu_seq_lens_q: torch.Tensor | None,
-    cu_seq_lens_k: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
+    given: LayerArguments,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attends as `attention_forward` says, which tells of arguments, results and errors."""
     refuse_recording()
     calls = calls_kept() if query.is_meta else None
-    asked = LayerRequest.of(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
-        sliding_window=sliding_window, softcap=softcap, s_aux=s_aux, position_bias=position_bias,
-        output_attentions=output_attentions, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k,
-        position_ids=position_ids, has_values=calls is None,
-    )  # fmt: skip
+    asked = LayerRequest.of(module, query, key, value, mask, given, has_values=calls is None)
     if calls is not None:
         calls.append(LayerCall.of(module, asked))
         return query.new_empty(key.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
@@ -63,10 +48,13 @@ def attend(
     query, key, value = asked.query, asked.key, asked.value
     kept = None
     if asked.is_plain:
-        kept = kept_of(module, query, key, value, mask, sliding_window, asked.offsets, position_ids, scaling, softcap)
+        kept = kept_of(
+            module, query, key, value, mask, given.sliding_window, asked.offsets, given.position_ids, given.scaling,
+            given.softcap,
+        )  # fmt: skip
     prepared: PreparedAttention | NativeAttention | None = None
     if kept is not None:
-        signature = signature_of(module, query, key, value, scaling, is_causal, softcap)
+        signature = signature_of(module, query, key, value, given.scaling, given.is_causal, given.softcap)
         # Inputs that were cast are found only here.
         prepared = kept.store.find(signature)
     if prepared is None:

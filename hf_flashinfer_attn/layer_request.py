@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +16,26 @@ from .layout import LengthsRead, RaggedLayout, packed_layout
 from .mask import MaskSpec, RaggedMask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
 
-__all__ = ["LayerRequest", "cast_as_flash", "is_cast_as_flash", "pattern_of"]
+__all__ = ["LayerArguments", "LayerRequest", "cast_as_flash", "is_cast_as_flash", "pattern_of"]
+
+
+class LayerArguments(NamedTuple):
+    """What a layer passes besides query, key, value and mask; `attention_forward` tells of each.
+
+    A tuple, which torch.compile carries over a graph break.
+    """
+
+    dropout: float
+    scaling: float | None
+    is_causal: bool | None
+    sliding_window: int | None
+    softcap: float | None
+    s_aux: torch.Tensor | None
+    position_bias: torch.Tensor | None
+    output_attentions: bool | None
+    cu_seq_lens_q: torch.Tensor | None
+    cu_seq_lens_k: torch.Tensor | None
+    position_ids: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,30 +83,27 @@ class LayerRequest:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
+        given: LayerArguments,
         *,
-        dropout: float,
-        scaling: float | None,
-        is_causal: bool | None,
-        sliding_window: int | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
-        position_bias: torch.Tensor | None,
-        output_attentions: bool | None,
-        cu_seq_lens_q: torch.Tensor | None,
-        cu_seq_lens_k: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
         has_values: bool = True,
     ) -> LayerRequest:
         """Reads the arguments of `attention_forward`.
 
         Args:
+            module: The attention layer.
+            query: Shape `(batch, heads, q_length, head_dim)`.
+            key: Shape `(batch, kv_heads, kv_length, head_dim)`.
+            value: Shape `(batch, kv_heads, kv_length, value_head_dim)`.
+            mask: As it was given.
+            given: The other arguments.
             has_values: Whether tensors can be read. Where they cannot, the call is taken for one on a GPU whose mask
                 holds padding on the right.
 
         Raises:
             UnsupportedAttentionError: If arguments contradict each other, or ask for what no path has.
         """
-        sm_scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        position_bias, is_causal = given.position_bias, given.is_causal
+        sm_scale = query.shape[-1] ** -0.5 if given.scaling is None else float(given.scaling)
         if is_cast_as_flash(query) or (query.dtype == torch.float32 and not has_values):
             query, key, value = cast_as_flash(module, query, key, value)
         lazy = mask if isinstance(mask, RaggedMask) else None
@@ -94,13 +111,14 @@ class LayerRequest:
             # Eager attention gets none, and some models hand on the mask of other queries or keys than those of a call.
             mask, lazy, is_causal = None, None, False
         holds_images = mask is None and type(module).__name__ in PACKED_IMAGES
-        if holds_images and cu_seq_lens_q is None and position_ids is not None and has_values:
-            cu_seq_lens_q = cu_seq_lens_k = _image_offsets(position_ids)
+        cu_seq_lens_q, cu_seq_lens_k = given.cu_seq_lens_q, given.cu_seq_lens_k
+        if holds_images and cu_seq_lens_q is None and given.position_ids is not None and has_values:
+            cu_seq_lens_q = cu_seq_lens_k = _image_offsets(given.position_ids)
         offsets = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
         pattern = pattern_of(module, mask, is_causal)
-        if mask is None and sliding_window is not None and key.shape[2] > sliding_window:
+        if mask is None and given.sliding_window is not None and key.shape[2] > given.sliding_window:
             raise UnsupportedAttentionError(
-                f"sliding_window={sliding_window} without a mask over {key.shape[2]} keys",
+                f"sliding_window={given.sliding_window} without a mask over {key.shape[2]} keys",
                 "Use attn_implementation='eager' for this model.",
             )
         bias = packed = None
@@ -117,13 +135,13 @@ class LayerRequest:
             device=query.device,
             dtype=query.dtype,
             head_dim=max(query.shape[-1], value.shape[-1]),
-            needs_grad=needs_grad(query, key, value, position_bias, s_aux),
-            dropout=dropout,
-            output_attentions=bool(output_attentions),
+            needs_grad=needs_grad(query, key, value, position_bias, given.s_aux),
+            dropout=given.dropout,
+            output_attentions=bool(given.output_attentions),
             biased_packed=(
                 position_bias is not None and (bias is None or (lazy is not None and lazy.spec.packed is not None))
             ),
-            biased_window=position_bias is not None and (pattern.is_window or softcap is not None),
+            biased_window=position_bias is not None and (pattern.is_window or given.softcap is not None),
             # Transformers finds packed sequences in positions too, which need not be read where offsets tell.
             mask_holes=(
                 lazy is not None and (offsets is None or lazy.spec.packed is None) and has_values and lazy.has_holes
@@ -152,9 +170,9 @@ class LayerRequest:
             position_bias=position_bias,
             bias=bias,
             packed=packed,
-            sinks=s_aux,
+            sinks=given.s_aux,
             sm_scale=sm_scale,
-            softcap=softcap,
+            softcap=given.softcap,
             keep_padded_queries=keep_padded_queries,
         )
 

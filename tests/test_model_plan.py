@@ -61,10 +61,10 @@ def run_really(
     asked: list[Asked] = []
     attend = integration.attend
 
-    def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        softcap, s_aux, position_bias = rest[4:7]
+    def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, given: Any) -> Any:
+        softcap, s_aux, position_bias = given.softcap, given.s_aux, given.position_bias
         asked.append(Asked(query.shape[1], key.shape[1], softcap, position_bias is not None, s_aux is not None))
-        return attend(module, query, key, value, mask, *rest)
+        return attend(module, query, key, value, mask, given)
 
     monkeypatch.setattr(integration, "attend", spy)
     model = AutoModel.from_config(copy.deepcopy(config), attn_implementation="flashinfer", dtype=torch.float32).eval()
