@@ -1,7 +1,8 @@
-"""Every Python block of the README runs."""
+"""Every Python block of the README runs, and its figures are those of the results."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from hf_flashinfer_attn.backends import flashinfer
 from hf_flashinfer_attn.demo import model_path
 from hf_flashinfer_attn.unpadding.families import FAMILIES
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
@@ -37,3 +39,29 @@ def test_limits_are_those_of_the_code() -> None:
     major, minor = min(flashinfer._MIN_CAPABILITY.values())
     assert f"compute capability {major}.{minor} or newer" in limits
     assert f"`unpad` knows {len(FAMILIES)} families" in limits
+
+
+def test_what_new_shapes_cost_is_what_was_measured() -> None:
+    cells = json.loads((ROOT / "benchmarks/results/new_shapes.json").read_text())["forwards"]
+
+    def more(model: str) -> str:
+        found = [cell["first_ms"] - cell["second_ms"] for cell in cells if cell["model"] == model]
+        return f"{min(found):.0f} to {max(found):.0f} ms"
+
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"sdpa takes {more('sdpa')} more for each batch of a shape that did not come before" in text
+    assert f"the string alone {more('flashinfer')}" in text
+
+
+def test_what_examples_are_said_to_do_is_what_was_measured() -> None:
+    text = " ".join((ROOT / "examples/README.md").read_text(encoding="utf-8").split())
+    cells = json.loads((ROOT / "benchmarks/results/serving.json").read_text())["cells"]
+    assert [cell["attention"] for cell in cells] == ["flashinfer", "sdpa"] * (len(cells) // 2)
+    figures = [f"{one['requests_per_second']:,.0f}, {one['p50_ms']:,.0f} ms, {one['p99_ms']:,.0f} ms" for one in cells]
+    for at in range(0, len(cells), 2):
+        load = f"{cells[at]['clients']}, {cells[at]['texts_per_request']}"
+        assert f"| {load} | {figures[at]} | {figures[at + 1]} |" in text
+    found = json.loads((ROOT / "benchmarks/results/two_gpus.json").read_text())
+    one, two = (run["embedding_seconds"] for run in found["runs"])
+    said = f"bge-base took {one:.1f} s for {found['rows']:,} texts on an H200, {two:.1f} s on two ({one / two:.2f}x)"
+    assert said in text
