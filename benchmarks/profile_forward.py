@@ -113,7 +113,7 @@ class _Unlaunched:
 def without_launches() -> Iterator[int]:
     """Leaves out the launches of gather, attention and scatter; gives how many plans that concerns."""
     from hf_flashinfer_attn import kernels
-    from hf_flashinfer_attn.backends.flashinfer import _Replay
+    from hf_flashinfer_attn.backends.wrappers import _Replay
 
     replays = [found for found in gc.get_objects() if isinstance(found, _Replay)]
     launch, modules = kernels._Launch.__call__, [replay.module for replay in replays]

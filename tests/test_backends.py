@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn.accuracy import measure_kernel_error
-from hf_flashinfer_attn.backends import dense, flashinfer, reference
+from hf_flashinfer_attn.backends import dense, flashinfer, reference, wrappers
 from hf_flashinfer_attn.bias import LogitsBias
 from hf_flashinfer_attn.integration import attention_forward
 from hf_flashinfer_attn.layout import RaggedLayout, RaggedSide
@@ -292,7 +292,7 @@ def test_a_direct_call_names_the_value_that_it_refuses(options, named: str) -> N
 
 def test_a_capture_without_a_plan_says_on_which_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    key = flashinfer._PlanKey(
+    key = wrappers.PlanKey(
         "fa2",
         2,
         2,
@@ -309,7 +309,7 @@ def test_a_capture_without_a_plan_says_on_which_stream(monkeypatch: pytest.Monke
     )
     layout = RaggedLayout.from_lengths([3, 4])
     with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match="stream 0x7f00 of cuda:1, nor on another"):
-        flashinfer._planned(layout, key)
+        wrappers.planned(layout, key)
     layout.plans = {
         dataclasses.replace(key, stream=0): None,
         dataclasses.replace(key, stream=0x10): None,
@@ -318,19 +318,19 @@ def test_a_capture_without_a_plan_says_on_which_stream(monkeypatch: pytest.Monke
     with pytest.raises(
         hf_flashinfer_attn.UnsupportedAttentionError, match=r"0x7f00 of cuda:1, only on 0x0, 0x10\. Run"
     ):
-        flashinfer._planned(layout, key)
+        wrappers.planned(layout, key)
 
 
 def test_the_kernel_of_a_graph_takes_as_many_tokens_as_the_graph_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlashInfer refuses queries of another number than the last offset that `plan` was given."""
-    key = flashinfer._PlanKey(
+    key = wrappers.PlanKey(
         kernel="fa2", num_heads=2, num_kv_heads=2, head_dim=64, dtype=torch.float16, causal=False, window_left=-1,
         sm_scale=0.125, softcap=0.0, device=torch.device("cuda", 0), stream=0, biased=False, sinks=False,
     )  # fmt: skip
     layout = RaggedLayout.for_graph([2, 3], rows=8, tokens=64, workspace=object())
     planned: list[torch.Tensor] = []
     prefill = SimpleNamespace(plan=lambda *offsets, **options: planned.extend(offsets[:2]), _cached_module=None)
-    wrapper = object.__new__(flashinfer._GraphWrapper)
+    wrapper = object.__new__(wrappers.GraphWrapper)
     wrapper.prefill, wrapper._rows, wrapper._tokens = prefill, 8, 64
     wrapper._buffer, wrapper._ring = torch.empty(0), deque([(torch.empty(0), None)])
     replanned: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -25,7 +25,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..backends.flashinfer import GraphWorkspace, plan_graph, unavailable_reason
+from ..backends.flashinfer import unavailable_reason
+from ..backends.wrappers import GraphWorkspace, plan_graph
 from ..dispatch import KernelPendingError, log_once
 from ..layout import RaggedLayout, known_layout, offsets_of
 from ..mask import is_mask_of_ones, mask_of_ones
