@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from packaging.version import Version
 
 __all__ = ["Packer", "Unpacker", "number_tokens"]
 
@@ -64,7 +63,8 @@ def _pack_kernel(
     query_row, query_slot, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
     num_queries, query_width, num_keys, key_width, QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
     HAS_QUERY_SLOTS: tl.constexpr, HAS_KEY_SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_HEAD_DIM: tl.constexpr,
-    SIZE: tl.constexpr, KEY_WIDTH: tl.constexpr, KEY_COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    SIZE: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     query_parts = (QUERY_HEADS + HEADS - 1) // HEADS
@@ -88,12 +88,11 @@ def _pack_kernel(
         place = (slot % key_width).to(tl.int64)
         if part < query_parts + key_parts:
             _copy_heads(key, key_row, key_slot, key_head, packed_key, row, place, token, inside,
-                        (part - query_parts) * HEADS, KEY_HEADS, HEAD_DIM, KEY_WIDTH, KEY_COLUMNS, SIZE - KEY_WIDTH,
-                        HEADS)  # fmt: skip
+                        (part - query_parts) * HEADS, KEY_HEADS, HEAD_DIM, SIZE, SIZE, 0, HEADS)  # fmt: skip
         else:
             _copy_heads(value, value_row, value_slot, value_head, packed_value, row, place, token, inside,
-                        (part - query_parts - key_parts) * HEADS, KEY_HEADS, VALUE_HEAD_DIM, KEY_WIDTH, KEY_COLUMNS,
-                        SIZE - KEY_WIDTH, HEADS)  # fmt: skip
+                        (part - query_parts - key_parts) * HEADS, KEY_HEADS, VALUE_HEAD_DIM, VALUE_WIDTH,
+                        VALUE_COLUMNS, SIZE - VALUE_WIDTH, HEADS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -146,8 +145,6 @@ def _tile(columns: int, num_heads: int, itemsize: int) -> tuple[int, int]:
 
 
 _compiled: dict[Hashable, Any] = {}
-# Their compiled kernels are known to be run with these arguments; others are asked to arrange them.
-_KNOWN_TRITON = (3, 4) <= Version(triton.__version__).release[:2] < (3, 8)
 
 
 class _Launch:
@@ -166,7 +163,7 @@ class _Launch:
         constants: Known when the kernel is compiled.
     """
 
-    __slots__ = ("_compiled", "_grid", "_rest")
+    __slots__ = ("_launch", "_rest")
 
     def __init__(
         self,
@@ -180,31 +177,25 @@ class _Launch:
         fits: list[int] = [tensor.data_ptr() & 15 == 0 for tensor in tensors]
         fits += [-1 if stride == 1 else 2 * (stride > 0x7FFFFFFF) + (stride & 15 == 0) for stride in strides]
         key = (kernel, tensors[0].device, *(tensor.dtype for tensor in tensors), constants, *fits)
-        self._grid = grid
         self._rest = (*strides, *sizes, *constants)
-        self._compiled: Any = _compiled.get(key)
-        if self._compiled is None:
+        compiled: Any = _compiled.get(key)
+        if compiled is None:
+            compiled = kernel[grid](*tensors, *self._rest)
             # None where kernels are interpreted.
-            self._compiled = kernel[grid](*tensors, *self._rest)
-            if self._compiled is not None:
-                _compiled[key] = self._compiled
+            self._launch: Any = None if compiled is None else compiled[grid]
+            if compiled is not None:
+                _compiled[key] = compiled
         else:
+            self._launch = compiled[grid]
             self(*(tensor.data_ptr() for tensor in tensors))
 
     @property
     def can_repeat(self) -> bool:
-        return self._compiled is not None
+        return self._launch is not None
 
     def __call__(self, *pointers: int) -> None:
         """Launches the kernel on other tensors, whose pointers are as divisible by 16 as the first ones were."""
-        compiled = self._compiled
-        if not _KNOWN_TRITON:
-            compiled[self._grid](*pointers, *self._rest)
-            return
-        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
-        compiled.run(
-            *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *pointers, *self._rest
-        )
+        self._launch(*pointers, *self._rest)
 
 
 class Packer:
@@ -232,8 +223,8 @@ class Packer:
             value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, the last stride 1.
 
         Returns:
-            Query, key and value, shape `(tokens, heads, size)`. Keys and values of a head_dim below `size` overlap: a
-            head goes on with the next head of its token, and the last one with zeros.
+            Query, key and value, shape `(tokens, heads, size)`. Values of a head_dim below `size` overlap: a head goes
+            on with the next head of its token, and the last one with zeros.
         """
         pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr())
         seen = (query.stride(), key.stride(), value.stride())
@@ -256,10 +247,9 @@ class Packer:
         num_queries = batch * query_width if query_slots is None else query_slots.shape[0]
         num_keys = batch * key_width if key_slots is None else key_slots.shape[0]
         size = self._size
-        # What a key has beyond head_dim meets the zeros of the query, and what a value has there is cropped: it need
-        # not be written, but be finite, and start where kernels can read 16 bytes at once. An overflow in one head is
-        # then NaN in the head before it too, where eager attention would keep it from that head.
-        width = head_dim if head_dim == value_head_dim and head_dim % (16 // query.element_size()) == 0 else size
+        # What a value has beyond head_dim is cropped: it need not be written, but start where kernels can read 16 bytes
+        # at once. A key needs zeros there: infinity of the next head times the zeros of the query is NaN.
+        width = value_head_dim if value_head_dim % (16 // query.element_size()) == 0 else size
         shape = _PackedShape((num_queries, query_heads, size), (num_keys, key_heads, size), width)
         packed = shape.make(query.dtype, query.device)
         tokens, heads = _tile(size, query_heads, query.element_size())
@@ -290,7 +280,7 @@ class Packer:
 
 @dataclass(frozen=True, slots=True)
 class _PackedShape:
-    """Shapes of packed queries and of packed keys or values, and how far the heads of those are apart."""
+    """Shapes of packed queries and of packed keys or values, and how far the heads of values are apart."""
 
     query: tuple[int, int, int]
     key: tuple[int, int, int]
@@ -298,12 +288,11 @@ class _PackedShape:
 
     def make(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_keys, heads, size = self.key
-        width = self.width
-        stride = heads * width + size - width
+        stride = heads * self.width + size - self.width
         query = torch.empty(self.query, dtype=dtype, device=device)
-        both = torch.empty(2 * num_keys * stride, dtype=dtype, device=device)
-        strides = (stride, width, 1)
-        return query, both.as_strided(self.key, strides), both.as_strided(self.key, strides, num_keys * stride)
+        key = torch.empty(self.key, dtype=dtype, device=device)
+        values = torch.empty(num_keys * stride, dtype=dtype, device=device)
+        return query, key, values.as_strided(self.key, (stride, self.width, 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -319,27 +317,6 @@ def test_a_capture_without_a_plan_says_on_which_stream(monkeypatch: pytest.Monke
         hf_flashinfer_attn.UnsupportedAttentionError, match=r"0x7f00 of cuda:1, only on 0x0, 0x10\. Run"
     ):
         wrappers.planned(layout, key)
-
-
-def test_the_kernel_of_a_graph_takes_as_many_tokens_as_the_graph_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashInfer refuses queries of another number than the last offset that `plan` was given."""
-    key = wrappers.PlanKey(
-        kernel="fa2", num_heads=2, num_kv_heads=2, head_dim=64, dtype=torch.float16, causal=False, window_left=-1,
-        sm_scale=0.125, softcap=0.0, device=torch.device("cuda", 0), stream=0, biased=False, sinks=False,
-    )  # fmt: skip
-    layout = RaggedLayout.for_graph([2, 3], rows=8, tokens=64, workspace=object())
-    planned: list[torch.Tensor] = []
-    prefill = SimpleNamespace(plan=lambda *offsets, **options: planned.extend(offsets[:2]), _cached_module=None)
-    wrapper = object.__new__(wrappers.GraphWrapper)
-    wrapper.prefill, wrapper._rows, wrapper._tokens = prefill, 8, 64
-    wrapper._buffer, wrapper._ring = torch.empty(0), deque([(torch.empty(0), None)])
-    replanned: list[tuple[torch.Tensor, torch.Tensor]] = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
-    monkeypatch.setattr(wrapper, "_plan", lambda *sides: replanned.append(sides) or [])
-    wrapper.plan(key, layout)
-    for offsets in planned:
-        assert (len(offsets), offsets[0], offsets[-1]) == (9, 0, 64)
-    assert [side.tolist() for side in replanned[0]] == [[0, 2, 5, 5, 5, 5, 5, 5, 5], [2, 3, 0, 0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

@@ -38,11 +38,11 @@ def plain_pack(side: torch.Tensor, valid: torch.Tensor, size: int) -> torch.Tens
 
 
 def check_packed(packed, sides: tuple[torch.Tensor, ...], valid: tuple[torch.Tensor, ...], size: int) -> None:
-    """Queries have zeros beyond head_dim; keys and values anything finite that is inside their memory."""
+    """Queries and keys have zeros beyond head_dim; values anything finite that is inside their memory."""
     for name, side, tokens, where in zip(("query", "key", "value"), sides, packed, valid):
         expected = plain_pack(side, where, size)
         assert tokens.shape == expected.shape
-        kept = size if name == "query" else side.shape[-1]
+        kept = side.shape[-1] if name == "value" else size
         assert torch.equal(tokens[..., :kept], expected[..., :kept])
         assert tokens.isfinite().all()
         assert tokens.data_ptr() % 16 == 0
@@ -55,6 +55,23 @@ VALID = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)).flatm
           for n in sizes[1:])
     )
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("through", ["torch", "triton"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_in_one_head_stays_there(kernels: ModuleType, through: str, value: float) -> None:
+    query, key, values = sides(2, [(3, 5, 32)] * 3, torch.float16)
+    key[0, 1, 2] = values[0, 1, 2] = value
+    packer = (Packer if through == "torch" else kernels.Packer)(None, None, 64)
+    packed_query, packed_key, packed_value = packer(query, key, values)
+    logits = torch.einsum("qhd,khd->hqk", packed_query.float(), packed_key.float())
+    sees_it = torch.zeros_like(logits, dtype=torch.bool)
+    sees_it[1, :, 2] = True
+    assert logits[~sees_it].isfinite().all()
+    assert not logits[sees_it].isfinite().any()
+    output = torch.einsum("hqk,khd->hqd", torch.ones_like(logits), packed_value.float())[..., :32]
+    assert output[[0, 2]].isfinite().all()
+    assert not output[1].isfinite().any()
 
 
 @pytest.mark.parametrize("through", ["torch", "triton"])

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import functools
+import sys
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from packaging.version import Version
 
 from .. import jit
 from ..errors import UnsupportedAttentionError
-from ..layout import RaggedLayout
+from ..layout import RaggedLayout, RaggedSide
 from ..trace import record_plan
 from .biased import biased_module_arguments
+from .recording import CallRecorder, Lengths, device_offsets_of, find, learn_planner, recording, share_workspace
 
-__all__ = ["GraphWorkspace", "Kernel", "PlanKey", "Wrapper", "keep_captured", "plan_graph", "planned"]
+__all__ = [
+    "GraphWorkspace",
+    "Kernel",
+    "ModuleKind",
+    "PlanKey",
+    "Wrapper",
+    "keep_captured",
+    "plan_graph",
+    "planned",
+    "planning_ways",
+]
 
 Kernel = Literal["fa2", "fa3", "auto"]
 
@@ -49,78 +60,30 @@ class PlanKey:
     sinks: bool
 
 
-class _Recorder:
-    """Stands before FlashInfer's compiled module and keeps the arguments of the last call."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.arguments: tuple[Any, ...] | None = None
-
-    def ragged_run(self, *arguments: Any) -> Any:
-        self.arguments = arguments
-        return self.module.ragged_run(*arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-
 @dataclass(slots=True)
 class _Replay:
-    """A call of FlashInfer's module as a wrapper's `run` made it, for other tensors and other lengths.
+    """A call of a compiled module as the wrapper's `run` made it, without its tensors, which would live as long."""
 
-    `run` checks and assembles the same two dozen arguments at every call, about 30 us of host time, and `plan` as much
-    again around the planner. All layers of a forward differ in nothing but their tensors, and forwards in lengths.
-    """
-
-    module: Any
-    # Without the tensors, whose memory would live as long as the plan.
     arguments: list[Any]
     tensors: tuple[int, int, int, int]
     plan: int
     offsets: tuple[int, int]
 
 
-def _find(arguments: Sequence[Any], wanted: Sequence[Any]) -> tuple[int, ...] | None:
-    """Returns where each of some objects is among arguments; None unless all are, at places of their own."""
-    places = [next((at for at, found in enumerate(arguments) if found is one), -1) for one in wanted]
-    return None if -1 in places or len(set(places)) < len(places) else tuple(places)
+def planning_ways() -> dict[str, str]:
+    """Returns how kernels that were planned more than once in this process are planned, by their names."""
+    if (flashinfer := sys.modules.get("flashinfer")) is None:
+        return {}
+    ways = {}
+    for (kernel, biased, in_graphs), known in list(_recording_class(flashinfer).planners.items()):
+        name = kernel + " with a bias" * biased + ", captured graphs" * in_graphs
+        slow = f"FlashInfer's public plan(), about 0.2 ms slower per forward: {known}"
+        ways[name] = slow if isinstance(known, str) else "recorded arguments"
+    return ways
 
 
-@functools.cache
-def _planner_is_known() -> bool:
-    """Whether this FlashInfer's planner is known to take the arguments of `Wrapper._plan_again`."""
-    import flashinfer
-
-    return Version(flashinfer.__version__).release[:3] == (0, 7, 2)
-
-
-def _planner_arguments(
-    key: PlanKey,
-    workspaces: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    rows_on_host: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    tokens: int,
-    rows: int,
-    *,
-    for_graph: bool = False,
-) -> list[Any]:
-    """Returns what the planner of FlashInfer's compiled module takes.
-
-    Args:
-        key: What is planned.
-        workspaces: For floats, for integers, and pinned for integers.
-        rows_on_host: Offsets of the queries, offsets of the keys, and lengths of the keys, int32.
-        tokens: Queries, those of no row included.
-        rows: How many.
-        for_graph: Whether plans for other lengths must ask for the same launches.
-    """
-    arguments = [
-        *workspaces, *rows_on_host, tokens, rows, key.num_heads, key.num_kv_heads,
-        1,  # tokens of a page
-        for_graph, key.head_dim, key.head_dim, key.causal, key.window_left,
-    ]  # fmt: skip
-    if key.kernel == "fa2":
-        arguments += [-1, True, 0, 0]  # no fixed split, no split at all, no other CTAs, no promise of equal lengths
-    return arguments
+def _recording_class(flashinfer: ModuleType) -> type[Any]:
+    return recording(flashinfer.BatchPrefillWithRaggedKVCacheWrapper)
 
 
 class Wrapper:
@@ -130,37 +93,41 @@ class Wrapper:
     not touch that buffer before `event` has passed.
     """
 
-    def __init__(self, module: _Module, float_workspace: torch.Tensor, **options: Any) -> None:
-        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+    def __init__(self, module: ModuleKind, float_workspace: torch.Tensor, **options: Any) -> None:
+        import flashinfer
 
+        # "auto" chooses by lengths, anew in every plan, so there is nothing to repeat.
+        is_auto = module.kernel == "auto"
+        wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper if is_auto else _recording_class(flashinfer)
         jit_args = None if module.biased is None else biased_module_arguments(*module.biased)
-        self.prefill = BatchPrefillWithRaggedKVCacheWrapper(
-            float_workspace, "NHD", backend=module.kernel, jit_args=jit_args, **options
-        )
+        self.prefill = wrapper(float_workspace, "NHD", backend=module.kernel, jit_args=jit_args, **options)
         self.event = torch.cuda.Event()
         self.key: PlanKey | None = None
         self._replay: _Replay | None = None
 
+    @property
+    def _recorder(self) -> CallRecorder | None:
+        recorder: CallRecorder | None = getattr(self.prefill, "recorder", None)
+        return recorder
+
     def plan(self, key: PlanKey, layout: RaggedLayout) -> None:
         self.event.synchronize()
-        # "auto" chooses by lengths, anew in every plan.
-        if self._replay is not None and self.key == key and key.kernel != "auto" and _planner_is_known():
-            self._plan_again(key, layout, self._replay)
-        else:
+        lengths = Lengths.of(layout)
+        if self._replay is None or self.key != key or not self._plan_recorded(key, lengths, self._replay):
             self.key, self._replay = None, None
-            self._plan_anew(key, layout.query.cu_seqlens_host, layout.key.cu_seqlens_host)
+            self._plan_publicly(key, lengths)
             self.key = key
         self.event.record(torch.cuda.current_stream(key.device))
         record_plan()
 
-    def _plan_anew(self, key: PlanKey, query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> None:
+    def _plan_publicly(self, key: PlanKey, lengths: Lengths) -> CallRecorder | None:
         """Plans with all of FlashInfer's own checks; offsets are on the host, from where it need not copy them back."""
         name = f"{key.kernel}, {str(key.dtype).removeprefix('torch.')}, head_dim {key.head_dim}"
         # What "auto" takes is known to nobody else, nor whether it is compiled.
         with jit.watched(name) if key.kernel == "auto" else nullcontext():
             self.prefill.plan(
-                query_offsets,
-                key_offsets,
+                lengths.query_offsets,
+                lengths.key_offsets,
                 key.num_heads,
                 key.num_kv_heads,
                 key.head_dim,
@@ -173,57 +140,57 @@ class Wrapper:
                 # #4972).
                 disable_split_kv=True,
             )
+        return self._recorder
 
-    def _plan_again(self, key: PlanKey, layout: RaggedLayout, replay: _Replay) -> None:
-        prefill = self.prefill
-        arguments = _planner_arguments(
-            key,
-            (
-                prefill._float_workspace_buffer,
-                prefill._int_workspace_buffer,
-                prefill._pin_memory_int_workspace_buffer,
-            ),
-            (layout.query.cu_seqlens_host, layout.key.cu_seqlens_host, layout.key.lengths_host),
-            layout.query.total_tokens,
-            len(layout.query.lengths),
-        )
-        replay.arguments[replay.plan] = replay.module.plan(*arguments)
-        query_offsets = layout.query.cu_seqlens_host.to(key.device, non_blocking=True)
+    def _planner(self, key: PlanKey, *, fixed_rows: int | None = None) -> tuple[str | None, ...] | None:
+        """Returns which fields of `Lengths` a planner's arguments are; None where it must be called publicly."""
+        planners = type(self.prefill).planners
+        kind = key.kernel, key.biased, fixed_rows is not None
+        if kind not in planners:
+            planners[kind] = learn_planner(lambda probe: self._plan_publicly(key, probe), fixed_rows=fixed_rows)
+        known = planners[kind]
+        return None if isinstance(known, str) else known
+
+    def _plan_recorded(self, key: PlanKey, lengths: Lengths, replay: _Replay) -> bool:
+        """Plans with recorded arguments; returns False where that is not known to be right."""
+        fields, recorder = self._planner(key), self._recorder
+        if fields is None or recorder is None or recorder.plan_arguments is None:
+            return False
+        replay.arguments[replay.plan] = recorder.module.plan(*_exchanged(recorder.plan_arguments, fields, lengths))
+        query_offsets = lengths.query_offsets.to(key.device, non_blocking=True)
         key_offsets = query_offsets
-        if layout.key is not layout.query:
-            key_offsets = layout.key.cu_seqlens_host.to(key.device, non_blocking=True)
+        if lengths.key_offsets is not lengths.query_offsets:
+            key_offsets = lengths.key_offsets.to(key.device, non_blocking=True)
         replay.arguments[replay.offsets[0]], replay.arguments[replay.offsets[1]] = query_offsets, key_offsets
+        return True
 
     def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
         """Runs the planned kernel on contiguous ragged tensors, and writes to `output`."""
-        replay = self._replay
+        replay, recorder = self._replay, self._recorder
+        if recorder is None:
+            self.prefill.run(query, key, value, out=output)
+            return
         if replay is not None:
             arguments = replay.arguments.copy()
             for place, tensor in zip(replay.tensors, (query, key, value, output)):
                 arguments[place] = tensor
-            replay.module.ragged_run(*arguments)
+            recorder.module.ragged_run(*arguments)
             return
-        prefill = self.prefill
-        module = getattr(prefill, "_cached_module", None)
-        if module is None or not hasattr(module, "ragged_run"):
-            prefill.run(query, key, value, out=output)
-            return
-        if isinstance(module, _Recorder):  # another thread's, whose first call of this plan is under way
-            module = module.module
-        recorder = _Recorder(module)
-        prefill._cached_module = recorder
-        try:
-            prefill.run(query, key, value, out=output)
-        finally:
-            prefill._cached_module = module
-        if (recorded := recorder.arguments) is None:
-            return
-        tensors = _find(recorded, (query, key, value, output))
-        fixed = [getattr(prefill, name, None) for name in ("_plan_info", "_qo_indptr_buf", "_kv_indptr_buf")]
-        planned = None if any(one is None for one in fixed) else _find(recorded, fixed)
-        if tensors is not None and planned is not None:
-            arguments = [None if at in tensors else argument for at, argument in enumerate(recorded)]
-            self._replay = _Replay(module, arguments, tensors, planned[0], planned[1:])  # type: ignore[arg-type]
+        self.prefill.run(query, key, value, out=output)
+        # Another thread's call of the same plan may have come between, which is not found here then.
+        recorded, recorder.run_arguments = recorder.run_arguments or (), None
+        tensors = find(recorded, (query, key, value, output))
+        fixed = find(recorded, (recorder.plan_result, *device_offsets_of(self.prefill)))
+        if tensors is not None and fixed is not None:
+            arguments = [None if place in tensors else argument for place, argument in enumerate(recorded)]
+            self._replay = _Replay(arguments, tensors, fixed[0], fixed[1:])  # type: ignore[arg-type]
+
+
+def _exchanged(arguments: Sequence[Any], fields: Sequence[str | None], lengths: Lengths) -> list[Any]:
+    return [value if field is None else getattr(lengths, field) for value, field in zip(arguments, fields)]
+
+
+_PinnedRing = deque[tuple[torch.Tensor, torch.cuda.Event]]
 
 
 class GraphWorkspace:
@@ -238,13 +205,13 @@ class GraphWorkspace:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.float_buffer = torch.empty(_FLOAT_WORKSPACE_BYTES["fa3"], dtype=torch.uint8, device=device)
-        self._parts: list[tuple[torch.Tensor, deque[tuple[torch.Tensor, torch.cuda.Event]]]] = []
+        self._parts: list[tuple[torch.Tensor, _PinnedRing]] = []
 
-    def part(self, index: int) -> tuple[torch.Tensor, deque[tuple[torch.Tensor, torch.cuda.Event]]]:
+    def part(self, index: int) -> tuple[torch.Tensor, _PinnedRing]:
         """Returns the device's buffer and the pinned ones of one kind of attention."""
         while len(self._parts) <= index:
             ring = deque(
-                (torch.empty(self._BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
+                (torch.empty(self._BYTES, dtype=torch.uint8, device="cpu", pin_memory=True), torch.cuda.Event())
                 for _ in range(self._PINNED)
             )
             self._parts.append((torch.empty(self._BYTES, dtype=torch.uint8, device=self.device), ring))
@@ -259,60 +226,58 @@ class GraphWrapper(Wrapper):
         self._rows, self._tokens = len(layout.query.lengths), layout.query.padded_shape[1]
         self._offsets = torch.zeros(self._rows + 1, dtype=torch.int32, device=key.device)
         super().__init__(
-            _Module.of(key),
+            ModuleKind.of(key),
             workspace.float_buffer,
             use_cuda_graph=True,
             qo_indptr_buf=self._offsets,
             kv_indptr_buf=self._offsets,
         )
-        self._buffer, self._ring = workspace.part(index)
-        self._plan_info: list[int] | None = None
-        self._module: Any = None
+        buffer, self._ring = workspace.part(index)
+        # Of all plans through the public method, and of the recorded arguments, in which another of the ring takes its
+        # place.
+        self._pinned, self._pinned_event = self._ring[0]
+        share_workspace(self.prefill, workspace.float_buffer, buffer, self._pinned)
+        self._fields: tuple[str | None, ...] | None = None
+        self._plan_info: list[Any] | None = None
 
     def plan(self, key: PlanKey, layout: RaggedLayout) -> None:
-        prefill = self.prefill
-        # `run` raises where the last plan was for another number of tokens. What follows plans for the true rows.
-        whole = torch.tensor([0] + [self._tokens] * self._rows, dtype=torch.int32)
-        self._plan_anew(key, whole, whole)
-        self.key, self._module = key, prefill._cached_module
-        # In place of the wrapper's own, 16 MiB for each graph: one for all.
-        torch.cuda.current_stream(key.device).synchronize()
-        prefill._int_workspace_buffer = self._buffer
-        prefill._pin_memory_int_workspace_buffer = self._ring[0][0]
-        prefill._plan_info = self._plan(layout.query.cu_seqlens_host, layout.query.lengths_host)
-        self._plan_info = list(prefill._plan_info)
+        # `run` raises where the last plan was for another number of tokens, and later plans must be for no more. The
+        # captured launches are the same for all lengths; before a replay, `plan_again` plans for true ones.
+        whole = RaggedSide((self._tokens,) + (0,) * (self._rows - 1), (1, self._tokens), None)
+        lengths = Lengths.of(RaggedLayout(whole))
+        self._pinned_event.synchronize()
+        self._plan_publicly(key, lengths)
+        if self._rows >= 4 and self._tokens >= 64:
+            self._fields = self._planner(key, fixed_rows=self._rows)
+            self._plan_publicly(key, lengths)
+        self._pinned_event.record(torch.cuda.current_stream(key.device))
+        self.key = key
+        if self._recorder is not None and self._recorder.plan_result is not None:
+            self._plan_info = list(self._recorder.plan_result)
+        record_plan()
+        if self._fields is not None:
+            self.plan_again(Lengths.of(layout))
 
-    def plan_again(self, offsets: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Plans for other lengths, on the current stream, before the graph is replayed there.
-
-        Args:
-            offsets: Of the rows, int32 on the host, shape `(rows + 1,)`.
-            lengths: Of the rows, the same, shape `(rows,)`.
-        """
-        if list(self._plan(offsets, lengths)) != self._plan_info:
-            raise RuntimeError("FlashInfer planned other launches than the captured ones; please report this.")
-
-    def _plan(self, offsets: torch.Tensor, lengths: torch.Tensor) -> Any:
-        key = self.key
-        assert key is not None
-        pinned, event = self._ring[0]
-        self._ring.rotate(-1)
-        event.synchronize()
-        if key.kernel == "fa2":
-            # fa3 finds them in the plan.
-            self._offsets.copy_(offsets, non_blocking=True)
-        arguments = _planner_arguments(
-            key,
-            (self.prefill._float_workspace_buffer, self._buffer, pinned),
-            (offsets, offsets, lengths),
-            self._tokens,
-            self._rows,
-            for_graph=True,
-        )
-        plan_info = self._module.plan(*arguments)
+    def plan_again(self, lengths: Lengths) -> None:
+        """Plans for other lengths, on the current stream, before the graph is replayed there."""
+        key, recorder = self.key, self._recorder
+        assert key is not None, "planned before its graph was captured"
+        if self._fields is None or recorder is None or recorder.plan_arguments is None:
+            self._pinned_event.synchronize()
+            recorder = self._plan_publicly(key, lengths)
+            plan_info, event = None if recorder is None else recorder.plan_result, self._pinned_event
+        else:
+            pinned, event = self._ring[0]
+            self._ring.rotate(-1)
+            event.synchronize()
+            # The kernels may read offsets there or in the plan.
+            self._offsets.copy_(lengths.query_offsets, non_blocking=True)
+            arguments = _exchanged(recorder.plan_arguments, self._fields, lengths)
+            plan_info = recorder.module.plan(*(pinned if value is self._pinned else value for value in arguments))
         event.record(torch.cuda.current_stream(key.device))
         record_plan()
-        return plan_info
+        if plan_info is not None and list(plan_info) != self._plan_info:
+            raise RuntimeError("FlashInfer planned other launches than the captured ones; please report this.")
 
 
 def plan_graph(layout: RaggedLayout, lengths: Sequence[int]) -> None:
@@ -327,30 +292,34 @@ def plan_graph(layout: RaggedLayout, lengths: Sequence[int]) -> None:
     counts[: len(lengths)] = lengths
     offsets = np.zeros(rows + 1, dtype=np.int32)
     np.cumsum(counts, out=offsets[1:])
+    cu_seqlens, row_lengths = torch.from_numpy(offsets), torch.from_numpy(counts)
+    tokens, longest = int(offsets[-1]), max(lengths, default=0)
+    planned_for = Lengths(cu_seqlens, cu_seqlens, row_lengths, row_lengths, tokens, tokens, rows, longest, longest)
     for wrapper in layout.plans.values():
-        wrapper.plan_again(torch.from_numpy(offsets), torch.from_numpy(counts))
+        wrapper.plan_again(planned_for)
 
 
 @dataclass(frozen=True, slots=True)
-class _Module:
+class ModuleKind:
     """What a wrapper can be planned for: any dtype and head_dim of a kernel, but one of the kernel with a bias."""
 
     kernel: Kernel
     biased: tuple[torch.dtype, int] | None
 
     @classmethod
-    def of(cls, key: PlanKey) -> _Module:
+    def of(cls, key: PlanKey) -> ModuleKind:
         return cls(key.kernel, (key.dtype, key.head_dim) if key.biased else None)
 
 
 class WrapperPool:
     """Wrappers of one kernel on one stream of one device; a plan holds one for as long as its layout lives."""
 
-    def __init__(self, module: _Module, device: torch.device) -> None:
+    def __init__(self, module: ModuleKind, device: torch.device) -> None:
         self._module = module
         self._float_workspace = torch.empty(_FLOAT_WORKSPACE_BYTES[module.kernel], dtype=torch.uint8, device=device)
         self._free: deque[Wrapper] = deque()
         self._made = 0
+        self.is_evicted = False
 
     def take(self, key: PlanKey) -> Wrapper:
         # Planned for the same before, or else the one that came back first: the copy of its last plan is the likeliest
@@ -373,17 +342,56 @@ class WrapperPool:
         return Wrapper(self._module, self._float_workspace)
 
     def give_back(self, wrapper: Wrapper) -> None:
-        self._free.append(wrapper)
+        if self.is_evicted or len(self._free) >= _RING:
+            self._made -= 1
+            _evicted.append(wrapper)
+        else:
+            self._free.append(wrapper)
+
+    def evict(self) -> None:
+        self.is_evicted = True
+        with suppress(IndexError):
+            while True:
+                _evicted.append(self._free.popleft())
 
 
-_pools: dict[tuple[_Module, torch.device, int], WrapperPool] = {}
+# Least recently used first: servers may make a stream for each request.
+_pools: OrderedDict[tuple[ModuleKind, torch.device, int], WrapperPool] = OrderedDict()
 _pools_lock = threading.Lock()
+_MOST_POOLS = 16
+# Wrappers to be freed as soon as nothing is copied from their pinned memory any more.
+_evicted: deque[Wrapper] = deque()
 # Layouts whose plans captured graphs read, kept for good: see `planned`.
 _captured: set[RaggedLayout] = set()
+_MOST_CAPTURED = 256
+
+
+def _pool_of(module: ModuleKind, device: torch.device, stream: int) -> WrapperPool:
+    with _pools_lock:
+        for _ in range(len(_evicted)):
+            wrapper = _evicted.popleft()
+            if not wrapper.event.query():
+                _evicted.append(wrapper)
+        pool = _pools.get((module, device, stream))
+        if pool is None:
+            if len(_pools) >= _MOST_POOLS:
+                _pools.popitem(last=False)[1].evict()
+            pool = _pools[module, device, stream] = WrapperPool(module, device)
+        _pools.move_to_end((module, device, stream))
+        return pool
 
 
 def keep_captured(layout: RaggedLayout) -> None:
-    """Keeps a layout whose plans a captured graph reads until the process ends."""
+    """Keeps a layout whose plans a captured graph reads until the process ends.
+
+    Raises:
+        UnsupportedAttentionError: If 256 are kept already, which take 4 GiB of the GPU and of pinned memory.
+    """
+    if layout not in _captured and len(_captured) >= _MOST_CAPTURED:
+        raise UnsupportedAttentionError(
+            f"capturing more than {_MOST_CAPTURED} CUDA graphs of different shapes, whose plans are never freed",
+            "Capture fewer shapes, or use unpad(model, cuda_graphs=True), whose graphs share memory.",
+        )
     _captured.add(layout)
 
 
@@ -414,10 +422,9 @@ def planned(layout: RaggedLayout, key: PlanKey) -> Wrapper:
         if layout.graph_workspace is None:
             keep_captured(layout)
     elif wrapper is None and layout.graph_workspace is not None:
-        if key.kernel == "auto" or not _planner_is_known():
+        if key.kernel == "auto":
             raise UnsupportedAttentionError(
-                f"a captured graph of kernel {key.kernel!r} of this version of FlashInfer, whose planner is not known",
-                "Use unpad without cuda_graphs, or flashinfer-python 0.7.2 on a GPU of another kind.",
+                "kernel 'auto', which chooses by lengths, in a captured graph", "Use unpad without cuda_graphs."
             )
         wrapper = GraphWrapper(key, layout, len(layout.plans))
         wrapper.plan(key, layout)
@@ -426,11 +433,7 @@ def planned(layout: RaggedLayout, key: PlanKey) -> Wrapper:
         with layout.lock:
             wrapper = layout.plans.get(key)
             if wrapper is None:
-                module = _Module.of(key)
-                with _pools_lock:
-                    pool = _pools.get((module, key.device, key.stream))
-                    if pool is None:
-                        pool = _pools[module, key.device, key.stream] = WrapperPool(module, key.device)
+                pool = _pool_of(ModuleKind.of(key), key.device, key.stream)
                 wrapper = pool.take(key)
                 try:
                     wrapper.plan(key, layout)
