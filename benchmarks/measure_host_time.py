@@ -37,7 +37,7 @@ from hf_flashinfer_attn import GraphOptions
 from hf_flashinfer_attn.bench.contenders import twin
 from hf_flashinfer_attn.bench.workload import REQUEST_SETS, shape_config, synthetic_batches
 from hf_flashinfer_attn.environment import describe_environment
-from hf_flashinfer_attn.unpadding import graphs, model
+from hf_flashinfer_attn.unpadding import graphs, model, model_state
 from hf_flashinfer_attn.unpadding.graphs import graphs_of
 from hf_flashinfer_attn.unpadding.packing import Packing
 
@@ -52,7 +52,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "packing": ((model, "_packing_of"), (model, "_packed_inputs"), (model, "offsets_of")),
     "waiting for the GPU": ((torch.cuda.Event, "synchronize"),),
     "moving": ((Packing, "move"),),
-    "is the model the captured one": ((graphs.ModelState, "holds"),),
+    "is the model the captured one": ((model_state.ModelState, "holds"),),
     "planning": ((graphs, "plan_graph"),),
     "replay": ((torch.cuda.CUDAGraph, "replay"),),
     "spreading": ((Packing, "spread"),),

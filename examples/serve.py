@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field, StringConstraints
 
 import hf_flashinfer_attn
 from encoder import Encoder, Rows
-from hf_flashinfer_attn.unpadding.graphs import token_bucket
+from hf_flashinfer_attn.unpadding.graph_options import token_bucket
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from .pattern import FULL
 from .prepared import takes_padding_mask
 from .settings import Settings, current_settings
 from .unpadding.families import family_of, reason_against
-from .unpadding.graphs import ModelState
+from .unpadding.model_state import ModelState
 
 __all__ = ["LayerPlan", "ModelPlan", "plan_of_config"]
 

@@ -31,7 +31,9 @@ import hf_flashinfer_attn
 from hf_flashinfer_attn import GraphOptions, graph_statistics, repad, unpad
 from hf_flashinfer_attn.bench.workload import REQUEST_SETS
 from hf_flashinfer_attn.layout import RaggedLayout
-from hf_flashinfer_attn.unpadding.graphs import GraphedForward, ModelState, graphs_of, row_bucket, token_bucket
+from hf_flashinfer_attn.unpadding.graph_options import row_bucket, token_bucket
+from hf_flashinfer_attn.unpadding.graphs import GraphedForward, graphs_of
+from hf_flashinfer_attn.unpadding.model_state import ModelState
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 200,

@@ -16,7 +16,8 @@ from benchmarks import measure_compile_time, measure_host_time
 from hf_flashinfer_attn import jit, unpad
 from hf_flashinfer_attn.bench.workload import shape_config
 from hf_flashinfer_attn.kernel_cache import cache_directory, compiled_modules
-from hf_flashinfer_attn.unpadding.graphs import GraphedForward, ModelState, graphs_of
+from hf_flashinfer_attn.unpadding.graphs import GraphedForward, graphs_of
+from hf_flashinfer_attn.unpadding.model_state import ModelState
 
 SMALL = ["--layers", "1", "--shapes", "gte-small", "--sets", "single", "--repeats", "2"]
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import gc
 import inspect
-import itertools
-import operator
 import threading
 import time
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,25 +30,21 @@ from ..layout import RaggedLayout, known_layout, offsets_of
 from ..mask import is_mask_of_ones, mask_of_ones
 from ..settings import Settings, current_settings
 from ..trace import AttentionCall, is_tracing, record_call, trace
+from .graph_options import GraphOptions, GraphStatistics, row_bucket, token_bucket
+from .model_state import ModelState
 from .packing import RIDER, leave_sizes_open
 
 __all__ = [
     "CALLER",
-    "GraphOptions",
-    "GraphStatistics",
     "GraphedForward",
-    "ModelState",
     "carry_state",
     "graphs_of",
     "install_graphs",
     "is_asked_for",
     "is_copied_with",
-    "row_bucket",
-    "token_bucket",
     "uninstall_graphs",
 ]
 
-_MIN_ROWS, _MIN_TOKENS = 8, 64
 # Rides on offsets: the state of the model, found to hold while they were made.
 _LOOKED_AT = "_flashinfer_model_state"
 # An argument that tells a forward which module it was called of, by weak reference, where that is not its own.
@@ -65,209 +59,6 @@ _KNOWN = frozenset(
         "return_dict", "output_attentions", "output_hidden_states",
     }
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class GraphOptions:
-    """How CUDA graphs are captured.
-
-    Args:
-        max_tokens: Larger batches run without a graph; they are not bound by the host.
-        max_rows: The same by rows.
-        max_memory_gib: Of the GPU that graphs may take in all, GiB; those not used for longest are dropped.
-        compile: Whether `torch.compile` fuses what is captured. The first capture then takes up to a minute, once for
-            all sizes; `graph_statistics(model).compile_seconds` says how long.
-
-    Raises:
-        ValueError: If a number is not positive, or `compile` is not a bool.
-
-    Examples:
-        >>> import hf_flashinfer_attn
-        >>> hf_flashinfer_attn.GraphOptions(max_tokens=16_384).max_rows
-        1024
-    """
-
-    max_tokens: int = 32_768
-    max_rows: int = 1_024
-    max_memory_gib: float = 4.0
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"GraphOptions(compile={self.compile!r}): expected True or False.")
-        for name in ("max_tokens", "max_rows", "max_memory_gib"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"GraphOptions({name}={getattr(self, name)!r}): expected a number above 0.")
-
-
-@dataclass(slots=True)
-class GraphStatistics:
-    """What the graphs of a model did so far.
-
-    Args:
-        captured: Graphs that were captured.
-        dropped: Graphs that were dropped, for memory or because the model had changed.
-        replayed: Forwards that a graph ran.
-        tokens: Tokens in those forwards.
-        slots: Tokens in those forwards, filler included.
-        memory_bytes: Of the GPU that graphs take now, as far as can be told from its free memory.
-        compile_seconds: Of the first runs of what was compiled, kernels of all sizes so far included.
-
-    Examples:
-        >>> from hf_flashinfer_attn import GraphStatistics
-        >>> GraphStatistics(replayed=2, tokens=75, slots=100).waste
-        0.25
-    """
-
-    captured: int = 0
-    dropped: int = 0
-    replayed: int = 0
-    tokens: int = 0
-    slots: int = 0
-    memory_bytes: int = 0
-    compile_seconds: float = 0.0
-
-    @property
-    def waste(self) -> float:
-        """The share of filler in all tokens that graphs computed, 0 to 1."""
-        return 1 - self.tokens / self.slots if self.slots else 0.0
-
-    @classmethod
-    def total(cls, parts: Iterable[GraphStatistics]) -> GraphStatistics:
-        """Adds up several."""
-        whole = cls()
-        for part in parts:
-            for one in fields(cls):
-                setattr(whole, one.name, getattr(whole, one.name) + getattr(part, one.name))
-        return whole
-
-
-def token_bucket(tokens: int) -> int:
-    """Returns the size of the graph for so many tokens: 8 sizes per doubling, 16 from 2,048 on.
-
-    Examples:
-        >>> from hf_flashinfer_attn.unpadding.graphs import token_bucket
-        >>> [token_bucket(tokens) for tokens in (1, 64, 65, 549, 5_829, 22_024)]
-        [64, 64, 72, 576, 5888, 22528]
-    """
-    if tokens <= _MIN_TOKENS:
-        return _MIN_TOKENS
-    octave = 1 << ((tokens - 1).bit_length() - 1)
-    step = octave // (16 if octave >= 2_048 else 8)
-    return -(-tokens // step) * step
-
-
-def row_bucket(rows: int) -> int:
-    """Returns the number of rows of the graph for so many: a power of two, since rows of length zero cost little.
-
-    Examples:
-        >>> from hf_flashinfer_attn.unpadding.graphs import row_bucket
-        >>> [row_bucket(rows) for rows in (1, 8, 9, 200)]
-        [8, 8, 16, 256]
-    """
-    return max(_MIN_ROWS, 1 << (rows - 1).bit_length())
-
-
-# What `torch.nn.Module` keeps for itself, and a mark that transformers leaves on each; all else is a module's own.
-_PRIVATE = frozenset({*vars(torch.nn.Module()), "_is_hf_initialized"})
-# Attributes of torch's own layers, most of all attributes there are, that nothing in eval mode is computed from.
-_INERT = frozenset(
-    {
-        "in_features", "out_features", "num_embeddings", "embedding_dim", "normalized_shape", "elementwise_affine",
-        "p", "inplace", "padding_idx", "scale_grad_by_freq", "sparse",
-    }
-)  # fmt: skip
-
-
-class ModelState:
-    """What a captured graph depends on of a model besides the values of its weights.
-
-    Weights may be written to in place. Whatever else is done to a model changes what is compared here: other memory
-    (`to`, `half`), other modules or parameters, hooks, a forward that was replaced, attributes of a layer, train and
-    eval.
-
-    Args:
-        model: A backbone.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        modules = list(model.modules())
-        self._dicts = [vars(module) for module in modules]
-        stores = [one[name] for one in self._dicts for name in ("_parameters", "_buffers", "_modules")]
-        self._stores = [store for store in stores if store]
-        # Those of the model itself run around graphs, not in them.
-        inner = modules[1:]
-        hooks = [vars(module)[name] for module in inner for name in ("_forward_hooks", "_forward_pre_hooks")]
-        self._hooks = [store for store in hooks if store]
-        # What is empty, most of it, and stays so.
-        self._empty = [store for store in stores + hooks if not store]
-        # Held, here and below: nothing new may take the place in memory, and with it the identity, of what is gone.
-        self._held = list(itertools.chain.from_iterable(map(dict.values, self._stores)))
-        tensors = [value for value in self._held if isinstance(value, torch.Tensor)]
-        # Others, such as quantized weights, may have neither memory nor strides to be compared.
-        self._tensors = list(filter(_is_plain, tensors))
-        self._modules = inner
-        attributes = [
-            (vars(module), name)
-            for module in inner
-            for name in vars(module)
-            if name not in _PRIVATE and not (name in _INERT and type(module).__module__.startswith("torch.nn."))
-        ]
-        self._owners, self._names = [owner for owner, _ in attributes], [name for _, name in attributes]
-        self._values = list(map(dict.get, self._owners, self._names))
-        kinds: set[Any] = set(map(type, modules))
-        self._forwards = {kind: kind.forward for kind in kinds}
-        others = (type(value) for value in tensors if not _is_plain(value))
-        self.refusal = self._refuse(inner, next(others, None))
-        self._seen = self._look()
-
-    def _refuse(self, inner: list[torch.nn.Module], other: type[torch.Tensor] | None) -> str | None:
-        """Says why no graph can stand for the forward of a model as it is now."""
-        if other is not None:
-            return f"weights of type {other.__name__} in it may compute something else each time"
-        if next((value.dtype.itemsize for value in self._tensors if value.is_floating_point()), 0) != 2:
-            return "its weights are not in half precision"
-        for module in inner:
-            kind = type(module)
-            if not kind.__module__.startswith(("torch.nn.", "transformers.")):
-                return f"{kind.__module__}.{kind.__qualname__} in it may compute something else each time"
-            if "forward" in vars(module):
-                return f"the forward of a {kind.__name__} in it was replaced"
-        for hook in itertools.chain.from_iterable(map(dict.values, self._hooks)):
-            # Transformers leaves its own behind, which do nothing unless hidden states are asked for.
-            if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
-                return f"a hook on a module in it, {getattr(hook, '__qualname__', hook)}, would not be called"
-        return None
-
-    def _look(self) -> tuple[Any, ...]:
-        # Once per forward, over hundreds of modules: loops in C.
-        return (
-            list(map(torch.Tensor.data_ptr, self._tensors)),
-            list(map(torch.Tensor.stride, self._tensors)),
-            list(map(torch.Tensor.numel, self._tensors)),
-            list(map(operator.attrgetter("dtype"), self._tensors)),
-            any(self._empty),
-            list(itertools.chain.from_iterable(self._hooks)),
-            list(map(dict.get, self._dicts, itertools.repeat("training"))),
-            list(map(type, self._modules)),
-            # Methods of an instance are attributes, too.
-            sum(map(len, self._dicts[1:])),
-        )
-
-    def holds(self) -> bool:
-        """Whether the model is still as it was."""
-        now = itertools.chain.from_iterable(map(dict.values, self._stores))
-        return (
-            sum(map(len, self._stores)) == len(self._held)
-            and all(map(operator.is_, now, self._held))
-            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
-            and all(kind.forward is forward for kind, forward in self._forwards.items())
-            and self._look() == self._seen
-        )
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
 
 
 @dataclass(slots=True)

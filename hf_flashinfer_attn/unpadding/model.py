@@ -28,11 +28,9 @@ from ..recording import refuse_recording
 from ..settings import current_settings
 from .families import Family, Positions, family_of, reason_against
 from .features import forwards_features, pack_features, spread_features
+from .graph_options import GraphOptions, GraphStatistics
 from .graphs import (
     CALLER,
-    GraphOptions,
-    GraphStatistics,
-    ModelState,
     carry_state,
     graphs_of,
     install_graphs,
@@ -40,6 +38,7 @@ from .graphs import (
     is_copied_with,
     uninstall_graphs,
 )
+from .model_state import ModelState
 from .packing import RIDER, Packing, PackingAhead, leave_sizes_open
 
 __all__ = ["capture_graphs", "graph_statistics", "repad", "unpad"]

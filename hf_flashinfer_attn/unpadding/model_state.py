@@ -1,0 +1,112 @@
+"""What captured graphs depend on of a model, besides the values of its weights."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import Any
+
+import torch
+
+__all__ = ["ModelState"]
+
+# What `torch.nn.Module` keeps for itself, and a mark that transformers leaves on each; all else is a module's own.
+_PRIVATE = frozenset({*vars(torch.nn.Module()), "_is_hf_initialized"})
+# Attributes of torch's own layers, most of all attributes there are, that nothing in eval mode is computed from.
+_INERT = frozenset(
+    {
+        "in_features", "out_features", "num_embeddings", "embedding_dim", "normalized_shape", "elementwise_affine",
+        "p", "inplace", "padding_idx", "scale_grad_by_freq", "sparse",
+    }
+)  # fmt: skip
+
+
+class ModelState:
+    """What a captured graph depends on of a model besides the values of its weights.
+
+    Weights may be written to in place. Whatever else is done to a model changes what is compared here: other memory
+    (`to`, `half`), other modules or parameters, hooks, a forward that was replaced, attributes of a layer, train and
+    eval.
+
+    Args:
+        model: A backbone.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        modules = list(model.modules())
+        self._dicts = [vars(module) for module in modules]
+        stores = [one[name] for one in self._dicts for name in ("_parameters", "_buffers", "_modules")]
+        self._stores = [store for store in stores if store]
+        # Those of the model itself run around graphs, not in them.
+        inner = modules[1:]
+        hooks = [vars(module)[name] for module in inner for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self._hooks = [store for store in hooks if store]
+        # What is empty, most of it, and stays so.
+        self._empty = [store for store in stores + hooks if not store]
+        # Held, here and below: nothing new may take the place in memory, and with it the identity, of what is gone.
+        self._held = list(itertools.chain.from_iterable(map(dict.values, self._stores)))
+        tensors = [value for value in self._held if isinstance(value, torch.Tensor)]
+        # Others, such as quantized weights, may have neither memory nor strides to be compared.
+        self._tensors = list(filter(_is_plain, tensors))
+        self._modules = inner
+        attributes = [
+            (vars(module), name)
+            for module in inner
+            for name in vars(module)
+            if name not in _PRIVATE and not (name in _INERT and type(module).__module__.startswith("torch.nn."))
+        ]
+        self._owners, self._names = [owner for owner, _ in attributes], [name for _, name in attributes]
+        self._values = list(map(dict.get, self._owners, self._names))
+        kinds: set[Any] = set(map(type, modules))
+        self._forwards = {kind: kind.forward for kind in kinds}
+        others = (type(value) for value in tensors if not _is_plain(value))
+        self.refusal = self._refuse(inner, next(others, None))
+        self._seen = self._look()
+
+    def _refuse(self, inner: list[torch.nn.Module], other: type[torch.Tensor] | None) -> str | None:
+        """Says why no graph can stand for the forward of a model as it is now."""
+        if other is not None:
+            return f"weights of type {other.__name__} in it may compute something else each time"
+        if next((value.dtype.itemsize for value in self._tensors if value.is_floating_point()), 0) != 2:
+            return "its weights are not in half precision"
+        for module in inner:
+            kind = type(module)
+            if not kind.__module__.startswith(("torch.nn.", "transformers.")):
+                return f"{kind.__module__}.{kind.__qualname__} in it may compute something else each time"
+            if "forward" in vars(module):
+                return f"the forward of a {kind.__name__} in it was replaced"
+        for hook in itertools.chain.from_iterable(map(dict.values, self._hooks)):
+            # Transformers leaves its own behind, which do nothing unless hidden states are asked for.
+            if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+                return f"a hook on a module in it, {getattr(hook, '__qualname__', hook)}, would not be called"
+        return None
+
+    def _look(self) -> tuple[Any, ...]:
+        # Once per forward, over hundreds of modules: loops in C.
+        return (
+            list(map(torch.Tensor.data_ptr, self._tensors)),
+            list(map(torch.Tensor.stride, self._tensors)),
+            list(map(torch.Tensor.numel, self._tensors)),
+            list(map(operator.attrgetter("dtype"), self._tensors)),
+            any(self._empty),
+            list(itertools.chain.from_iterable(self._hooks)),
+            list(map(dict.get, self._dicts, itertools.repeat("training"))),
+            list(map(type, self._modules)),
+            # Methods of an instance are attributes, too.
+            sum(map(len, self._dicts[1:])),
+        )
+
+    def holds(self) -> bool:
+        """Whether the model is still as it was."""
+        now = itertools.chain.from_iterable(map(dict.values, self._stores))
+        return (
+            sum(map(len, self._stores)) == len(self._held)
+            and all(map(operator.is_, now, self._held))
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
+            and all(kind.forward is forward for kind, forward in self._forwards.items())
+            and self._look() == self._seen
+        )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
