@@ -17,7 +17,8 @@ class GraphOptions:
     Args:
         max_tokens: Larger batches run without a graph; they are not bound by the host.
         max_rows: The same by rows.
-        max_memory_gib: Of the GPU that graphs may take in all, GiB; those not used for longest are dropped.
+        max_memory_gib: GPU memory that graphs share, GiB. A size whose capture needs more runs without a graph; once in
+            1,000 replays, all graphs are dropped and captured anew instead.
         compile: Whether `torch.compile` fuses what is captured. The first capture then takes up to a minute, once for
             all sizes; `graph_statistics(model).compile_seconds` says how long.
 
@@ -49,11 +50,11 @@ class GraphStatistics:
 
     Args:
         captured: Graphs that were captured.
-        dropped: Graphs that were dropped, for memory or because the model had changed.
+        dropped: Graphs that were dropped, for memory or because the model changed.
         replayed: Forwards that a graph ran.
         tokens: Tokens in those forwards.
         slots: Tokens in those forwards, filler included.
-        memory_bytes: Of the GPU that graphs take now, as far as can be told from its free memory.
+        memory_bytes: GPU memory of the pool that graphs are captured into.
         compile_seconds: Of the first runs of what was compiled, kernels of all sizes so far included.
 
     Examples:

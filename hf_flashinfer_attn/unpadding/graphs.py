@@ -13,7 +13,6 @@ import threading
 import time
 import types
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from transformers.utils import ModelOutput
 from ..backends.flashinfer import unavailable_reason
 from ..backends.wrappers import GraphWorkspace, plan_graph
 from ..dispatch import KernelPendingError, log_once
+from ..errors import UnsupportedAttentionError, first_line
 from ..layout import RaggedLayout, known_layout, offsets_of
 from ..mask import is_mask_of_ones, mask_of_ones
 from ..settings import Settings, current_settings
@@ -72,7 +72,6 @@ class _Graph:
         output_class: Of what the model returns.
         has_pooler: Whether that has a `pooler_output`.
         calls: Of attention, for traces.
-        memory_bytes: Of the GPU that it took.
         inputs: What it reads besides what all share.
     """
 
@@ -82,8 +81,20 @@ class _Graph:
     output_class: type[ModelOutput]
     has_pooler: bool
     calls: tuple[AttentionCall, ...]
-    memory_bytes: int
     inputs: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Failure:
+    """A size that could not be captured.
+
+    Args:
+        attempts: So far.
+        wait: Forwards of that size that run without a graph before the next attempt.
+    """
+
+    attempts: int = 0
+    wait: int = 0
 
 
 @dataclass(slots=True)
@@ -99,12 +110,24 @@ class _Memory:
     # When the last replay's results had been read, and on which stream.
     done: torch.cuda.Event = field(init=False)
     last_stream: int | None = None
+    # Forwards replayed since then.
+    replayed: int = 0
 
     def __post_init__(self) -> None:
         self.workspace = GraphWorkspace(self.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(self.device)
         self.done = torch.cuda.Event()
+
+    def pool_bytes(self) -> int:
+        """Returns how much memory the pool of the graphs takes, whether a graph uses it or not."""
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self.pool))
+
+
+# Forwards that run without a graph after a first failed capture of their size; twice as many after each further one.
+_FIRST_WAIT, _LONGEST_WAIT = 16, 4_096
+# Replays after which graphs whose pool has become too large may be dropped for a new pool.
+_REPLAYS_OF_A_POOL = 1_000
 
 
 class GraphedForward:
@@ -120,8 +143,8 @@ class GraphedForward:
     # What wraps a forward, as accelerate does, takes a copy of its dictionary (`functools.update_wrapper`), which must
     # therefore have nothing in it that is this one's alone.
     __slots__ = (
-        "__dict__", "__weakref__", "_graphs", "_lock", "_memory", "_module", "_refused", "_state", "options",
-        "statistics",
+        "__dict__", "__weakref__", "_failures", "_graphs", "_lock", "_memory", "_module", "_refused", "_state",
+        "options", "statistics",
     )  # fmt: skip
 
     def __init__(self, module: PreTrainedModel, options: GraphOptions) -> None:
@@ -130,7 +153,8 @@ class GraphedForward:
         self.statistics = GraphStatistics()
         self.__signature__ = inspect.signature(types.MethodType(type(module).forward, module))
         self._lock = threading.Lock()
-        self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._failures: dict[tuple[Any, ...], _Failure] = {}
         self._memory: _Memory | None = None
         self._state: ModelState | None = None
         # Why, and with what settings.
@@ -260,6 +284,10 @@ class GraphedForward:
         if state.refusal is not None:
             log_once(f"no CUDA graphs of {type(module).__name__}: {state.refusal}")
             return None
+        found = self._graphs.get(key)
+        if found is None and (failure := self._failures.get(key)) is not None and failure.wait > 0:
+            failure.wait -= 1
+            return None
         if memory is None:
             memory = self._memory = _Memory(device, {})
         stream = torch.cuda.current_stream(device)
@@ -272,15 +300,12 @@ class GraphedForward:
                 [kwargs[name] for name in names],
                 non_blocking=True,
             )
-            found = self._graphs.get(key)
             if found is None:
                 # Tensors made in inference mode could not be written to outside of it.
                 with torch.inference_mode(False), torch.no_grad():
                     found = self._capture(module, memory, key, lengths, kwargs)
                 if found is None:
                     return None
-            else:
-                self._graphs.move_to_end(key)
             plan_graph(found.layout, lengths)
             found.graph.replay()
             assert memory.output is not None
@@ -291,6 +316,7 @@ class GraphedForward:
             memory.last_stream = stream.cuda_stream
         statistics = self.statistics
         statistics.replayed += 1
+        memory.replayed += 1
         statistics.tokens += tokens
         statistics.slots += found.tokens
         if is_tracing():
@@ -350,7 +376,6 @@ class GraphedForward:
                 memory.stream.synchronize()
                 if self.options.compile:
                     self.statistics.compile_seconds += time.perf_counter() - start
-                free = torch.cuda.mem_get_info(memory.device)[0]
                 with _capture_lock, trace() as recorded, _no_collection():
                     graph.capture_begin(pool=memory.pool, capture_error_mode="thread_local")
                     try:
@@ -365,15 +390,29 @@ class GraphedForward:
             memory.stream.synchronize()
             return None
         except RuntimeError as error:
-            # Ours, or torch's of an operation that cannot be captured, or too little memory. A model that cannot be
-            # captured for one size cannot be for another; if the model itself is at fault, that shows without a graph.
+            # Ours, or torch's of an operation that cannot be captured, or too little memory. If the model itself is at
+            # fault, that shows without a graph.
             torch.cuda.synchronize(memory.device)
-            self._drop_all()
-            self._refuse(module, str(error).partition("\n")[0] or type(error).__name__)
+            reason = first_line(error)
+            if isinstance(error, UnsupportedAttentionError) and not self._graphs:
+                self._refuse(module, reason)
+            else:
+                self._back_off(module, key, reason)
             return None
         finally:
             current.wait_stream(memory.stream)
-        taken = max(0, free - torch.cuda.mem_get_info(memory.device)[0])
+        taken, most = memory.pool_bytes(), self.options.max_memory_gib
+        if taken > most * 2**30 and self._graphs:
+            # Graphs share their memory, and dropping some of them frees none of it.
+            graph.reset()
+            reason = f"graphs take {taken / 2**30:.2f} GiB with it, more than max_memory_gib={most}"
+            if memory.replayed < _REPLAYS_OF_A_POOL:
+                self._back_off(module, key, reason)
+            else:
+                log_once(f"CUDA graphs of {type(module).__name__} are captured anew: {reason}")
+                self._drop_graphs()
+                memory.pool, memory.replayed = torch.cuda.graph_pool_handle(), 0
+            return None
         found = _Graph(
             graph,
             layout,
@@ -381,28 +420,37 @@ class GraphedForward:
             type(outputs),
             outputs.get("pooler_output") is not None,
             tuple(recorded.calls),
-            taken,
             inputs,
         )
         self._graphs[key] = found
+        self._failures.pop(key, None)
         self.statistics.captured += 1
-        self.statistics.memory_bytes += taken
-        while self.statistics.memory_bytes > self.options.max_memory_gib * 2**30 and len(self._graphs) > 1:
-            self._drop(next(iter(self._graphs)))
+        self.statistics.memory_bytes = taken
         return found
 
-    def _drop(self, key: tuple[Any, ...]) -> None:
+    def _back_off(self, module: PreTrainedModel, key: tuple[Any, ...], reason: str) -> None:
+        failure = self._failures.setdefault(key, _Failure())
+        failure.wait = min(_FIRST_WAIT << failure.attempts, _LONGEST_WAIT)
+        failure.attempts += 1
+        tokens, rows = key[:2]
+        log_once(
+            f"no CUDA graph of {type(module).__name__} for {tokens} tokens in {rows} rows: {reason}; the next "
+            f"{failure.wait} forwards of this size run without"
+        )
+
+    def _drop_graphs(self) -> None:
         # A replay may be under way, and resetting frees what it reads.
         if self._memory is not None:
             self._memory.done.synchronize()
-        dropped = self._graphs.pop(key)
-        dropped.graph.reset()
-        self.statistics.dropped += 1
-        self.statistics.memory_bytes -= dropped.memory_bytes
+        for dropped in self._graphs.values():
+            dropped.graph.reset()
+        self.statistics.dropped += len(self._graphs)
+        self.statistics.memory_bytes = 0
+        self._graphs.clear()
+        self._failures.clear()
 
     def _drop_all(self) -> None:
-        for key in list(self._graphs):
-            self._drop(key)
+        self._drop_graphs()
         self._memory, self._state = None, None
 
 
