@@ -25,7 +25,7 @@ from .layer_kinds import (
 )
 from .layer_request import LayerArguments, cast_as_flash, is_cast_as_flash, pattern_of
 from .mask import RaggedMask, lazy_mask
-from .recording import recorder, refuse_export
+from .recording import is_exporting, recorder, refuse_export
 from .reuse import kept_of, signature_of
 from .trace import is_tracing
 
@@ -198,7 +198,7 @@ def attention_forward(
                 signature = signature_of(module, query, key, value, scaling, is_causal, softcap)
                 if (prepared := kept.store.find(signature)) is not None:
                     return prepared(query, key, value, layer_name(module) if is_tracing() else ""), None
-    elif torch.compiler.is_exporting():
+    elif is_exporting():
         refuse_export()
     given = LayerArguments(
         dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,

@@ -9,12 +9,18 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .errors import UnsupportedAttentionError
 
-__all__ = ["recorder", "refuse_export", "refuse_recording"]
+__all__ = ["is_exporting", "recorder", "refuse_export", "refuse_recording"]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """Whether torch.export traces; torch 2.11 says so itself in whatever torch.compile traces."""
+    return torch.compiler.is_exporting()
 
 
 def recorder() -> str | None:
     """Names what records the forward that is under way, if it is not torch.compile, whose graphs ask for lengths."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "torch.export"
     if torch.compiler.is_compiling():
         return None
