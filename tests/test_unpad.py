@@ -28,7 +28,7 @@ from hf_flashinfer_attn.integration import attention_mask
 from hf_flashinfer_attn.layout import PreparedStore, RaggedLayout, offsets_of
 from hf_flashinfer_attn.movement import TokenMap
 from hf_flashinfer_attn.reuse import _kept_of_packed
-from hf_flashinfer_attn.unpadding import model as model_module
+from hf_flashinfer_attn.unpadding import hooks
 from hf_flashinfer_attn.unpadding.families import family_of
 from hf_flashinfer_attn.unpadding.packing import Packing, PackingAhead
 
@@ -504,56 +504,54 @@ def test_wrong_arguments_are_errors_still() -> None:
 def test_only_tokens_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a model elsewhere is given when its inputs are on the CPU; "meta" stands for elsewhere."""
     elsewhere = torch.device("meta")
-    monkeypatch.setattr(model_module, "_device_of", lambda module, default: elsewhere)
+    monkeypatch.setattr(hooks, "_device_of", lambda module, default: elsewhere)
     model, inputs = build("roberta", _SEQUENCE), inputs_of("right")
     labels = torch.zeros(4, dtype=torch.long)
-    _, of_head = model_module._move_to_head(
-        model, (inputs["input_ids"],), {**inputs_without_ids(inputs), "labels": labels}
-    )
+    _, of_head = hooks.move_to_head(model, (inputs["input_ids"],), {**inputs_without_ids(inputs), "labels": labels})
     assert of_head["input_ids"].device.type == "cpu"
     assert of_head["attention_mask"].device == of_head["labels"].device == elsewhere
 
     of_head.pop("labels")
-    _, packed = model_module._pack(model.base_model, (), of_head)
+    _, packed = hooks.pack(model.base_model, (), of_head)
     for name in ("input_ids", "position_ids"):
         assert (packed[name].shape, packed[name].device) == ((1, sum(LENGTHS)), elsewhere)
     assert packed["attention_mask"] is None
     assert packed["cu_seq_lens_q"].tolist() == [0, 9, 13, 19, 21]
     assert packed["cu_seq_lens_q"].device.type == "cpu"
 
-    _, whole = model_module._pack(model.base_model, (), inputs_of("all-ones"))
+    _, whole = hooks.pack(model.base_model, (), inputs_of("all-ones"))
     assert {value.device for value in whole.values()} == {elsewhere}
     assert whole["input_ids"].shape == whole["attention_mask"].shape == (4, SLOTS)
 
 
 def test_a_mask_that_a_head_reshapes_is_read_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "_device_of", lambda module, default: torch.device("meta"))
+    monkeypatch.setattr(hooks, "_device_of", lambda module, default: torch.device("meta"))
     model, inputs = build("roberta", _CHOICE), inputs_of("right", _CHOICE)
     mask = inputs["attention_mask"]
-    _, of_head = model_module._move_to_head(model, (), inputs)
+    _, of_head = hooks.move_to_head(model, (), inputs)
     moved = of_head["attention_mask"]
     assert (moved.shape, moved.device.type) == ((2, 2, SLOTS), "meta")
 
     flat = {"input_ids": of_head["input_ids"].view(-1, SLOTS), "attention_mask": moved.view(-1, SLOTS)}
-    _, packed = model_module._pack(model.base_model, (), dict(flat))
+    _, packed = hooks.pack(model.base_model, (), dict(flat))
     assert packed["cu_seq_lens_q"].tolist() == [0, 9, 13, 19, 21]
-    assert torch.equal(model_module._read_from(flat["attention_mask"]), mask.view(-1, SLOTS))
+    assert torch.equal(hooks._read_from(flat["attention_mask"]), mask.view(-1, SLOTS))
 
     for other in (moved[0], moved.transpose(0, 1), moved.view(-1)[1:], moved.clone(), moved.view(torch.float64)):
-        assert model_module._read_from(other) is other
+        assert hooks._read_from(other) is other
     moved.fill_(1)
-    assert model_module._read_from(moved) is moved
+    assert hooks._read_from(moved) is moved
 
 
 def test_a_mask_that_a_head_writes_to_in_inference_mode_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "_device_of", lambda module, default: torch.device("meta"))
+    monkeypatch.setattr(hooks, "_device_of", lambda module, default: torch.device("meta"))
     model, inputs = build("roberta", _CHOICE), inputs_of("right", _CHOICE)
     with torch.inference_mode():
-        _, of_head = model_module._move_to_head(model, (), inputs)
+        _, of_head = hooks.move_to_head(model, (), inputs)
         flat = of_head["attention_mask"].view(-1, SLOTS)
-        assert torch.equal(model_module._read_from(flat), inputs["attention_mask"].view(-1, SLOTS))
+        assert torch.equal(hooks._read_from(flat), inputs["attention_mask"].view(-1, SLOTS))
         flat[:, 0] = 0
-        assert model_module._read_from(flat) is flat
+        assert hooks._read_from(flat) is flat
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

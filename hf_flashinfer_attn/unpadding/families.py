@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from transformers import PreTrainedModel
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "Positions", "family_of", "reason_against"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "Positions", "family_of", "reason_against", "required_family"]
 
 
 class Positions(Enum):
@@ -129,6 +129,13 @@ def family_of(model: torch.nn.Module) -> Family | None:
         if parent.__module__.startswith("transformers.models.") and parent.__name__ in FAMILIES:
             return FAMILIES[parent.__name__]
     return None
+
+
+def required_family(backbone: torch.nn.Module) -> Family:
+    """Returns how to pack the tokens of a module that is known to be a backbone."""
+    family = family_of(backbone)
+    assert family is not None
+    return family
 
 
 def reason_against(model: torch.nn.Module) -> str:

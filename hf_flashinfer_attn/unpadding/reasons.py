@@ -1,0 +1,67 @@
+"""Why a forward stays padded, decided before any length is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..integration import NAME
+from .families import required_family
+from .graphs import is_asked_for
+
+__all__ = ["PER_TOKEN", "implementation_of", "measure_of_distance", "reason_to_stay"]
+
+PER_TOKEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+
+
+def implementation_of(module: torch.nn.Module) -> str | None:
+    implementation: str | None = getattr(module.config, "_attn_implementation", None)
+    return implementation
+
+
+def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
+    """Says why a forward cannot run on packed tokens, before any length is read."""
+    mask = inputs["attention_mask"]
+    if implementation_of(module) != NAME:
+        return f"attn_implementation={implementation_of(module)!r}, expected {NAME!r}"
+    if is_asked_for("output_attentions", module, inputs):
+        return "output_attentions=True"
+    if inputs.get("encoder_hidden_states") is not None:
+        return "cross-attention"
+    if inputs.get("past_key_values") is not None or _makes_cache(module, inputs):
+        return "a cache of keys and values; pass use_cache=False where none is needed"
+    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if not isinstance(mask, torch.Tensor) or tokens is None or mask.shape != tokens.shape[:2]:
+        return "an attention mask of another shape than the tokens"
+    for name in ("token_type_ids", "position_ids"):
+        value = inputs.get(name)
+        if value is not None and tuple(value.shape) not in (tuple(mask.shape), (1, mask.shape[1])):
+            return f"{name} of another shape than the tokens"
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.ndim > 0 and name not in (*PER_TOKEN, "attention_mask"):
+            return f"{name}, of which it is not known how to pack it"
+    return None
+
+
+def _makes_cache(module: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    config = module.config
+    if not (required_family(module).is_causal or getattr(config, "is_decoder", False)):
+        return False
+    return is_asked_for("use_cache", module, inputs) and not (
+        getattr(module, "gradient_checkpointing", False) and module.training
+    )
+
+
+def measure_of_distance(module: PreTrainedModel) -> str | None:
+    """Names what in a model's attention depends on how far apart two tokens are, padding included; None for nothing."""
+    config = module.config
+    if required_family(module).measures_slots:
+        return "a relative position bias"
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        has_window = any(layer_type != "full_attention" for layer_type in layer_types)
+    else:
+        has_window = getattr(config, "sliding_window", None) is not None
+    return "a window" if has_window else None
