@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import io
 import logging
 import threading
@@ -19,7 +20,7 @@ from paired_models import build_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 import hf_flashinfer_attn
@@ -789,6 +790,77 @@ def test_a_cache_stays_padded(caplog: pytest.LogCaptureFixture) -> None:
     assert any("use_cache=False" in record.message for record in caplog.records)
     valid = inputs["attention_mask"].bool()
     assert_close(plain.last_hidden_state[valid], cached.last_hidden_state[valid], "last_hidden_state")
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_of_the_caller_stays_padded(name: str) -> None:
+    """Under the name that this version of transformers has for it, or as a deprecated one."""
+    if name == "cache" and "cache" not in inspect.signature(transformers.Qwen3Model.forward).parameters:
+        pytest.skip("this version of transformers calls it past_key_values")
+    inputs, caches = inputs_of("right"), [DynamicCache(), DynamicCache()]
+    model = unpad(build("qwen3"))
+    shapes = record_inputs(model)
+    with torch.no_grad():
+        expected = reference("qwen3", "")(**inputs, use_cache=False, **{name: caches[0]}).last_hidden_state
+        actual = model(**inputs, use_cache=False, **{name: caches[1]}).last_hidden_state
+    assert set(shapes) == {(4, SLOTS)}
+    assert caches[1].get_seq_length() == caches[0].get_seq_length() == SLOTS
+    valid = inputs["attention_mask"].bool()
+    assert_close(actual[valid], expected[valid], "last_hidden_state")
+
+
+@pytest.mark.parametrize("value", [(torch.ones(4, SLOTS),), {"rows": 4}, object()], ids=["tuple", "dict", "object"])
+def test_what_is_neither_a_tensor_nor_a_number_stays_padded(value: object, caplog: pytest.LogCaptureFixture) -> None:
+    model = unpad(build("bert"))
+    shapes = record_inputs(model)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "hf_flashinfer_attn"):
+        model(**inputs_of("right"), something=value)
+    assert set(shapes) == {(4, SLOTS)}
+    assert "something, of which it is not known how to pack it" in caplog.text
+
+
+def test_a_number_of_the_whole_batch_is_passed_on() -> None:
+    """Such as `num_items_in_batch`, which Trainer passes on as a tensor of one element, of two dimensions to replicas."""
+    model = unpad(build("bert"))
+    shapes = record_inputs(model)
+    model(**inputs_of("right"), num_items_in_batch=torch.ones(1, 1))
+    assert set(shapes) == {(1, sum(LENGTHS))}
+
+
+def replicated(model: nn.Module) -> Any:
+    """A replica as `torch.nn.parallel.replicate` makes it: parameters and buffers are plain attributes."""
+    modules = list(model.modules())
+    replicas: dict[nn.Module, Any] = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None
+            if child is not None:
+                setattr(replica, name, replicas[child])
+        for kept, copies in ((module._parameters, replica._parameters), (module._buffers, replica._buffers)):
+            for name, value in kept.items():
+                copies[name] = None
+                if value is not None:
+                    del copies[name]
+                    setattr(replica, name, value * 1 if value.is_floating_point() else value.clone())
+    return replicas[model]
+
+
+@pytest.mark.parametrize("head", ["", _SEQUENCE])
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_a_replica_of_data_parallel(family: str, head: str) -> None:
+    if head not in ("", *FAMILIES[family][3]):
+        pytest.skip("this family has no such head")
+    model, inputs = unpadded(family, head), inputs_of("right")
+    replica = replicated(model)
+    assert not list(replica.parameters())
+    expected, shapes = model(**inputs), record_inputs(replica)
+    actual = replica(**inputs)
+    for name, right in tensors_of(expected).items():
+        assert torch.equal(actual[name], right), name
+    assert set(shapes) == {(1, sum(LENGTHS))}
+    actual[0].sum().backward()
+    assert model.get_input_embeddings().weight.grad is not None
+    model.zero_grad()
 
 
 @pytest.mark.parametrize("use_cache", [False, True])

@@ -26,7 +26,7 @@ from ..recording import refuse_recording
 from ..settings import current_settings
 from .families import Positions, required_family
 from .features import pack_features
-from .graphs import CALLER, ModelState, carry_state, graphs_of, is_copied_with
+from .graphs import CALLER, GraphedForward, ModelState, carry_state, graphs_of, is_copied_with
 from .packing import RIDER, Packing, PackingAhead, leave_sizes_open
 from .reasons import PER_TOKEN, measure_of_distance, reason_to_stay
 
@@ -55,9 +55,10 @@ def _named(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _device_of(module: PreTrainedModel, default: torch.device) -> torch.device:
-    device: torch.device = module.device
-    # Weights that are loaded layer by layer have no place of their own; accelerate moves what they meet.
-    return default if device.type == "meta" else device
+    # Replicas of DataParallel have no parameters. Weights that are loaded layer by layer are on "meta" until accelerate
+    # moves them to their inputs.
+    weight = next(module.parameters(), None)
+    return default if weight is None or weight.device.type == "meta" else weight.device
 
 
 def _between_graphs(hook: Hook) -> Hook:
@@ -131,7 +132,7 @@ def pack(
         inputs["attention_mask"] = mask_of_ones(1, packing.layout.query.total_tokens, device)
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
-    if graphs_of(module) is not None:
+    if _own_graphs(module) is not None:
         carry_state(offsets, None if packing.meanwhile is None else packing.meanwhile.state)
         return (), inputs
     leave_sizes_open((inputs[name] for name in (*packed, "attention_mask")), offsets)
@@ -231,11 +232,16 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
 _MOST_TOKENS_WITHOUT_PADDING = 8_192
 
 
+def _own_graphs(module: torch.nn.Module) -> GraphedForward | None:
+    """Returns the CUDA graphs of a module; None for a shallow copy or replica, which runs without."""
+    return None if is_copied_with(module) else graphs_of(module)
+
+
 def _goes_through_a_graph(
     module: PreTrainedModel, inputs: dict[str, Any], device: torch.device, rows: int, width: int
 ) -> bool:
     """Whether a batch without padding is packed all the same, for a graph."""
-    graphs, tokens = graphs_of(module), rows * width
+    graphs, tokens = _own_graphs(module), rows * width
     return (
         graphs is not None
         and inputs.get("input_ids") is not None
@@ -286,7 +292,7 @@ class _Meanwhile:
             numbers = {name: ahead.pack(value) for name, value in given.items() if _is_on(value, device)}
             if inputs.get("position_ids") is None:
                 numbers["position_ids"] = _positions(module, inputs, ahead)
-        graphs = graphs_of(module)
+        graphs = _own_graphs(module)
         return cls(numbers, None if graphs is None else graphs.look())
 
 

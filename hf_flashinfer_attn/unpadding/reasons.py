@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..integration import NAME
 from .families import required_family
-from .graphs import is_asked_for
+from .graphs import CALLER, is_asked_for
 
 __all__ = ["PER_TOKEN", "implementation_of", "measure_of_distance", "reason_to_stay"]
 
 PER_TOKEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+_PACKED = frozenset({*PER_TOKEN, "attention_mask", CALLER})
 
 
 def implementation_of(module: torch.nn.Module) -> str | None:
@@ -30,7 +31,8 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
         return "output_attentions=True"
     if inputs.get("encoder_hidden_states") is not None:
         return "cross-attention"
-    if inputs.get("past_key_values") is not None or _makes_cache(module, inputs):
+    # By class: transformers renamed the argument once, and old names stay for a while.
+    if any(isinstance(value, Cache) for value in inputs.values()) or _makes_cache(module, inputs):
         return "a cache of keys and values; pass use_cache=False where none is needed"
     tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
     if not isinstance(mask, torch.Tensor) or tokens is None or mask.shape != tokens.shape[:2]:
@@ -40,9 +42,16 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
         if value is not None and tuple(value.shape) not in (tuple(mask.shape), (1, mask.shape[1])):
             return f"{name} of another shape than the tokens"
     for name, value in inputs.items():
-        if isinstance(value, torch.Tensor) and value.ndim > 0 and name not in (*PER_TOKEN, "attention_mask"):
+        if name not in _PACKED and not _is_of_whole_batch(value):
             return f"{name}, of which it is not known how to pack it"
     return None
+
+
+def _is_of_whole_batch(value: object) -> bool:
+    """Whether an argument has nothing in it that could belong to one row or token."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() <= 1
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
 
 
 def _makes_cache(module: PreTrainedModel, inputs: dict[str, Any]) -> bool:
