@@ -820,7 +820,7 @@ def test_what_is_neither_a_tensor_nor_a_number_stays_padded(value: object, caplo
 
 
 def test_a_number_of_the_whole_batch_is_passed_on() -> None:
-    """Such as `num_items_in_batch`, which Trainer passes on as a tensor of one element, of two dimensions to replicas."""
+    """Trainer passes `num_items_in_batch` on as a tensor of one element, to replicas with two dimensions."""
     model = unpad(build("bert"))
     shapes = record_inputs(model)
     model(**inputs_of("right"), num_items_in_batch=torch.ones(1, 1))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -28,13 +29,13 @@ from .families import Positions, required_family
 from .features import pack_features
 from .graphs import CALLER, GraphedForward, ModelState, carry_state, graphs_of, is_copied_with
 from .packing import RIDER, Packing, PackingAhead, leave_sizes_open
-from .reasons import PER_TOKEN, measure_of_distance, reason_to_stay
+from .reasons import PER_TOKEN, measure_of_distance, reason_of_head, reason_to_stay
 
 __all__ = ["leave_features", "move_to_head", "pack", "pack_features_of", "signature_of", "spread"]
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
-_HOST_MASK = "_flashinfer_host_mask"
+_NOTE = "_flashinfer_head_note"
 _NUMBERS = ("input_ids", "token_type_ids", "position_ids")
 _READ_ON_THE_HOST = frozenset({*PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
 
@@ -67,36 +68,58 @@ def _between_graphs(hook: Hook) -> Hook:
     return untraced
 
 
+@dataclass(frozen=True, slots=True)
+class _HeadNote:
+    """What a head's pre-hook tells the backbone, kept on the mask that the head passes on.
+
+    Args:
+        host_mask: The same mask on the CPU; None if it is the caller's own.
+        version: Of the mask when it was made, by which writes to it are noticed.
+        reason: Why the backbone has to stay padded; None if it does not.
+    """
+
+    host_mask: torch.Tensor | None
+    version: int
+    reason: str | None
+
+
 @_between_graphs
 def move_to_head(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Moves labels and masks to a head's device, and leaves on the CPU what is packed or read there."""
-    device = _device_of(module, torch.device("cpu"))
-    if device.type == "cpu":
-        return None
     inputs = _named(module, args, kwargs)
+    reason, device = reason_of_head(module, inputs), _device_of(module, torch.device("cpu"))
+    if device.type == "cpu" and reason is None:
+        return None
     for name, value in inputs.items():
-        if name not in _READ_ON_THE_HOST and isinstance(value, torch.Tensor) and value.device.type == "cpu":
-            if name != "attention_mask":
-                inputs[name] = sent(value, device)
-                continue
+        if not isinstance(value, torch.Tensor):
+            continue
+        moves = value.device.type == "cpu" != device.type
+        if name != "attention_mask" and name not in _READ_ON_THE_HOST and moves:
+            inputs[name] = sent(value, device)
+        elif name == "attention_mask" and (moves or reason is not None):
             # Inference tensors count no versions, and a head's writes would go unseen.
             with torch.inference_mode(False), torch.no_grad():
-                moved = inputs[name] = sent(value, device)
-            setattr(moved, _HOST_MASK, (value, moved._version))
+                noted = inputs[name] = sent(value, device) if moves else value.clone()
+            setattr(noted, _NOTE, _HeadNote(value if moves else None, noted._version, reason))
     return (), inputs
+
+
+def _note_on(mask: torch.Tensor) -> tuple[torch.Tensor, _HeadNote | None]:
+    """Returns the mask that a head passed on before it was reshaped, and the note of the head's pre-hook on it."""
+    whole = mask if mask._base is None else mask._base
+    return whole, getattr(whole, _NOTE, None)
 
 
 def _read_from(mask: torch.Tensor) -> torch.Tensor:
     """Returns where to read a mask: what stayed of it on the CPU, though a head reshaped it since, or the mask."""
-    moved = mask if mask._base is None else mask._base
-    stayed: tuple[torch.Tensor, int] | None = getattr(moved, _HOST_MASK, None)
-    if stayed is None or stayed[1] != moved._version:
+    moved, note = _note_on(mask)
+    if note is None or note.host_mask is None or note.version != moved._version:
         return mask
     is_whole = mask.numel() == moved.numel() and mask.dtype == moved.dtype
     in_order = mask.is_contiguous() and moved.is_contiguous()
-    return stayed[0].reshape(mask.shape) if is_whole and in_order else mask
+    return note.host_mask.reshape(mask.shape) if is_whole and in_order else mask
 
 
 @_between_graphs
@@ -121,6 +144,7 @@ def pack(
         return (), inputs
     _embed_rows(module, inputs, device)
     packed = _packed_inputs(module, inputs, packing)
+    _name_dropped_ids(module, inputs.get("input_ids"), packed.get("input_ids"))
     offsets = offsets_of(packing.layout)
     setattr(offsets, RIDER, packing)
     length = packing.layout.query.max_length
@@ -204,7 +228,8 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
         # Without padding there is nothing to gain but a graph.
         reason = reason_to_stay(module, {**inputs, "attention_mask": ids})
         return Packing.full(tuple(ids.shape), returns_dict=returns_dict) if reason is None else None
-    reason = reason_to_stay(module, inputs)
+    note = _note_on(mask)[1] if isinstance(mask, torch.Tensor) else None
+    reason = reason_to_stay(module, inputs) or (None if note is None else note.reason)
     if reason is None:
         measure = measure_of_distance(module)
         packing = Packing.of(
@@ -294,6 +319,18 @@ class _Meanwhile:
                 numbers["position_ids"] = _positions(module, inputs, ahead)
         graphs = _own_graphs(module)
         return cls(numbers, None if graphs is None else graphs.look())
+
+
+def _name_dropped_ids(module: PreTrainedModel, padded: torch.Tensor | None, packed: torch.Tensor | None) -> None:
+    """Logs that masked positions have other ids than padding, as in ColBERT's queries; on the host only."""
+    pad_id = getattr(module.config, "pad_token_id", None)
+    if pad_id is None or padded is None or packed is None or padded.device.type != "cpu" or packed.device.type != "cpu":
+        return
+    if np.count_nonzero(padded.numpy() != pad_id) > np.count_nonzero(packed.numpy() != pad_id):
+        log_once(
+            f"unpad of {type(module).__name__} drops masked positions whose ids are not pad_token_id={pad_id}; "
+            "what reads them finds zeros"
+        )
 
 
 def _is_on(value: torch.Tensor | None, device: torch.device) -> TypeGuard[torch.Tensor]:

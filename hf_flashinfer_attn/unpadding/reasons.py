@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..integration import NAME
-from .families import required_family
+from ..layout import LengthsRead
+from ..settings import current_settings
+from .families import family_of, required_family
 from .graphs import CALLER, is_asked_for
 
-__all__ = ["PER_TOKEN", "implementation_of", "measure_of_distance", "reason_to_stay"]
+__all__ = ["PER_TOKEN", "implementation_of", "measure_of_distance", "reason_of_head", "reason_to_stay"]
 
 PER_TOKEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
 _PACKED = frozenset({*PER_TOKEN, "attention_mask", CALLER})
@@ -27,6 +30,10 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
     mask = inputs["attention_mask"]
     if implementation_of(module) != NAME:
         return f"attn_implementation={implementation_of(module)!r}, expected {NAME!r}"
+    if getattr(current_settings(), "padded_queries", "drop") == "keep":
+        return "configure(padded_queries='keep')"
+    if module.training and getattr(module.get_input_embeddings(), "neftune_noise_alpha", None) is not None:
+        return "NEFTune, whose noise is scaled by the slots of a row"
     if is_asked_for("output_attentions", module, inputs):
         return "output_attentions=True"
     if inputs.get("encoder_hidden_states") is not None:
@@ -45,6 +52,36 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
         if name not in _PACKED and not _is_of_whole_batch(value):
             return f"{name}, of which it is not known how to pack it"
     return None
+
+
+def reason_of_head(head: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
+    """Says what a head reads in masked positions, where a packed backbone leaves zeros; labels may be anywhere."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    if any(inputs.get(name) is not None for name in ("start_positions", "end_positions")):
+        return "start_positions and end_positions, whose loss is taken over masked positions too"
+    for name, value in inputs.items():
+        if "label" in name and isinstance(value, torch.Tensor) and _counts_padding(head, value, mask):
+            return f"{name} other than -100 in masked positions"
+    if isinstance(head, GenericForSequenceClassification):
+        finds_last_token = inputs.get("input_ids") is not None and head.config.pad_token_id is not None
+        if not finds_last_token and not LengthsRead((mask[:, -1] != 0).all()).values:
+            return "a head that reads the last position of each row, which is masked in some"
+    return None
+
+
+def _counts_padding(head: PreTrainedModel, labels: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether a loss per token counts a masked position."""
+    if labels.is_floating_point() or labels.shape[:2] != mask.shape:
+        return False
+    counted = labels.flatten(2).ne(-100).any(2) if labels.ndim > 2 else labels.ne(-100)
+    if head.get_output_embeddings() is not None:
+        # Language models that predict the next token read one position before each label.
+        is_causal = any(family.is_causal for family in map(family_of, head.modules()) if family is not None)
+        if is_causal or getattr(head.config, "is_decoder", False):
+            counted = torch.nn.functional.pad(counted[:, 1:], (0, 1))
+    return bool(LengthsRead((counted & mask.to(counted.device).eq(0)).any()).values)
 
 
 def _is_of_whole_batch(value: object) -> bool:
