@@ -492,6 +492,55 @@ def test_the_host_reads_nothing(family: str) -> None:
     assert len(reads.names) == 1
 
 
+LEARNED_POSITIONS = ("bert", "electra", "albert", "distilbert", "esm-absolute", *ROBERTA_LIKE)
+
+
+def test_families_with_learned_positions() -> None:
+    others = {family for family in EACH_FAMILY if family not in LEARNED_POSITIONS} - {"esm-rotary"}
+    for family in others:
+        assert not any(name.endswith("position_embeddings") for name, _ in reference(family, "").named_modules())
+
+
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
+@pytest.mark.parametrize("family", LEARNED_POSITIONS)
+def test_rows_longer_than_the_position_table(family: str, given: str) -> None:
+    """As an error of the model or as our own, before the table is looked at, where a GPU could only abort."""
+    model, plain = unpad(build(family)), reference(family, "")
+    mask = (torch.arange(40)[None] < torch.tensor([40, 12])[:, None]).long()
+    inputs = {"input_ids": torch.full((2, 40), 7).masked_fill(mask == 0, PAD), "attention_mask": mask}
+    if given == "embeddings":
+        inputs = inputs_without_ids(inputs) | {"inputs_embeds": plain.get_input_embeddings()(inputs["input_ids"])}
+    looked_up: list[Tensor] = []
+    table = model.embeddings.position_embeddings
+    table.register_forward_hook(lambda module, args, output: looked_up.append(args[0]))
+    if family == "esm-absolute" and given == "embeddings":
+        assert model(**inputs).last_hidden_state.isfinite().all()
+        return
+    with pytest.raises((RuntimeError, IndexError)) as ours:
+        model(**inputs)
+    assert all(int(positions.max()) < table.num_embeddings for positions in looked_up)
+    with pytest.raises((RuntimeError, IndexError)) as expected:
+        plain(**inputs)
+    after_padding_id = family in ROBERTA_LIKE or family == "esm-absolute"
+    assert ours.type is (IndexError if after_padding_id else expected.type)
+    if after_padding_id:
+        assert "a row of 40 tokens" in str(ours.value)
+        assert "at most 30" in str(ours.value)
+
+
+@pytest.mark.parametrize("family", [*ROBERTA_LIKE, "esm-absolute"])
+def test_wide_batches_of_short_rows(family: str) -> None:
+    """Positions of these families count tokens, and padding may be as wide as it likes."""
+    mask = (torch.arange(40)[None] < torch.tensor([30, 12])[:, None]).long()
+    inputs = {"input_ids": torch.full((2, 40), 7).masked_fill(mask == 0, PAD), "attention_mask": mask}
+    model = unpad(build(family))
+    shapes = record_inputs(model)
+    with torch.no_grad():
+        actual, expected = (part(**inputs).last_hidden_state for part in (model, reference(family, "")))
+    assert set(shapes) == {(1, 42)}
+    assert_close(actual[mask.bool()], expected[mask.bool()], "last_hidden_state")
+
+
 def test_wrong_arguments_are_errors_still() -> None:
     model, inputs = unpadded("bert", ""), inputs_of("right")
     with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):

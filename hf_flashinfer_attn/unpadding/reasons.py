@@ -48,9 +48,41 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
         value = inputs.get(name)
         if value is not None and tuple(value.shape) not in (tuple(mask.shape), (1, mask.shape[1])):
             return f"{name} of another shape than the tokens"
+    if (reason := _reason_of_positions(module, inputs, mask)) is not None:
+        return reason
     for name, value in inputs.items():
         if name not in _PACKED and not _is_of_whole_batch(value):
             return f"{name}, of which it is not known how to pack it"
+    return None
+
+
+def _reason_of_positions(module: PreTrainedModel, inputs: dict[str, Any], mask: torch.Tensor) -> str | None:
+    """Has rows that are longer than a table of learned positions end in an error before anything is launched.
+
+    Returns:
+        Why a forward stays padded, in which the model raises its own error; None where positions are in the table.
+
+    Raises:
+        IndexError: If the model would look a position up that is not in the table.
+    """
+    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
+    size: int | None = getattr(table, "num_embeddings", None)
+    if table is None or size is None or inputs.get("position_ids") is not None:
+        return None
+    ids, width = inputs.get("input_ids"), mask.shape[1]
+    if table.padding_idx is None:
+        # The model compares shapes by itself.
+        return None if width <= size else f"{width} slots in a row, of {size} that the model has positions for"
+    # Tokens are numbered from the id of padding + 1; what the model embeds by itself has no positions yet.
+    first = table.padding_idx + 1
+    if first + width <= size or (ids is None and required_family(module).embeds_rows):
+        return None
+    longest = width if ids is None else LengthsRead(ids.ne(table.padding_idx).sum(1).max()).values
+    if first + longest > size:
+        raise IndexError(
+            f"a row of {longest} tokens for {type(module).__name__}, expected at most {size - first}: its table of "
+            f"{size} positions starts at {first}. Truncate texts to that length."
+        )
     return None
 
 
