@@ -123,7 +123,7 @@ REFUSED = {
 }
 
 
-def family_of(model: torch.nn.Module) -> Family | None:
+def family_of(model: torch.nn.Module | None) -> Family | None:
     """Returns how to pack the tokens of a backbone; None for any other module."""
     for parent in type(model).__mro__:
         if parent.__module__.startswith("transformers.models.") and parent.__name__ in FAMILIES:

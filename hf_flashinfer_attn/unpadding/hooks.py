@@ -25,16 +25,18 @@ from ..mask import mask_of_ones
 from ..movement import sent
 from ..recording import refuse_recording
 from ..settings import current_settings
-from .families import Positions, required_family
+from .families import Positions, family_of, required_family
 from .features import pack_features
 from .graphs import CALLER, GraphedForward, ModelState, carry_state, graphs_of, is_copied_with
 from .packing import RIDER, Packing, PackingAhead, leave_sizes_open
 from .reasons import PER_TOKEN, measure_of_distance, reason_of_head, reason_to_stay
 
-__all__ = ["leave_features", "move_to_head", "pack", "pack_features_of", "signature_of", "spread"]
+__all__ = ["HANDLES", "leave_features", "move_to_head", "pack", "pack_features_of", "signature_of", "spread"]
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
+# Where a module keeps what removes the hooks of `unpad` from it.
+HANDLES = "_flashinfer_unpadding"
 _NOTE = "_flashinfer_head_note"
 _NUMBERS = ("input_ids", "token_type_ids", "position_ids")
 _READ_ON_THE_HOST = frozenset({*PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
@@ -166,7 +168,10 @@ def pack(
 def pack_features_of(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the forward of a module that calls its backbone's past `_pack` and `_spread`."""
+    """Before the forward of a module that calls its backbone's past `pack` and `spread`."""
+    if HANDLES not in vars(module.model):
+        # Put there after `unpad`. What wraps the backbone, as torch.compile and PEFT do, calls it with its hooks.
+        return None
 
     def pack_backbone(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Packing | None]:
         _, packed = pack(backbone, (), inputs)
@@ -181,9 +186,9 @@ def pack_features_of(
 def leave_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
     """After the forward of such a module, whose backbone's own hooks were passed by."""
     features: dict[str, Any] = args[0] if args else kwargs["features"]
-    own_attention = required_family(module.model).own_attention
-    assert own_attention is not None
-    own_attention().leave(features.get("cu_seq_lens_q"))
+    family = family_of(module.model)
+    if family is not None and family.own_attention is not None:
+        family.own_attention().leave(features.get("cu_seq_lens_q"))
 
 
 def _riding_on(inputs: dict[str, Any]) -> Packing | None:

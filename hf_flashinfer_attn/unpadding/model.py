@@ -13,16 +13,14 @@ from ..dispatch import log_once
 from ..errors import UnsupportedAttentionError
 from ..integration import NAME
 from .families import family_of, reason_against, required_family
-from .features import forwards_features, spread_features
+from .features import forwards_features, is_transformer, resume_flattening, spread_features, stop_flattening
 from .graphs import GraphOptions, GraphStatistics, graphs_of, install_graphs, uninstall_graphs
-from .hooks import leave_features, move_to_head, pack, pack_features_of, signature_of, spread
+from .hooks import HANDLES, leave_features, move_to_head, pack, pack_features_of, signature_of, spread
 from .reasons import implementation_of
 
 __all__ = ["capture_graphs", "graph_statistics", "repad", "unpad"]
 
 Module = TypeVar("Module", bound=torch.nn.Module)
-
-_HANDLES = "_flashinfer_unpadding"
 
 
 def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
@@ -72,7 +70,7 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
     for backbone in backbones:
         _require_packable(backbone)
     for module in model.modules():
-        if _HANDLES in vars(module):
+        if HANDLES in vars(module):
             continue
         if (family := family_of(module)) is not None:
             handles = [
@@ -83,16 +81,19 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
                 handles += family.own_attention().route(module)
         elif isinstance(module, PreTrainedModel) and any(family_of(part) for part in module.modules()):
             handles = [module.register_forward_pre_hook(move_to_head, with_kwargs=True)]
-        elif forwards_features(module):
-            handles = [
-                module.register_forward_pre_hook(pack_features_of, with_kwargs=True),
-                module.register_forward_hook(spread_features, prepend=True),
-            ]
-            if required_family(cast(PreTrainedModel, module.model)).own_attention is not None:
-                handles.append(module.register_forward_hook(leave_features, with_kwargs=True, always_call=True))
+        elif is_transformer(module) and any(family_of(part) for part in module.modules()):
+            stop_flattening(module)
+            handles = []
+            if forwards_features(module):
+                handles += [
+                    module.register_forward_pre_hook(pack_features_of, with_kwargs=True),
+                    module.register_forward_hook(spread_features, prepend=True),
+                ]
+                if required_family(cast(PreTrainedModel, module.model)).own_attention is not None:
+                    handles.append(module.register_forward_hook(leave_features, with_kwargs=True, always_call=True))
         else:
             continue
-        setattr(module, _HANDLES, handles)
+        setattr(module, HANDLES, handles)
     for backbone in backbones:
         uninstall_graphs(backbone)
         if cuda_graphs:
@@ -204,7 +205,9 @@ def repad(model: Module) -> Module:
     """
     for module in model.modules():
         uninstall_graphs(module)
-        handles, family = vars(module).pop(_HANDLES, ()), family_of(module)
+        if HANDLES in vars(module) and is_transformer(module):
+            resume_flattening(module)
+        handles, family = vars(module).pop(HANDLES, ()), family_of(module)
         for handle in handles:
             handle.remove()
         if handles and family is not None and family.own_attention is not None:
