@@ -362,7 +362,7 @@ def test_refusals_name_the_model_inside(saved: Any, tmp_path: Path) -> None:
         transformers.MobileBertModel, {**_SIZES, "embedding_size": 32, "intra_bottleneck_size": 64}
     ).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(demo.model_path()).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedAttentionError, match="unpad for SentenceTransformer: its embeddings join"):
+    with pytest.raises(UnsupportedAttentionError, match="unpad for MobileBertModel: with trigram_input=True"):
         unpad(encoder(tmp_path, "flashinfer"))
     with pytest.raises(UnsupportedAttentionError, match=r"attn_implementation='sdpa'"):
         unpad(encoder(saved("bert"), "sdpa"))

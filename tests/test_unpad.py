@@ -81,6 +81,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "mpnet": ("MPNet", "MPNetConfig", _SIZES, _EVERY_HEAD),
     "distilbert": ("DistilBert", "DistilBertConfig", _DISTILBERT, _EVERY_HEAD),
     "albert": ("Albert", "AlbertConfig", {**_SIZES, "embedding_size": 16}, _EVERY_HEAD),
+    "mobilebert": (
+        "MobileBert", "MobileBertConfig",
+        {**_SIZES, "embedding_size": 16, "intra_bottleneck_size": 32, "trigram_input": False,
+         "normalization_type": "layer_norm"}, _EVERY_HEAD,
+    ),
     "modernbert": ("ModernBert", "ModernBertConfig", {**_SIZES, "local_attention": 6}, _EVERY_HEAD),
     "modernbert-mean": (
         "ModernBert", "ModernBertConfig", {**_SIZES, "local_attention": 6, "classifier_pooling": "mean"}, (_SEQUENCE,),
@@ -492,7 +497,7 @@ def test_the_host_reads_nothing(family: str) -> None:
     assert len(reads.names) == 1
 
 
-LEARNED_POSITIONS = ("bert", "electra", "albert", "distilbert", "esm-absolute", *ROBERTA_LIKE)
+LEARNED_POSITIONS = ("bert", "electra", "albert", "distilbert", "mobilebert", "esm-absolute", *ROBERTA_LIKE)
 
 
 def test_families_with_learned_positions() -> None:
@@ -960,6 +965,17 @@ def test_what_cannot_be_packed_says_why(model_class: str, config: str, reason: s
         unpad(model)
     assert repad(model) is model
     model(input_ids=inputs_of("right")["input_ids"], attention_mask=mask_of("right"))
+
+
+def test_packed_input_to_mobilebert_without_trigrams() -> None:
+    model, plain = build("mobilebert"), reference("mobilebert", "")
+    ids, offsets = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([0, 2, 5], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 0, 1, 2]])
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+        for start, end in ((0, 2), (2, 5)):
+            expected = plain(input_ids=ids[:, start:end]).last_hidden_state
+            assert_close(packed.last_hidden_state[:, start:end], expected, "last_hidden_state")
 
 
 def test_esm_whose_layers_number_tokens_is_refused() -> None:

@@ -42,6 +42,10 @@ def _refuse_rotary_layers(model: PreTrainedModel) -> str | None:
     return None
 
 
+def _refuse_trigrams(model: PreTrainedModel) -> str | None:
+    return REFUSED["mobilebert"] if model.config.trigram_input else None
+
+
 def _mpnet() -> ModuleType:
     # What it takes from transformers is slow to import, and few models need it.
     from . import mpnet
@@ -103,6 +107,7 @@ FAMILIES = {
     "LlamaModel": _DECODER,
     "MPNetModel": replace(_ROBERTA, measures_slots=True, refuse=_refuse_changed_mpnet, own_attention=_mpnet),
     "MistralModel": _DECODER,
+    "MobileBertModel": replace(_ENCODER, refuse=_refuse_trigrams),
     "ModernBertModel": _ENCODER,
     "NomicBertModel": _ENCODER,
     "Qwen3Model": _DECODER,
@@ -115,7 +120,8 @@ REFUSED = {
     "deberta": _OWN_ATTENTION,
     "deberta-v2": _OWN_ATTENTION,
     "longformer": _OWN_ATTENTION,
-    "mobilebert": "its embeddings join each token with its neighbours, which packing would take from other rows",
+    "mobilebert": "with trigram_input=True, its embeddings join each token with its neighbours, which packing would "
+    "take from other rows",
     "mt5": _POSITION_BIAS,
     "t5": _POSITION_BIAS,
     "umt5": _POSITION_BIAS,

@@ -22,6 +22,8 @@ __all__ = ["capture_graphs", "graph_statistics", "repad", "unpad"]
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
+_AS_IT_IS = "Use the model as it is: its attention skips padding where it goes through 'flashinfer'."
+
 
 def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
     """Makes a model compute tokens only: padding is dropped before its embeddings and is zero in its outputs.
@@ -65,7 +67,7 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
     if not backbones:
         raise UnsupportedAttentionError(
             f"unpad for {type(model).__name__}: {reason_against(model)}",
-            "Use the model as it is: its attention skips padding where it goes through 'flashinfer'.",
+            _AS_IT_IS,
         )
     for backbone in backbones:
         _require_packable(backbone)
@@ -224,6 +226,4 @@ def _require_packable(backbone: torch.nn.Module) -> None:
             f"Load the model with attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r}) first.",
         )
     if (reason := family.refuse(backbone)) is not None:
-        raise UnsupportedAttentionError(
-            f"unpad for {name}: {reason}", "Use the model as it is, or a newer version of transformers."
-        )
+        raise UnsupportedAttentionError(f"unpad for {name}: {reason}", _AS_IT_IS)
