@@ -925,6 +925,11 @@ def test_generate(use_cache: bool) -> None:
     assert torch.equal(unpadded("llama", _CAUSAL).generate(**inputs, **settings), expected)
 
 
+def test_a_path_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"unpad\('some/model'\): expected a loaded model.*from_pretrained\(path"):
+        unpad("some/model")  # type: ignore[type-var]
+
+
 def test_another_attention_than_ours_is_refused() -> None:
     model = build("bert", _SEQUENCE, "sdpa")
     with pytest.raises(UnsupportedAttentionError, match=r"'sdpa'.*set_attn_implementation\('flashinfer'\)"):

@@ -44,6 +44,7 @@ _READ_ON_THE_HOST = frozenset({*PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
 
 @functools.cache
 def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    """Returns the signature of a forward, read once."""
     return inspect.signature(forward)
 
 

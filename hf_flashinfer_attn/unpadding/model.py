@@ -47,6 +47,7 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
         The same model.
 
     Raises:
+        TypeError: If `model` is no module, such as the path of one.
         UnsupportedAttentionError: If tokens of the model cannot be packed, or its attention is not ours. The model is
             then as it was.
 
@@ -63,6 +64,11 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
         (torch.Size([2, 4, 64]), 0.0)
         >>> model = hf_flashinfer_attn.repad(model)
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"unpad({model!r}): expected a loaded model, not a {type(model).__name__}. Load it first, say with "
+            f"AutoModel.from_pretrained(path, attn_implementation={NAME!r})."
+        )
     backbones = [module for module in model.modules() if family_of(module) is not None]
     if not backbones:
         raise UnsupportedAttentionError(
@@ -121,8 +127,8 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *,
             graphs.
 
     Raises:
-        ValueError: If the model has no graphs, or none of a size that large, or runs without them as it is, or takes no
-            `token_type_ids`.
+        ValueError: If the model is not on a GPU, has no graphs, or none of a size that large, runs without them as it
+            is, or takes no `token_type_ids`.
 
     Examples:
         >>> import torch, hf_flashinfer_attn
@@ -139,6 +145,11 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *,
     for backbone in backbones:
         if token_type_ids and "token_type_ids" not in signature_of(type(backbone).forward).parameters:
             raise ValueError(f"{type(backbone).__name__} takes no token_type_ids; expected token_type_ids=False.")
+        if (device := cast(PreTrainedModel, backbone).device).type != "cuda":
+            raise ValueError(
+                f"{type(backbone).__name__} is on {str(device)!r}, and CUDA graphs are captured on a GPU. Move it "
+                "there first, in half precision, or leave capture_graphs out: without graphs the model runs as it is."
+            )
     for rows, tokens in shapes:
         lengths = torch.full((rows,), tokens // rows)
         lengths[: tokens % rows] += 1

@@ -21,6 +21,7 @@ _PACKED = frozenset({*PER_TOKEN, "attention_mask", CALLER})
 
 
 def implementation_of(module: torch.nn.Module) -> str | None:
+    """Returns the name of a model's attention implementation; None where its config has none."""
     implementation: str | None = getattr(module.config, "_attn_implementation", None)
     return implementation
 
