@@ -170,7 +170,8 @@ def attention_forward(
         raise UnsupportedAttentionError(
             "one of cu_seq_lens_q and cu_seq_lens_k without the other", "Pass both, or neither with a padding mask."
         )
-    if cu_seq_lens_q is not None and type(module).__name__ in READS_NEIGHBOURS:
+    joins_tokens = type(module).__name__ in READS_NEIGHBOURS
+    if cu_seq_lens_q is not None and joins_tokens and getattr(module.config, "trigram_input", True):
         raise UnsupportedAttentionError(
             f"packed sequences in {type(module).__name__}: the model's embeddings join each token with its neighbours, "
             "which packing takes from other sequences",

@@ -225,3 +225,21 @@ def test_two_models_on_two_devices_in_two_threads(devices: Devices) -> None:
     for index in range(2):
         for ours, theirs in zip(results[index], expected[index]):
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_data_parallel_after_unpad(cuda_graphs: bool) -> None:
+    """As Trainer wraps a model on a host with several GPUs; on CPUs, replicas are in test_unpad.py."""
+    tokens, mask = right_padded((*LENGTHS, 5, 3, 16, 1))
+    inputs = {"input_ids": tokens.cuda(), "attention_mask": mask.cuda()}
+    plain = build_model(transformers.BertModel, bert_config(), "eager").cuda()
+    model = build_model(transformers.BertModel, bert_config(), "flashinfer").half().cuda()
+    parallel = torch.nn.DataParallel(hf_flashinfer_attn.unpad(model, cuda_graphs=cuda_graphs), device_ids=[0, 1])
+    with torch.no_grad():
+        expected = plain(**inputs).last_hidden_state[mask.bool()]
+        for _ in range(3):
+            actual = parallel(**inputs)["last_hidden_state"]
+            torch.testing.assert_close(actual[mask.bool()].float(), expected, rtol=0, atol=5e-2)
+            assert (actual[mask == 0] == 0).all()

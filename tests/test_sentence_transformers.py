@@ -142,11 +142,11 @@ def assert_equal_rankings(ours: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("is_unpadded", [False, True], ids=["as-it-is", "unpad"])
-def test_minilm_flattens_by_itself(texts: list[str], is_unpadded: bool) -> None:
+def test_minilm_computes_tokens_alone(texts: list[str], is_unpadded: bool) -> None:
     sdpa, ours = (encoder(demo.model_path(), implementation) for implementation in ("sdpa", "flashinfer"))
     if is_unpadded:
         unpad(ours)
-    assert ours[0].can_flatten_inputs
+    assert ours[0].can_flatten_inputs is not is_unpadded
     assert not sdpa[0].can_flatten_inputs
     tokens, shapes = token_count(ours, texts), seen_by_embeddings(ours)
     with hf_flashinfer_attn.trace() as trace:
@@ -190,6 +190,55 @@ def test_unpad_packs_what_is_not_flattened(family: str, texts: list[str], saved:
     ours, expected = (model.encode(texts[:5], output_value="token_embeddings") for model in (ours, sdpa))
     for rows, others in zip(ours, expected, strict=True):
         torch.testing.assert_close(rows, others, rtol=0, atol=TOLERANCE * others.abs().max().item())
+
+
+def test_each_text_gets_its_own_after_unpad(texts: list[str], saved: Any) -> None:
+    """Vectors of tokens, all outputs, and pairs, of which flattening loses the token types."""
+    sdpa, ours = encoder(saved("bert"), "sdpa"), unpad(encoder(saved("bert"), "flashinfer"))
+    pairs = [(QUERIES[0], text) for text in texts[:4]]
+    for inputs in (texts[:5], pairs):
+        tokens, shapes = token_count(ours, inputs), seen_by_embeddings(ours)
+        rows, others = (model.encode(inputs, output_value="token_embeddings") for model in (ours, sdpa))
+        assert_only_tokens(shapes, tokens, batches=1)
+        whole, expected = (model.encode(inputs, output_value=None) for model in (ours, sdpa))
+        for name in ("token_embeddings", "sentence_embedding", "input_ids", "attention_mask", "token_type_ids"):
+            for index, right in enumerate(expected):
+                valid = right["attention_mask"].bool() if name == "token_embeddings" else slice(None)
+                torch.testing.assert_close(whole[index][name][valid], right[name][valid], rtol=0, atol=1e-4)
+        for row, other in zip(rows, others, strict=True):
+            torch.testing.assert_close(row, other, rtol=0, atol=1e-4)
+
+
+def test_repad_and_the_user_bring_flattening_back(saved: Any) -> None:
+    model = encoder(saved("bert"), "flashinfer")
+    assert model[0].can_flatten_inputs
+    assert not unpad(model)[0].can_flatten_inputs
+    assert copy.deepcopy(model)[0].unpad_inputs is None
+    assert repad(model)[0].can_flatten_inputs
+    model[0].unpad_inputs = True
+    assert unpad(model)[0].can_flatten_inputs
+    model[0].unpad_inputs = False
+    assert not repad(model)[0].can_flatten_inputs
+
+
+@pytest.mark.parametrize("flattens", [False, True])
+@pytest.mark.parametrize("wrapper", ["compile", "peft", "another model"])
+def test_an_inner_model_that_is_replaced(wrapper: str, flattens: bool, texts: list[str], saved: Any) -> None:
+    sdpa, ours = encoder(saved("bert"), "sdpa"), unpad(encoder(saved("bert"), "flashinfer"))
+    tokens, shapes = token_count(ours, texts[:4]), seen_by_embeddings(ours)
+    if wrapper == "compile":
+        ours[0].model = torch.compile(ours[0].model, backend="eager")
+    elif wrapper == "peft":
+        peft = pytest.importorskip("peft")
+        ours[0].model = peft.get_peft_model(ours[0].model, peft.LoraConfig(target_modules=["query", "value"]))
+    else:
+        ours[0].model = encoder(saved("bert"), "flashinfer")[0].model
+        shapes = seen_by_embeddings(ours)
+    ours[0].unpad_inputs = flattens
+    embeddings, expected = (model.encode(texts[:4], convert_to_tensor=True) for model in (ours, sdpa))
+    torch.testing.assert_close(embeddings, expected, rtol=0, atol=TOLERANCE)
+    if flattens or wrapper != "another model":
+        assert_only_tokens(shapes, tokens, batches=1)
 
 
 def test_features_come_back_as_they_were_given(texts: list[str], saved: Any) -> None:
@@ -313,7 +362,7 @@ def test_refusals_name_the_model_inside(saved: Any, tmp_path: Path) -> None:
         transformers.MobileBertModel, {**_SIZES, "embedding_size": 32, "intra_bottleneck_size": 64}
     ).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(demo.model_path()).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedAttentionError, match="unpad for SentenceTransformer: its embeddings join"):
+    with pytest.raises(UnsupportedAttentionError, match="unpad for MobileBertModel: with trigram_input=True"):
         unpad(encoder(tmp_path, "flashinfer"))
     with pytest.raises(UnsupportedAttentionError, match=r"attn_implementation='sdpa'"):
         unpad(encoder(saved("bert"), "sdpa"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import io
 import logging
 import threading
@@ -19,7 +20,7 @@ from paired_models import build_model
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 import hf_flashinfer_attn
@@ -28,7 +29,7 @@ from hf_flashinfer_attn.integration import attention_mask
 from hf_flashinfer_attn.layout import PreparedStore, RaggedLayout, offsets_of
 from hf_flashinfer_attn.movement import TokenMap
 from hf_flashinfer_attn.reuse import _kept_of_packed
-from hf_flashinfer_attn.unpadding import model as model_module
+from hf_flashinfer_attn.unpadding import hooks
 from hf_flashinfer_attn.unpadding.families import family_of
 from hf_flashinfer_attn.unpadding.packing import Packing, PackingAhead
 
@@ -80,6 +81,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "mpnet": ("MPNet", "MPNetConfig", _SIZES, _EVERY_HEAD),
     "distilbert": ("DistilBert", "DistilBertConfig", _DISTILBERT, _EVERY_HEAD),
     "albert": ("Albert", "AlbertConfig", {**_SIZES, "embedding_size": 16}, _EVERY_HEAD),
+    "mobilebert": (
+        "MobileBert", "MobileBertConfig",
+        {**_SIZES, "embedding_size": 16, "intra_bottleneck_size": 32, "trigram_input": False,
+         "normalization_type": "layer_norm"}, _EVERY_HEAD,
+    ),
     "modernbert": ("ModernBert", "ModernBertConfig", {**_SIZES, "local_attention": 6}, _EVERY_HEAD),
     "modernbert-mean": (
         "ModernBert", "ModernBertConfig", {**_SIZES, "local_attention": 6, "classifier_pooling": "mean"}, (_SEQUENCE,),
@@ -114,6 +120,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
          "use_bidirectional_attention": True, "layer_types": ["sliding_attention", "full_attention"]}, (),
     ),
 }  # fmt: skip
+each_mode = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 # Their attention depends on how far apart tokens are.
 MEASURING = {"mpnet", "modernbert", "modernbert-mean", "mistral", "gemma3-text", "embedding-gemma"}
 CASES = [
@@ -242,7 +249,9 @@ def test_equals_eager(family: str, head: str, padding: str) -> None:
         with pytest.raises(IndexError):
             reference(family, head)(**inputs)
         pytest.skip("this head reads the output of a pooler that this version of transformers does not give it")
-    with torch.no_grad():
+    # Half of the cases the way that most people call a model.
+    mode = torch.inference_mode if PADDINGS.index(padding) % 2 == len(head) % 2 else torch.no_grad
+    with mode():
         expected = reference(family, head)(**inputs, output_hidden_states=True)
         model = unpadded(family, head)
         with hf_flashinfer_attn.trace() as trace:
@@ -259,11 +268,12 @@ def test_equals_eager(family: str, head: str, padding: str) -> None:
 
 @pytest.mark.parametrize("family", EACH_FAMILY)
 @pytest.mark.parametrize("padding", PACKED_PADDINGS)
-def test_computes_tokens_only(family: str, padding: str) -> None:
+@each_mode
+def test_computes_tokens_only(mode: Any, family: str, padding: str) -> None:
     model = unpad(build(family))
     shapes = record_inputs(model)
     inputs = inputs_of(padding)
-    with torch.no_grad():
+    with mode():
         output = model(**inputs)
 
     mask = inputs["attention_mask"]
@@ -347,13 +357,14 @@ def test_gradient_checkpointing(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "albert", "esm-absolute", "modernbert", "llama"])
-def test_inputs_embeds(family: str) -> None:
+@each_mode
+def test_inputs_embeds(mode: Any, family: str) -> None:
     inputs = inputs_of("right")
     embeds = torch.randn(4, SLOTS, reference(family, "").get_input_embeddings().embedding_dim)
     arguments = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
     model = unpad(build(family))
     shapes = record_inputs(model)
-    with torch.no_grad():
+    with mode():
         expected, actual = reference(family, "")(**arguments), model(**arguments)
     assert set(shapes) == {(1, sum(LENGTHS))}
     valid = inputs["attention_mask"].bool()
@@ -362,12 +373,13 @@ def test_inputs_embeds(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "modernbert", "qwen3", "gemma3-text"])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_positions_of_the_user(family: str, rows: int) -> None:
+@each_mode
+def test_positions_of_the_user(mode: Any, family: str, rows: int) -> None:
     inputs = inputs_of("right")
     inputs["position_ids"] = (torch.arange(SLOTS) * 2 + 5)[None].repeat(rows, 1) + torch.arange(rows)[:, None]
     model = unpad(build(family))
     shapes = record_inputs(model)
-    with torch.no_grad():
+    with mode():
         expected, actual = reference(family, "")(**inputs), model(**inputs)
     assert set(shapes) == {(1, sum(LENGTHS))}
     valid = inputs["attention_mask"].bool()
@@ -375,11 +387,12 @@ def test_positions_of_the_user(family: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "electra", "albert", "nomic-bert"])
-def test_token_types(family: str) -> None:
+@each_mode
+def test_token_types(mode: Any, family: str) -> None:
     inputs = inputs_of("right")
     inputs["token_type_ids"] = torch.arange(SLOTS).ge(2).long()[None].repeat(4, 1)
     model = unpadded(family, "")
-    with torch.no_grad():
+    with mode():
         expected, actual = reference(family, "")(**inputs), model(**inputs)
         other = model(**{**inputs, "token_type_ids": torch.zeros_like(inputs["token_type_ids"])})
     valid = inputs["attention_mask"].bool()
@@ -388,10 +401,11 @@ def test_token_types(family: str) -> None:
 
 
 @pytest.mark.parametrize("head", ["", _SEQUENCE])
-def test_tuples(head: str) -> None:
+@each_mode
+def test_tuples(mode: Any, head: str) -> None:
     inputs = inputs_of("right")
     model = unpadded("bert", head)
-    with torch.no_grad():
+    with mode():
         expected = reference("bert", head)(**inputs, return_dict=False)
         actual = model(**inputs, return_dict=False)
         again = model(*inputs.values())
@@ -491,6 +505,55 @@ def test_the_host_reads_nothing(family: str) -> None:
     assert len(reads.names) == 1
 
 
+LEARNED_POSITIONS = ("bert", "electra", "albert", "distilbert", "mobilebert", "esm-absolute", *ROBERTA_LIKE)
+
+
+def test_families_with_learned_positions() -> None:
+    others = {family for family in EACH_FAMILY if family not in LEARNED_POSITIONS} - {"esm-rotary"}
+    for family in others:
+        assert not any(name.endswith("position_embeddings") for name, _ in reference(family, "").named_modules())
+
+
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
+@pytest.mark.parametrize("family", LEARNED_POSITIONS)
+def test_rows_longer_than_the_position_table(family: str, given: str) -> None:
+    """As an error of the model or as our own, before the table is looked at, where a GPU could only abort."""
+    model, plain = unpad(build(family)), reference(family, "")
+    mask = (torch.arange(40)[None] < torch.tensor([40, 12])[:, None]).long()
+    inputs = {"input_ids": torch.full((2, 40), 7).masked_fill(mask == 0, PAD), "attention_mask": mask}
+    if given == "embeddings":
+        inputs = inputs_without_ids(inputs) | {"inputs_embeds": plain.get_input_embeddings()(inputs["input_ids"])}
+    looked_up: list[Tensor] = []
+    table = model.embeddings.position_embeddings
+    table.register_forward_hook(lambda module, args, output: looked_up.append(args[0]))
+    if family == "esm-absolute" and given == "embeddings":
+        assert model(**inputs).last_hidden_state.isfinite().all()
+        return
+    with pytest.raises((RuntimeError, IndexError)) as ours:
+        model(**inputs)
+    assert all(int(positions.max()) < table.num_embeddings for positions in looked_up)
+    with pytest.raises((RuntimeError, IndexError)) as expected:
+        plain(**inputs)
+    after_padding_id = family in ROBERTA_LIKE or family == "esm-absolute"
+    assert ours.type is (IndexError if after_padding_id else expected.type)
+    if after_padding_id:
+        assert "a row of 40 tokens" in str(ours.value)
+        assert "at most 30" in str(ours.value)
+
+
+@pytest.mark.parametrize("family", [*ROBERTA_LIKE, "esm-absolute"])
+def test_wide_batches_of_short_rows(family: str) -> None:
+    """Positions of these families count tokens, and padding may be as wide as it likes."""
+    mask = (torch.arange(40)[None] < torch.tensor([30, 12])[:, None]).long()
+    inputs = {"input_ids": torch.full((2, 40), 7).masked_fill(mask == 0, PAD), "attention_mask": mask}
+    model = unpad(build(family))
+    shapes = record_inputs(model)
+    with torch.no_grad():
+        actual, expected = (part(**inputs).last_hidden_state for part in (model, reference(family, "")))
+    assert set(shapes) == {(1, 42)}
+    assert_close(actual[mask.bool()], expected[mask.bool()], "last_hidden_state")
+
+
 def test_wrong_arguments_are_errors_still() -> None:
     model, inputs = unpadded("bert", ""), inputs_of("right")
     with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
@@ -504,56 +567,54 @@ def test_wrong_arguments_are_errors_still() -> None:
 def test_only_tokens_travel(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a model elsewhere is given when its inputs are on the CPU; "meta" stands for elsewhere."""
     elsewhere = torch.device("meta")
-    monkeypatch.setattr(model_module, "_device_of", lambda module, default: elsewhere)
+    monkeypatch.setattr(hooks, "_device_of", lambda module, default: elsewhere)
     model, inputs = build("roberta", _SEQUENCE), inputs_of("right")
     labels = torch.zeros(4, dtype=torch.long)
-    _, of_head = model_module._move_to_head(
-        model, (inputs["input_ids"],), {**inputs_without_ids(inputs), "labels": labels}
-    )
+    _, of_head = hooks.move_to_head(model, (inputs["input_ids"],), {**inputs_without_ids(inputs), "labels": labels})
     assert of_head["input_ids"].device.type == "cpu"
     assert of_head["attention_mask"].device == of_head["labels"].device == elsewhere
 
     of_head.pop("labels")
-    _, packed = model_module._pack(model.base_model, (), of_head)
+    _, packed = hooks.pack(model.base_model, (), of_head)
     for name in ("input_ids", "position_ids"):
         assert (packed[name].shape, packed[name].device) == ((1, sum(LENGTHS)), elsewhere)
     assert packed["attention_mask"] is None
     assert packed["cu_seq_lens_q"].tolist() == [0, 9, 13, 19, 21]
     assert packed["cu_seq_lens_q"].device.type == "cpu"
 
-    _, whole = model_module._pack(model.base_model, (), inputs_of("all-ones"))
+    _, whole = hooks.pack(model.base_model, (), inputs_of("all-ones"))
     assert {value.device for value in whole.values()} == {elsewhere}
     assert whole["input_ids"].shape == whole["attention_mask"].shape == (4, SLOTS)
 
 
 def test_a_mask_that_a_head_reshapes_is_read_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "_device_of", lambda module, default: torch.device("meta"))
+    monkeypatch.setattr(hooks, "_device_of", lambda module, default: torch.device("meta"))
     model, inputs = build("roberta", _CHOICE), inputs_of("right", _CHOICE)
     mask = inputs["attention_mask"]
-    _, of_head = model_module._move_to_head(model, (), inputs)
+    _, of_head = hooks.move_to_head(model, (), inputs)
     moved = of_head["attention_mask"]
     assert (moved.shape, moved.device.type) == ((2, 2, SLOTS), "meta")
 
     flat = {"input_ids": of_head["input_ids"].view(-1, SLOTS), "attention_mask": moved.view(-1, SLOTS)}
-    _, packed = model_module._pack(model.base_model, (), dict(flat))
+    _, packed = hooks.pack(model.base_model, (), dict(flat))
     assert packed["cu_seq_lens_q"].tolist() == [0, 9, 13, 19, 21]
-    assert torch.equal(model_module._read_from(flat["attention_mask"]), mask.view(-1, SLOTS))
+    assert torch.equal(hooks._read_from(flat["attention_mask"]), mask.view(-1, SLOTS))
 
     for other in (moved[0], moved.transpose(0, 1), moved.view(-1)[1:], moved.clone(), moved.view(torch.float64)):
-        assert model_module._read_from(other) is other
+        assert hooks._read_from(other) is other
     moved.fill_(1)
-    assert model_module._read_from(moved) is moved
+    assert hooks._read_from(moved) is moved
 
 
 def test_a_mask_that_a_head_writes_to_in_inference_mode_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "_device_of", lambda module, default: torch.device("meta"))
+    monkeypatch.setattr(hooks, "_device_of", lambda module, default: torch.device("meta"))
     model, inputs = build("roberta", _CHOICE), inputs_of("right", _CHOICE)
     with torch.inference_mode():
-        _, of_head = model_module._move_to_head(model, (), inputs)
+        _, of_head = hooks.move_to_head(model, (), inputs)
         flat = of_head["attention_mask"].view(-1, SLOTS)
-        assert torch.equal(model_module._read_from(flat), inputs["attention_mask"].view(-1, SLOTS))
+        assert torch.equal(hooks._read_from(flat), inputs["attention_mask"].view(-1, SLOTS))
         flat[:, 0] = 0
-        assert model_module._read_from(flat) is flat
+        assert hooks._read_from(flat) is flat
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -793,12 +854,92 @@ def test_a_cache_stays_padded(caplog: pytest.LogCaptureFixture) -> None:
     assert_close(plain.last_hidden_state[valid], cached.last_hidden_state[valid], "last_hidden_state")
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_of_the_caller_stays_padded(name: str) -> None:
+    """Under the name that this version of transformers has for it, or as a deprecated one."""
+    if name == "cache" and "cache" not in inspect.signature(transformers.Qwen3Model.forward).parameters:
+        pytest.skip("this version of transformers calls it past_key_values")
+    inputs, caches = inputs_of("right"), [DynamicCache(), DynamicCache()]
+    model = unpad(build("qwen3"))
+    shapes = record_inputs(model)
+    with torch.no_grad():
+        expected = reference("qwen3", "")(**inputs, use_cache=False, **{name: caches[0]}).last_hidden_state
+        actual = model(**inputs, use_cache=False, **{name: caches[1]}).last_hidden_state
+    assert set(shapes) == {(4, SLOTS)}
+    assert caches[1].get_seq_length() == caches[0].get_seq_length() == SLOTS
+    valid = inputs["attention_mask"].bool()
+    assert_close(actual[valid], expected[valid], "last_hidden_state")
+
+
+@pytest.mark.parametrize("value", [(torch.ones(4, SLOTS),), {"rows": 4}, object()], ids=["tuple", "dict", "object"])
+def test_what_is_neither_a_tensor_nor_a_number_stays_padded(value: object, caplog: pytest.LogCaptureFixture) -> None:
+    model = unpad(build("bert"))
+    shapes = record_inputs(model)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "hf_flashinfer_attn"):
+        model(**inputs_of("right"), something=value)
+    assert set(shapes) == {(4, SLOTS)}
+    assert "something, of which it is not known how to pack it" in caplog.text
+
+
+def test_a_number_of_the_whole_batch_is_passed_on() -> None:
+    """Trainer passes `num_items_in_batch` on as a tensor of one element, to replicas with two dimensions."""
+    model = unpad(build("bert"))
+    shapes = record_inputs(model)
+    model(**inputs_of("right"), num_items_in_batch=torch.ones(1, 1))
+    assert set(shapes) == {(1, sum(LENGTHS))}
+
+
+def replicated(model: nn.Module) -> Any:
+    """A replica as `torch.nn.parallel.replicate` makes it: parameters and buffers are plain attributes."""
+    modules = list(model.modules())
+    replicas: dict[nn.Module, Any] = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None
+            if child is not None:
+                setattr(replica, name, replicas[child])
+        for kept, copies in ((module._parameters, replica._parameters), (module._buffers, replica._buffers)):
+            for name, value in kept.items():
+                copies[name] = None
+                if value is not None:
+                    del copies[name]
+                    setattr(replica, name, value * 1 if value.is_floating_point() else value.clone())
+    return replicas[model]
+
+
+@pytest.mark.parametrize("head", ["", _SEQUENCE])
+@pytest.mark.parametrize("family", EACH_FAMILY)
+def test_a_replica_of_data_parallel(family: str, head: str) -> None:
+    if head not in ("", *FAMILIES[family][3]):
+        pytest.skip("this family has no such head")
+    model, inputs = unpadded(family, head), inputs_of("right")
+    try:
+        replicated(reference(family, head))(**inputs)
+    except StopIteration:
+        pytest.skip("this version of transformers asks this model for a dtype, which a replica does not have")
+    replica = replicated(model)
+    assert not list(replica.parameters())
+    expected, shapes = model(**inputs), record_inputs(replica)
+    actual = replica(**inputs)
+    for name, right in tensors_of(expected).items():
+        assert torch.equal(actual[name], right), name
+    assert set(shapes) == {(1, sum(LENGTHS))}
+    actual[0].sum().backward()
+    assert model.get_input_embeddings().weight.grad is not None
+    model.zero_grad()
+
+
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_generate(use_cache: bool) -> None:
     inputs = inputs_of("left")
     settings = {"max_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
     expected = reference("llama", _CAUSAL).generate(**inputs, **settings)
     assert torch.equal(unpadded("llama", _CAUSAL).generate(**inputs, **settings), expected)
+
+
+def test_a_path_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"unpad\('some/model'\): expected a loaded model.*from_pretrained\(path"):
+        unpad("some/model")  # type: ignore[type-var]
 
 
 def test_another_attention_than_ours_is_refused() -> None:
@@ -841,6 +982,17 @@ def test_what_cannot_be_packed_says_why(model_class: str, config: str, reason: s
         unpad(model)
     assert repad(model) is model
     model(input_ids=inputs_of("right")["input_ids"], attention_mask=mask_of("right"))
+
+
+def test_packed_input_to_mobilebert_without_trigrams() -> None:
+    model, plain = build("mobilebert"), reference("mobilebert", "")
+    ids, offsets = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([0, 2, 5], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 0, 1, 2]])
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets)
+        for start, end in ((0, 2), (2, 5)):
+            expected = plain(input_ids=ids[:, start:end]).last_hidden_state
+            assert_close(packed.last_hidden_state[:, start:end], expected, "last_hidden_state")
 
 
 def test_esm_whose_layers_number_tokens_is_refused() -> None:

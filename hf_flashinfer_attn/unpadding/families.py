@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from transformers import PreTrainedModel
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "Positions", "family_of", "reason_against"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "Positions", "family_of", "reason_against", "required_family"]
 
 
 class Positions(Enum):
@@ -40,6 +40,10 @@ def _refuse_rotary_layers(model: PreTrainedModel) -> str | None:
     if model.config.position_embedding_type == "rotary" and getattr(model, "rotary_embeddings", None) is None:
         return "its layers number tokens by themselves, through all packed rows, in this version of transformers"
     return None
+
+
+def _refuse_trigrams(model: PreTrainedModel) -> str | None:
+    return REFUSED["mobilebert"] if model.config.trigram_input else None
 
 
 def _mpnet() -> ModuleType:
@@ -103,6 +107,7 @@ FAMILIES = {
     "LlamaModel": _DECODER,
     "MPNetModel": replace(_ROBERTA, measures_slots=True, refuse=_refuse_changed_mpnet, own_attention=_mpnet),
     "MistralModel": _DECODER,
+    "MobileBertModel": replace(_ENCODER, refuse=_refuse_trigrams),
     "ModernBertModel": _ENCODER,
     "NomicBertModel": _ENCODER,
     "Qwen3Model": _DECODER,
@@ -115,7 +120,8 @@ REFUSED = {
     "deberta": _OWN_ATTENTION,
     "deberta-v2": _OWN_ATTENTION,
     "longformer": _OWN_ATTENTION,
-    "mobilebert": "its embeddings join each token with its neighbours, which packing would take from other rows",
+    "mobilebert": "with trigram_input=True, its embeddings join each token with its neighbours, which packing would "
+    "take from other rows",
     "mt5": _POSITION_BIAS,
     "t5": _POSITION_BIAS,
     "umt5": _POSITION_BIAS,
@@ -123,12 +129,19 @@ REFUSED = {
 }
 
 
-def family_of(model: torch.nn.Module) -> Family | None:
+def family_of(model: torch.nn.Module | None) -> Family | None:
     """Returns how to pack the tokens of a backbone; None for any other module."""
     for parent in type(model).__mro__:
         if parent.__module__.startswith("transformers.models.") and parent.__name__ in FAMILIES:
             return FAMILIES[parent.__name__]
     return None
+
+
+def required_family(backbone: torch.nn.Module) -> Family:
+    """Returns how to pack the tokens of a module that is known to be a backbone."""
+    family = family_of(backbone)
+    assert family is not None
+    return family
 
 
 def reason_against(model: torch.nn.Module) -> str:

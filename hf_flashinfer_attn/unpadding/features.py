@@ -12,7 +12,14 @@ from .families import family_of
 from .graphs import CALLER
 from .packing import Packing
 
-__all__ = ["forwards_features", "pack_features", "spread_features"]
+__all__ = [
+    "forwards_features",
+    "is_transformer",
+    "pack_features",
+    "resume_flattening",
+    "spread_features",
+    "stop_flattening",
+]
 
 _ADDED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", CALLER})
 _PACKED_OUTPUTS = ("last_hidden_state", ("last_hidden_state",), ["last_hidden_state"])
@@ -33,13 +40,30 @@ class _SwappedFeatures(dict[str, Any]):
         self.packing = packing
 
 
-def forwards_features(module: Any) -> bool:
-    """Whether a module is sentence-transformers' `Transformer` around a bare backbone."""
-    is_transformer = any(
+def is_transformer(module: torch.nn.Module) -> bool:
+    """Whether a module is sentence-transformers' `Transformer`."""
+    return any(
         parent.__name__ == "Transformer" and parent.__module__.startswith("sentence_transformers.")
         for parent in type(module).__mro__
     )
-    return is_transformer and family_of(module.model) is not None
+
+
+def forwards_features(module: Any) -> bool:
+    """Whether a module is sentence-transformers' `Transformer` around a bare backbone."""
+    return is_transformer(module) and family_of(getattr(module, "model", None)) is not None
+
+
+def stop_flattening(module: Any) -> None:
+    """Has a `Transformer` pad its inputs, unless it was told to flatten them: outputs are then rows, one a text."""
+    if getattr(module, "unpad_inputs", None) is not True:
+        module.can_flatten_inputs = False
+
+
+def resume_flattening(module: Any) -> None:
+    """Has a `Transformer` flatten its inputs if it did before `stop_flattening`."""
+    if hasattr(module, "unpad_inputs"):
+        # The setter finds out again what can be flattened.
+        module.unpad_inputs = module.unpad_inputs
 
 
 def pack_features(

@@ -1,0 +1,370 @@
+"""Hooks of one forward: what goes into a backbone is packed, what comes out is spread out.
+
+Nothing is kept between forwards: what a forward's end has to know about its beginning rides on the offsets that every
+layer is handed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeGuard, TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..dispatch import log_once
+from ..errors import UnsupportedAttentionError
+from ..layout import LengthsRead, offsets_of
+from ..mask import mask_of_ones
+from ..movement import sent
+from ..recording import refuse_recording
+from ..settings import current_settings
+from .families import Positions, family_of, required_family
+from .features import pack_features
+from .graphs import CALLER, GraphedForward, carry_state, graphs_of, is_copied_with
+from .model_state import ModelState
+from .packing import RIDER, Packing, PackingAhead, leave_sizes_open
+from .reasons import PER_TOKEN, measure_of_distance, reason_of_head, reason_to_stay
+
+__all__ = ["HANDLES", "leave_features", "move_to_head", "pack", "pack_features_of", "signature_of", "spread"]
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+# Where a module keeps what removes the hooks of `unpad` from it.
+HANDLES = "_flashinfer_unpadding"
+_NOTE = "_flashinfer_head_note"
+_NUMBERS = ("input_ids", "token_type_ids", "position_ids")
+_READ_ON_THE_HOST = frozenset({*PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
+
+
+@functools.cache
+def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    """Returns the signature of a forward, read once."""
+    return inspect.signature(forward)
+
+
+def _named(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns all arguments of a forward by name."""
+    if not args:
+        return dict(kwargs)
+    # Not the instance's own forward, which accelerate replaces.
+    bound = signature_of(type(module).forward).bind(module, *args, **kwargs).arguments
+    del bound["self"]
+    return {**bound.pop("kwargs", {}), **bound}
+
+
+def _device_of(module: PreTrainedModel, default: torch.device) -> torch.device:
+    # Replicas of DataParallel have no parameters. Weights that are loaded layer by layer are on "meta" until accelerate
+    # moves them to their inputs.
+    weight = next(module.parameters(), None)
+    return default if weight is None or weight.device.type == "meta" else weight.device
+
+
+def _between_graphs(hook: Hook) -> Hook:
+    """Has torch.compile end a graph before a hook, and guard nothing of what the hook looks at."""
+    untraced: Hook = torch.compiler.disable(hook, reason="hf_flashinfer_attn.unpad reads row lengths on the host")
+    return untraced
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadNote:
+    """What a head's pre-hook tells the backbone, kept on the mask that the head passes on.
+
+    Args:
+        host_mask: The same mask on the CPU; None if it is the caller's own.
+        version: Of the mask when it was made, by which writes to it are noticed.
+        reason: Why the backbone has to stay padded; None if it does not.
+    """
+
+    host_mask: torch.Tensor | None
+    version: int
+    reason: str | None
+
+
+@_between_graphs
+def move_to_head(
+    module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Moves labels and masks to a head's device, and leaves on the CPU what is packed or read there."""
+    inputs = _named(module, args, kwargs)
+    reason, device = reason_of_head(module, inputs), _device_of(module, torch.device("cpu"))
+    if device.type == "cpu" and reason is None:
+        return None
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        moves = value.device.type == "cpu" != device.type
+        if name != "attention_mask" and name not in _READ_ON_THE_HOST and moves:
+            inputs[name] = sent(value, device)
+        elif name == "attention_mask" and (moves or reason is not None):
+            # Inference tensors count no versions, and a head's writes would go unseen.
+            with torch.inference_mode(False), torch.no_grad():
+                noted = inputs[name] = sent(value, device) if moves else value.clone()
+            setattr(noted, _NOTE, _HeadNote(value if moves else None, noted._version, reason))
+    return (), inputs
+
+
+def _note_on(mask: torch.Tensor) -> tuple[torch.Tensor, _HeadNote | None]:
+    """Returns the mask that a head passed on before it was reshaped, and the note of the head's pre-hook on it."""
+    whole = mask if mask._base is None else mask._base
+    return whole, getattr(whole, _NOTE, None)
+
+
+def _read_from(mask: torch.Tensor) -> torch.Tensor:
+    """Returns where to read a mask: what stayed of it on the CPU, though a head reshaped it since, or the mask."""
+    moved, note = _note_on(mask)
+    if note is None or note.host_mask is None or note.version != moved._version:
+        return mask
+    is_whole = mask.numel() == moved.numel() and mask.dtype == moved.dtype
+    in_order = mask.is_contiguous() and moved.is_contiguous()
+    return note.host_mask.reshape(mask.shape) if is_whole and in_order else mask
+
+
+@_between_graphs
+def pack(
+    module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a backbone's forward: packs its inputs, or leaves them as they are."""
+    refuse_recording()
+    inputs = _named(module, args, kwargs)
+    if is_copied_with(module):
+        # Not the module itself: accelerate moves whatever it can among arguments.
+        inputs[CALLER] = weakref.ref(module)
+    tokens = next((value for name in PER_TOKEN if (value := inputs.get(name)) is not None), None)
+    if tokens is None:
+        return (), inputs
+    device = _device_of(module, tokens.device)
+    packing = _packing_of(module, inputs, device)
+    if packing is None:
+        for name in (*PER_TOKEN, "attention_mask"):
+            if isinstance(value := inputs.get(name), torch.Tensor) and value.device.type == "cpu":
+                inputs[name] = sent(value, device)
+        return (), inputs
+    _embed_rows(module, inputs, device)
+    packed = _packed_inputs(module, inputs, packing)
+    _name_dropped_ids(module, inputs.get("input_ids"), packed.get("input_ids"))
+    offsets = offsets_of(packing.layout)
+    setattr(offsets, RIDER, packing)
+    length = packing.layout.query.max_length
+    inputs.update(packing.move(packed, device))
+    inputs["attention_mask"] = None
+    if required_family(module).is_causal or required_family(module).own_attention is not None:
+        # Told that there is no padding, transformers looks neither for packed sequences in the positions nor, where a
+        # model has not come to the mask helpers yet, for padding in the tokens.
+        inputs["attention_mask"] = mask_of_ones(1, packing.layout.query.total_tokens, device)
+    inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
+    inputs["return_dict"] = True
+    if _own_graphs(module) is not None:
+        carry_state(offsets, None if packing.meanwhile is None else packing.meanwhile.state)
+        return (), inputs
+    leave_sizes_open((inputs[name] for name in (*packed, "attention_mask")), offsets)
+    return (), inputs
+
+
+def pack_features_of(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before the forward of a module that calls its backbone's past `pack` and `spread`."""
+    if HANDLES not in vars(module.model):
+        # Put there after `unpad`. What wraps the backbone, as torch.compile and PEFT do, calls it with its hooks.
+        return None
+
+    def pack_backbone(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Packing | None]:
+        _, packed = pack(backbone, (), inputs)
+        if (own_attention := required_family(backbone).own_attention) is not None:
+            # Its own hooks are passed by, too.
+            own_attention().enter(packed.get("cu_seq_lens_q"))
+        return packed, _riding_on(packed)
+
+    return pack_features(module, args, kwargs, pack_backbone)
+
+
+def leave_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+    """After the forward of such a module, whose backbone's own hooks were passed by."""
+    features: dict[str, Any] = args[0] if args else kwargs["features"]
+    family = family_of(module.model)
+    if family is not None and family.own_attention is not None:
+        family.own_attention().leave(features.get("cu_seq_lens_q"))
+
+
+def _riding_on(inputs: dict[str, Any]) -> Packing | None:
+    packing: Packing | None = getattr(inputs.get("cu_seq_lens_q"), RIDER, None)
+    return packing
+
+
+@_between_graphs
+def spread(
+    module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput
+) -> ModelOutput | tuple[Any, ...] | None:
+    """After a backbone's forward: puts padding back where it was taken from."""
+    packing = _riding_on(kwargs)
+    if packing is None:
+        return None
+    last = output["last_hidden_state"]
+    padded = packing.spread(last)
+    if output.get("hidden_states") is not None:
+        # Models return the last hidden state twice.
+        output["hidden_states"] = tuple(
+            padded if states is last else states if states is None else packing.spread(states)
+            for states in output["hidden_states"]
+        )
+    output["last_hidden_state"] = padded
+    if output.get("pooler_output") is not None:
+        # Of the packed rows it has seen only the first.
+        output["pooler_output"] = required_family(module).pool(module, padded)
+    return output if packing.returns_dict else output.to_tuple()
+
+
+def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> Packing | None:
+    """Returns where the tokens of a padded batch are; None for a batch that is not padded or has to stay so."""
+    mask = inputs.get("attention_mask")
+    returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
+    if mask is None:
+        ids = inputs.get("input_ids")
+        # Positions that start again tell decoders of packed sequences, where there is no mask.
+        if ids is None or ids.ndim != 2 or inputs.get("position_ids") is not None:
+            return None
+        if not _goes_through_a_graph(module, inputs, device, *ids.shape):
+            return None
+        # Without padding there is nothing to gain but a graph.
+        reason = reason_to_stay(module, {**inputs, "attention_mask": ids})
+        return Packing.full(tuple(ids.shape), returns_dict=returns_dict) if reason is None else None
+    note = _note_on(mask)[1] if isinstance(mask, torch.Tensor) else None
+    reason = reason_to_stay(module, inputs) or (None if note is None else note.reason)
+    if reason is None:
+        measure = measure_of_distance(module)
+        packing = Packing.of(
+            _read_from(mask),
+            returns_dict=returns_dict,
+            find_holes=measure is not None,
+            meanwhile=lambda ahead: _Meanwhile.do(module, inputs, ahead),
+        )
+        if packing.is_full and _goes_through_a_graph(module, inputs, device, *packing.shape):
+            return packing
+        if packing.is_full:
+            # So that attention does not ask for the lengths again.
+            inputs["attention_mask"] = mask_of_ones(*packing.shape, device)
+            return None
+        if packing.layout.query.total_tokens == 0:
+            return None
+        if not packing.has_holes:
+            return packing
+        reason = f"{measure} over padding with holes"
+    _tell_why(module, mask, reason)
+    return None
+
+
+# A larger batch without padding is bound by the GPU, and torch's own kernels are faster there than a packed forward.
+_MOST_TOKENS_WITHOUT_PADDING = 8_192
+
+
+def _own_graphs(module: torch.nn.Module) -> GraphedForward | None:
+    """Returns the CUDA graphs of a module; None for a shallow copy or replica, which runs without."""
+    return None if is_copied_with(module) else graphs_of(module)
+
+
+def _goes_through_a_graph(
+    module: PreTrainedModel, inputs: dict[str, Any], device: torch.device, rows: int, width: int
+) -> bool:
+    """Whether a batch without padding is packed all the same, for a graph."""
+    graphs, tokens = _own_graphs(module), rows * width
+    return (
+        graphs is not None
+        and inputs.get("input_ids") is not None
+        and tokens <= _MOST_TOKENS_WITHOUT_PADDING
+        and graphs.takes(module, device, rows, tokens)
+    )
+
+
+def _tell_why(module: PreTrainedModel, mask: object, reason: str) -> None:
+    """Logs why a forward stays padded; with strict=True raises it, if there is padding."""
+    message = f"unpad leaves {type(module).__name__} padded: {reason}"
+    if not current_settings().strict:
+        log_once(message)
+    elif not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not LengthsRead(_read_from(mask).bool().all()).values:
+        raise UnsupportedAttentionError(
+            f"{message}, and strict=True forbids it",
+            "Use hf_flashinfer_attn.configure(strict=False) to let such forwards run padded.",
+        )
+
+
+def _embed_rows(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> None:
+    if not required_family(module).embeds_rows or inputs.get("input_ids") is None:
+        return
+    names = ("input_ids", "attention_mask", "position_ids")
+    rows = {name: value.to(device) for name in names if (value := inputs.get(name)) is not None}
+    inputs["inputs_embeds"] = module.embeddings(**rows)
+    inputs["input_ids"] = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Meanwhile:
+    """What is done while the host would else wait for lengths.
+
+    Args:
+        numbers: Inputs on the mask's device that were packed ahead, by name, shape `(1, room)`.
+        state: Of the model, if it is as it was when graphs were captured.
+    """
+
+    numbers: dict[str, torch.Tensor]
+    state: ModelState | None
+
+    @classmethod
+    def do(cls, module: PreTrainedModel, inputs: dict[str, Any], ahead: PackingAhead) -> _Meanwhile:
+        device, numbers = ahead.slots.device, {}
+        ids = inputs.get("input_ids")
+        if ids is not None and ids.device == device and not required_family(module).embeds_rows:
+            given = {name: inputs.get(name) for name in _NUMBERS}
+            numbers = {name: ahead.pack(value) for name, value in given.items() if _is_on(value, device)}
+            if inputs.get("position_ids") is None:
+                numbers["position_ids"] = _positions(module, inputs, ahead)
+        graphs = _own_graphs(module)
+        return cls(numbers, None if graphs is None else graphs.look())
+
+
+def _name_dropped_ids(module: PreTrainedModel, padded: torch.Tensor | None, packed: torch.Tensor | None) -> None:
+    """Logs that masked positions have other ids than padding, as in ColBERT's queries; on the host only."""
+    pad_id = getattr(module.config, "pad_token_id", None)
+    if pad_id is None or padded is None or packed is None or padded.device.type != "cpu" or packed.device.type != "cpu":
+        return
+    if np.count_nonzero(padded.numpy() != pad_id) > np.count_nonzero(packed.numpy() != pad_id):
+        log_once(
+            f"unpad of {type(module).__name__} drops masked positions whose ids are not pad_token_id={pad_id}; "
+            "what reads them finds zeros"
+        )
+
+
+def _is_on(value: torch.Tensor | None, device: torch.device) -> TypeGuard[torch.Tensor]:
+    return value is not None and value.device == device
+
+
+def _packed_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> dict[str, torch.Tensor]:
+    """Returns the packed inputs per token, shape `(1, total_tokens, ...)`, where the padded ones are."""
+    ahead = {} if packing.meanwhile is None else packing.meanwhile.numbers
+    total = packing.layout.query.total_tokens
+    packed = {name: value[:, :total] for name, value in ahead.items()}
+    for name in PER_TOKEN:
+        if name not in packed and (value := inputs.get(name)) is not None:
+            packed[name] = packing.pack(value)
+    if "position_ids" not in packed:
+        packed["position_ids"] = _positions(module, inputs, packing)
+    return packed
+
+
+def _positions(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing | PackingAhead) -> torch.Tensor:
+    """Numbers tokens as the model would in a padded batch, shape `(1, tokens)`."""
+    ids = inputs.get("input_ids")
+    device = packing.device if ids is None else ids.device
+    if required_family(module).positions is Positions.SLOTS:
+        return packing.positions(device)
+    padding_id: int = module.embeddings.padding_idx
+    if ids is None:
+        return packing.positions(device) + padding_id + 1
+    is_token: torch.Tensor = ids.ne(padding_id)
+    return packing.pack(is_token.cumsum(1) * is_token + padding_id)

@@ -1,0 +1,146 @@
+"""Why a forward stays padded, decided before any length is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from ..integration import NAME
+from ..layout import LengthsRead
+from ..settings import current_settings
+from .families import family_of, required_family
+from .graphs import CALLER, is_asked_for
+
+__all__ = ["PER_TOKEN", "implementation_of", "measure_of_distance", "reason_of_head", "reason_to_stay"]
+
+PER_TOKEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+_PACKED = frozenset({*PER_TOKEN, "attention_mask", CALLER})
+
+
+def implementation_of(module: torch.nn.Module) -> str | None:
+    """Returns the name of a model's attention implementation; None where its config has none."""
+    implementation: str | None = getattr(module.config, "_attn_implementation", None)
+    return implementation
+
+
+def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
+    """Says why a forward cannot run on packed tokens, before any length is read."""
+    mask = inputs["attention_mask"]
+    if implementation_of(module) != NAME:
+        return f"attn_implementation={implementation_of(module)!r}, expected {NAME!r}"
+    if getattr(current_settings(), "padded_queries", "drop") == "keep":
+        return "configure(padded_queries='keep')"
+    if module.training and getattr(module.get_input_embeddings(), "neftune_noise_alpha", None) is not None:
+        return "NEFTune, whose noise is scaled by the slots of a row"
+    if is_asked_for("output_attentions", module, inputs):
+        return "output_attentions=True"
+    if inputs.get("encoder_hidden_states") is not None:
+        return "cross-attention"
+    # By class: transformers renamed the argument once, and old names stay for a while.
+    if any(isinstance(value, Cache) for value in inputs.values()) or _makes_cache(module, inputs):
+        return "a cache of keys and values; pass use_cache=False where none is needed"
+    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if not isinstance(mask, torch.Tensor) or tokens is None or mask.shape != tokens.shape[:2]:
+        return "an attention mask of another shape than the tokens"
+    for name in ("token_type_ids", "position_ids"):
+        value = inputs.get(name)
+        if value is not None and tuple(value.shape) not in (tuple(mask.shape), (1, mask.shape[1])):
+            return f"{name} of another shape than the tokens"
+    if (reason := _reason_of_positions(module, inputs, mask)) is not None:
+        return reason
+    for name, value in inputs.items():
+        if name not in _PACKED and not _is_of_whole_batch(value):
+            return f"{name}, of which it is not known how to pack it"
+    return None
+
+
+def _reason_of_positions(module: PreTrainedModel, inputs: dict[str, Any], mask: torch.Tensor) -> str | None:
+    """Has rows that are longer than a table of learned positions end in an error before anything is launched.
+
+    Returns:
+        Why a forward stays padded, in which the model raises its own error; None where positions are in the table.
+
+    Raises:
+        IndexError: If the model would look a position up that is not in the table.
+    """
+    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
+    size: int | None = getattr(table, "num_embeddings", None)
+    if table is None or size is None or inputs.get("position_ids") is not None:
+        return None
+    ids, width = inputs.get("input_ids"), mask.shape[1]
+    if table.padding_idx is None:
+        # The model compares shapes by itself.
+        return None if width <= size else f"{width} slots in a row, of {size} that the model has positions for"
+    # Tokens are numbered from the id of padding + 1; what the model embeds by itself has no positions yet.
+    first = table.padding_idx + 1
+    if first + width <= size or (ids is None and required_family(module).embeds_rows):
+        return None
+    longest = width if ids is None else LengthsRead(ids.ne(table.padding_idx).sum(1).max()).values
+    if first + longest > size:
+        raise IndexError(
+            f"a row of {longest} tokens for {type(module).__name__}, expected at most {size - first}: its table of "
+            f"{size} positions starts at {first}. Truncate texts to that length."
+        )
+    return None
+
+
+def reason_of_head(head: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
+    """Says what a head reads in masked positions, where a packed backbone leaves zeros; labels may be anywhere."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return None
+    if any(inputs.get(name) is not None for name in ("start_positions", "end_positions")):
+        return "start_positions and end_positions, whose loss is taken over masked positions too"
+    for name, value in inputs.items():
+        if "label" in name and isinstance(value, torch.Tensor) and _counts_padding(head, value, mask):
+            return f"{name} other than -100 in masked positions"
+    if isinstance(head, GenericForSequenceClassification):
+        finds_last_token = inputs.get("input_ids") is not None and head.config.pad_token_id is not None
+        if not finds_last_token and not LengthsRead((mask[:, -1] != 0).all()).values:
+            return "a head that reads the last position of each row, which is masked in some"
+    return None
+
+
+def _counts_padding(head: PreTrainedModel, labels: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether a loss per token counts a masked position."""
+    if labels.is_floating_point() or labels.shape[:2] != mask.shape:
+        return False
+    counted = labels.flatten(2).ne(-100).any(2) if labels.ndim > 2 else labels.ne(-100)
+    if head.get_output_embeddings() is not None:
+        # Language models that predict the next token read one position before each label.
+        is_causal = any(family.is_causal for family in map(family_of, head.modules()) if family is not None)
+        if is_causal or getattr(head.config, "is_decoder", False):
+            counted = torch.nn.functional.pad(counted[:, 1:], (0, 1))
+    return bool(LengthsRead((counted & mask.to(counted.device).eq(0)).any()).values)
+
+
+def _is_of_whole_batch(value: object) -> bool:
+    """Whether an argument has nothing in it that could belong to one row or token."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() <= 1
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+
+def _makes_cache(module: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    config = module.config
+    if not (required_family(module).is_causal or getattr(config, "is_decoder", False)):
+        return False
+    return is_asked_for("use_cache", module, inputs) and not (
+        getattr(module, "gradient_checkpointing", False) and module.training
+    )
+
+
+def measure_of_distance(module: PreTrainedModel) -> str | None:
+    """Names what in a model's attention depends on how far apart two tokens are, padding included; None for nothing."""
+    config = module.config
+    if required_family(module).measures_slots:
+        return "a relative position bias"
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        has_window = any(layer_type != "full_attention" for layer_type in layer_types)
+    else:
+        has_window = getattr(config, "sliding_window", None) is not None
+    return "a window" if has_window else None
