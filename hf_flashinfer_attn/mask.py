@@ -479,7 +479,16 @@ def lazy_mask(
         dtype: Of the additive mask.
         device: Of the additive mask.
         use_vmap: Whether the mask function needs vmap to be evaluated.
+
+    Raises:
+        UnsupportedAttentionError: If the attention mask has another number of rows than the batch.
     """
+    if attention_mask is not None and attention_mask.shape[0] != batch_size:
+        raise UnsupportedAttentionError(
+            f"an attention_mask of shape {tuple(attention_mask.shape)} for a batch of {batch_size} rows of "
+            f"{kv_length} keys",
+            "Pass one mask row for each row of the batch; attention_mask.expand(rows, -1) repeats a single one.",
+        )
     if isinstance(q_offset, torch.Tensor) and q_offset.is_cuda:
         record_host_copy()
     # A static cache counts its tokens on the device, and counts on in place before a layer asks for the dense mask.
