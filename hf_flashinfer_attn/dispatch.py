@@ -218,11 +218,12 @@ _logged: set[str] = set()
 _logged_lock = threading.Lock()
 
 
-def log_once(message: str) -> None:
-    """Warns of something the first time that it happens."""
-    if message not in _logged:
+def log_once(message: str, key: str | None = None) -> None:
+    """Warns of something the first time that it happens; by `key` where the message holds what may differ."""
+    key = message if key is None else key
+    if key not in _logged:
         with _logged_lock:
-            if message in _logged:
+            if key in _logged:
                 return
-            _logged.add(message)
+            _logged.add(key)
         logger.warning(message)

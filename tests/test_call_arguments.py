@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, ModernBertConfig, ModernBertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaModel,
+    ModernBertConfig,
+    ModernBertModel,
+)
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError
@@ -54,3 +63,45 @@ def test_a_2d_mask_of_other_rows_given_to_attention_is_refused(rows: int, argume
     side, module = torch.randn(4, 2, 6, 8), torch.nn.Module()
     with pytest.raises(UnsupportedAttentionError, match=rf"shape \({rows}, 6\) for 6 queries, expected \(4, 6\)"):
         attention_forward(module, side, side, side, torch.ones(rows, 6), **arguments)
+
+
+@pytest.mark.parametrize("name", ["attn_bias", "alibi_slopes", "head_mask", "block_table", "window_size"])
+def test_an_argument_that_would_change_the_result_is_refused(name: str) -> None:
+    side, module = torch.randn(2, 2, 6, 8), torch.nn.Module()
+    attention_forward(module, side, side, side, None, **{name: None})
+    for value in (torch.ones(2), (3, 3)):
+        with pytest.raises(UnsupportedAttentionError, match=f"the argument {name} of the attention function"):
+            attention_forward(module, side, side, side, None, **{name: value})
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_an_unknown_tensor_is_ignored_and_named_once(compiled: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, ids, extra = build("llama", num_hidden_layers=2), torch.randint(3, 50, (2, 6)), torch.ones(2, 6)
+    expected = model(ids).last_hidden_state
+    if compiled:
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "hf_flashinfer_attn"):
+        model(ids[:1], surprise=extra[:1], use_cache=False)
+        for _ in range(2):
+            actual = model(ids, surprise=extra, token_type_ids=extra, use_cache=False).last_hidden_state
+    torch.testing.assert_close(actual, expected)
+    (line,) = [record.message for record in caplog.records if "argument" in record.message]
+    assert f"surprise of the attention function, an unknown tensor of {'2 dim' if compiled else 'shape (1, 6)'}" in line
+    assert "token_type_ids" not in caplog.text
+
+
+def test_an_unknown_tensor_is_an_error_with_strict() -> None:
+    hf_flashinfer_attn.configure(backend="torch", strict=True)
+    ids = torch.randint(3, 50, (2, 6))
+    build("llama")(ids)
+    with pytest.raises(UnsupportedAttentionError, match=r"surprise .* tensor of shape \(2, 6\), and strict=True"):
+        build("llama")(ids, surprise=torch.ones(2, 6))
+
+
+def test_a_cache_of_the_layer_is_no_paged_one() -> None:
+    side, module = torch.randn(2, 2, 6, 8), torch.nn.Module()
+    expected = attention_forward(module, side, side, side, None)[0]
+    assert torch.equal(attention_forward(module, side, side, side, None, cache=DynamicCache())[0], expected)
+    with pytest.raises(UnsupportedAttentionError, match="continuous batching"):
+        attention_forward(module, side, side, side, None, cache=object())
