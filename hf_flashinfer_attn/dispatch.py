@@ -80,7 +80,7 @@ class AttentionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The path of a call, and why it is not FlashInfer's; `reason` is None when nothing fell back."""
+    """The path of a call, and why it is not FlashInfer's; `reason` is None where that was asked for by name."""
 
     path: Path
     reason: str | None
@@ -145,19 +145,23 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
     """Chooses the path of a call.
 
     Raises:
-        BackendUnavailableError: If backend="flashinfer" was asked for and cannot run on the request's device.
+        BackendUnavailableError: If FlashInfer cannot run on the request's device, and backend="flashinfer" or
+            strict=True forbids a fallback.
         UnsupportedAttentionError: If the call would fall back and backend="flashinfer" or strict=True forbids it.
     """
     unavailable = flashinfer.unavailable_reason(request.device) if settings.backend != "torch" else None
-    if settings.backend == "flashinfer" and unavailable is not None:
+    if unavailable is not None and settings.backend == "flashinfer":
         raise BackendUnavailableError("flashinfer", *unavailable)
+    if unavailable is not None and settings.strict:
+        reason, way_out = unavailable
+        raise BackendUnavailableError("flashinfer", f"{reason}, and strict=True forbids a fallback", way_out)
     path, feature = fallback_of(request) or (Path.FLASHINFER, None)
-    on_torch = settings.backend == "torch" or unavailable is not None
-    if on_torch:
-        # Not a fallback but the backend in force, unless a whole mask is needed.
+    if settings.backend == "torch" or unavailable is not None:
         if unavailable is not None:
             log_once(f"attention runs on the torch backend: {unavailable[0]}")
-        return Decision(Path.DENSE, feature) if path is Path.DENSE else Decision(Path.TORCH, None)
+        if path is Path.DENSE:
+            return Decision(path, feature)
+        return Decision(Path.TORCH, None if unavailable is None else unavailable[0])
     if feature is None:
         return Decision(Path.FLASHINFER, None)
     if settings.backend == "flashinfer" or settings.strict:

@@ -27,8 +27,9 @@ class Settings:
     Args:
         backend: "auto" takes FlashInfer where there is a CUDA GPU for it and torch elsewhere; a backend asked for by
             name never falls back.
-        strict: Whether a fallback raises [`UnsupportedAttentionError`] instead of being logged once, and a forward that
-            `unpad` leaves padded too.
+        strict: Whether a fallback raises an error instead of being logged once: [`BackendUnavailableError`] where
+            FlashInfer cannot run at all, [`UnsupportedAttentionError`] for a call that its kernels do not compute and
+            for a forward that `unpad` leaves padded. With `backend="torch"`, torch is no fallback.
         jit: What becomes of attention whose kernel is not compiled yet. "wait" compiles it and says so; "background"
             compiles it in a thread while torch serves, or waits where `backend` or `strict` rule that out; "never"
             compiles nothing: torch serves, or an error is raised where that is ruled out.
