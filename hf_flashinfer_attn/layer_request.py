@@ -273,7 +273,8 @@ def _image_offsets(position_ids: torch.Tensor) -> torch.Tensor:
         return known[1]
     starts = (position_ids == 0).all(-1) if position_ids.shape[-1] == 2 else position_ids.flatten() == 0
     flags: list[bool] = LengthsRead(starts).values
-    offsets = torch.tensor([at for at, start in enumerate(flags) if start] + [len(flags)], dtype=torch.int32)
+    starts_at = [at for at, start in enumerate(flags) if start]
+    offsets = torch.tensor([*starts_at, len(flags)], dtype=torch.int32, device="cpu")
     position_ids._image_offsets = (version, offsets)  # type: ignore[attr-defined]
     return offsets
 

@@ -205,8 +205,8 @@ class _LazyLayout:
     def _counts(self) -> tuple[list[int], list[int]]:
         spec = self._spec
         if self._read is None:
-            self._query_valid = torch.ones(spec.batch_size, spec.q_length, dtype=torch.bool)
-            self._key_valid = torch.ones(spec.batch_size, self._seen_keys, dtype=torch.bool)
+            self._query_valid = torch.ones(spec.batch_size, spec.q_length, dtype=torch.bool, device="cpu")
+            self._key_valid = torch.ones(spec.batch_size, self._seen_keys, dtype=torch.bool, device="cpu")
             return [spec.q_length] * spec.batch_size, [self._seen_keys] * spec.batch_size
         counts = self._read.values
         return counts[0], counts[0 if self._query_valid is self._key_valid else 1]

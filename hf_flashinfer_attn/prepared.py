@@ -196,8 +196,8 @@ def _plans_shapes(query: torch.Tensor, key: torch.Tensor) -> bool:
 def _may_call_by_name(mask: torch.Tensor | None) -> bool:
     """Whether cuDNN's kernel would run, and the one that replaces it is switched on too."""
     switches = torch.backends.cuda
-    is_on = switches.flash_sdp_enabled() if mask is None else switches.mem_efficient_sdp_enabled()
-    return is_on and switches.cudnn_sdp_enabled()
+    is_on: bool = switches.flash_sdp_enabled() if mask is None else switches.mem_efficient_sdp_enabled()
+    return is_on and bool(switches.cudnn_sdp_enabled())
 
 
 def _is_faster(device: torch.device, head_dim: int, length: int) -> bool:

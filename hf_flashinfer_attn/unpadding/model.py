@@ -166,10 +166,10 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *,
         if token_type_ids and "token_type_ids" not in _signature_of(type(backbone).forward).parameters:
             raise ValueError(f"{type(backbone).__name__} takes no token_type_ids; expected token_type_ids=False.")
     for rows, tokens in shapes:
-        lengths = torch.full((rows,), tokens // rows)
+        lengths = torch.full((rows,), tokens // rows, device="cpu")
         lengths[: tokens % rows] += 1
         width = int(lengths.max())
-        mask = (torch.arange(width) < lengths[:, None]).long()
+        mask = (torch.arange(width, device="cpu") < lengths[:, None]).long()
         for backbone in backbones:
             graphs = graphs_of(backbone)
             # A graph asked for ahead is worth waiting for its kernels.
