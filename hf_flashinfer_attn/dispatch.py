@@ -58,6 +58,8 @@ class AttentionRequest:
         mask_holes: Whether padding splits a row in which distances matter, or a packed sequence is in pieces.
         window_keeps_padded_queries: Whether distances matter, and padded queries, which have none, are kept.
         causal_padding_is_read: Whether a causal mask has padding whose hidden states the model reads later.
+        padded_queries_need_mask: Whether padded queries are kept on request, and see other keys than those of a
+            ragged row.
         mask_shape_differs: Whether the mask was made for other lengths than those of this call.
         mask_modified: Whether the model wrote to the mask's values.
     """
@@ -74,6 +76,7 @@ class AttentionRequest:
     mask_holes: bool = False
     window_keeps_padded_queries: bool = False
     causal_padding_is_read: bool = False
+    padded_queries_need_mask: bool = False
     mask_shape_differs: bool = False
     mask_modified: bool = False
 
@@ -117,6 +120,11 @@ RULES: tuple[Rule, ...] = (
     _flag("a window over padding with holes, packed sequences in pieces", Path.DENSE, "mask_holes"),
     _flag("a window over padding in a layer that keeps padded queries", Path.DENSE, "window_keeps_padded_queries"),
     _flag("causal attention over padding that the model reads later", Path.DENSE, "causal_padding_is_read"),
+    _flag(
+        "padded_queries='keep' over padding that is causal, windowed, a whole row or given as a 2D mask",
+        Path.DENSE,
+        "padded_queries_need_mask",
+    ),
     _flag("a mask of another shape than the call", Path.DENSE, "mask_shape_differs"),
     _flag("a mask that the model wrote to", Path.DENSE, "mask_modified"),
     _flag("position_bias together with a window or softcap", Path.TORCH, "biased_window"),

@@ -152,6 +152,20 @@ class _LazyLayout:
         """Whether any slot is padding; waits for the copy of the lengths."""
         return self._spec.padding_mask is not None and not self.get(False).key.is_full
 
+    @property
+    def padded_queries_need_mask(self) -> bool:
+        """Whether eager attention of padded queries is not that of a ragged row; waits for the copy of the lengths.
+
+        Padding sees padding where it is causal or windowed; a query without any key averages all values.
+        """
+        spec = self._spec
+        if spec.padding_mask is None or spec.pattern.kind is PatternKind.DENSE:
+            return False
+        layout = self.get(False)
+        if spec.pattern.is_causal or spec.pattern.is_window:
+            return not layout.query.is_full
+        return 0 in layout.key.lengths
+
     def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Makes the additive mask in memory of its own, from values made before where nobody wrote to them."""
         # Inference tensors count no versions, and a write would go unseen.
@@ -322,6 +336,11 @@ class RaggedMask(torch.Tensor):
     def has_padding(self) -> bool:
         """Whether any slot is padding."""
         return self._lazy_layout.has_padding
+
+    @property
+    def padded_queries_need_mask(self) -> bool:
+        """Whether eager attention of padded queries is not that of a ragged row; waits for the lengths."""
+        return self._lazy_layout.padded_queries_need_mask
 
     @property
     def hides_nothing(self) -> bool:

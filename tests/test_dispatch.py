@@ -25,6 +25,7 @@ FALLBACKS = [
     ({"mask_holes": True}, Path.DENSE, "padding with holes"),
     ({"window_keeps_padded_queries": True}, Path.DENSE, "keeps padded queries"),
     ({"causal_padding_is_read": True}, Path.DENSE, "the model reads later"),
+    ({"padded_queries_need_mask": True}, Path.DENSE, "padded_queries='keep'"),
     ({"mask_shape_differs": True}, Path.DENSE, "another shape"),
     ({"mask_modified": True}, Path.DENSE, "wrote to"),
     ({"needs_grad": True}, Path.TORCH, "gradients"),
