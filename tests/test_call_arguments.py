@@ -28,7 +28,7 @@ SMALL = {
 MODELS = {
     "bert": (BertModel, BertConfig, {}),
     "llama": (LlamaModel, LlamaConfig, {"num_key_value_heads": 1, "use_cache": False}),
-    "modernbert": (ModernBertModel, ModernBertConfig, {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 4}),
+    "modernbert": (ModernBertModel, ModernBertConfig, {"cls_token_id": 1, "sep_token_id": 2, "num_hidden_layers": 4}),
 }
 
 
