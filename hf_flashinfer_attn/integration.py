@@ -287,5 +287,5 @@ def refuse_paged(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     """Stands where continuous batching looks for an attention function, and says that there is none."""
     raise UnsupportedAttentionError(
         f"continuous batching (attn_implementation={PAGED_NAME!r})",
-        "Use attn_implementation='paged|sdpa' for continuous batching.",
+        f"Use attn_implementation='sdpa', or a newer version of transformers, which takes {NAME!r} itself.",
     )

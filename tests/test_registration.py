@@ -146,7 +146,9 @@ def test_a_model_off_the_interface_is_built_and_unchanged() -> None:
 def test_paged_attention_is_refused_by_name(name: str) -> None:
     # Continuous batching hands over its paged cache, under a name of its own before 5.23.
     query = torch.ones(1, 2, 3, 8)
-    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"continuous batching.*paged\|sdpa"):
+    with pytest.raises(
+        hf_flashinfer_attn.UnsupportedAttentionError, match=r"continuous batching.*Use attn_implementation='sdpa'"
+    ):
         AttentionInterface()[name](torch.nn.Module(), query, query, query, None, cache=object())
 
 
