@@ -34,8 +34,8 @@ _CHANGES_RESULT = frozenset(
 _HARMLESS = frozenset(
     {
         "cache_position", "encoder_attention_mask", "encoder_hidden_states", "input_ids", "inputs_embeds", "labels",
-        "logits_indices", "logits_processor_args", "logits_to_keep", "max_length_k", "max_length_q", "max_seqlen_k",
-        "max_seqlen_q", "mm_token_type_ids", "num_items_in_batch", "position_embeddings", "seq_idx", "token_type_ids",
+        "logits_indices", "logits_processor_args", "logits_to_keep", "max_seqlen_k", "max_seqlen_q",
+        "mm_token_type_ids", "num_items_in_batch", "position_embeddings", "seq_idx", "token_type_ids",
     }
 )  # fmt: skip
 

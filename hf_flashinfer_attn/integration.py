@@ -121,6 +121,8 @@ def attention_forward(
     output_attentions: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     position_ids: torch.Tensor | None = None,
     cache: object | None = None,
     indices: torch.Tensor | None = None,
@@ -148,6 +150,8 @@ def attention_forward(
         output_attentions: Whether to return the weights.
         cu_seq_lens_q: Offsets of packed sequences.
         cu_seq_lens_k: The same of the keys.
+        max_length_q: Of the longest packed sequence; not read. Named, or torch.compile would guard on it among kwargs.
+        max_length_k: The same of the keys.
         position_ids: Tells images apart in Pixtral's vision tower, which gives a flash kernel nothing else to.
         cache: The paged cache of continuous batching, which is refused; or the cache that the layer has updated.
         indices: The keys that a layer of sparse attention chose for each query, integers, shape
