@@ -85,12 +85,12 @@ def measure_kernel_error(
     """
     generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
     value_head_dim = head_dim if value_head_dim is None else value_head_dim
-    lengths = torch.randint(1, max_length + 1, (batch_size,), generator=generator)
+    lengths = torch.randint(1, max_length + 1, (batch_size,), generator=generator, device="cpu")
     lengths[0], lengths[-1] = max_length, 0
-    valid = (torch.arange(max_length) < lengths[:, None]).to(device)
+    valid = (torch.arange(max_length, device="cpu") < lengths[:, None]).to(device)
 
     def random(heads: int, dim: int) -> torch.Tensor:
-        tensor = torch.randn(batch_size, max_length, heads, dim, generator=generator).to(device, dtype)
+        tensor = torch.randn(batch_size, max_length, heads, dim, generator=generator, device="cpu").to(device, dtype)
         return tensor.masked_fill(~valid[:, :, None, None], float("nan"))
 
     query, key = random(num_heads, head_dim), random(num_kv_heads, head_dim)
@@ -100,7 +100,8 @@ def measure_kernel_error(
     sm_scale: float = head_dim**-0.5
     bias = None
     if biased:
-        values = torch.randn(1, num_heads, max_length, max_length, generator=generator).to(device, dtype)
+        values = torch.randn(1, num_heads, max_length, max_length, generator=generator, device="cpu")
+        values = values.to(device, dtype)
         bias = LogitsBias(values.expand(batch_size, -1, -1, -1))
     if kernel is None:
         output = reference.attend(

@@ -224,6 +224,8 @@ def ragged_attention(
             "Packed input has no padding: leave the attention_mask out.",
         )
     head_dim = max(query.shape[-1], value.shape[-1])
+    # Read when the graph runs: settings are no part of it.
+    keeps_on_request = current_settings().padded_queries == "keep"
     request = AttentionRequest(
         pattern=pattern,
         device=query.device,
@@ -233,6 +235,7 @@ def ragged_attention(
         window_keeps_padded_queries=(
             mask is not None and pattern.is_window and keep_padded_queries and mask.has_padding
         ),
+        padded_queries_need_mask=mask is not None and keeps_on_request and mask.padded_queries_need_mask,
     )
     decision = decide(request, current_settings())
     if decision.path is Path.DENSE:
@@ -245,7 +248,7 @@ def ragged_attention(
         shapes = ((query.shape[0], query.shape[1]), (key.shape[0], key.shape[1]))
         layout = _packed_layout(mask, query_offsets, key_offsets, shapes)
     elif mask is not None:
-        layout = mask.layout_of_forward(keep_padded_queries=keep_padded_queries)
+        layout = mask.layout_of_forward(keep_padded_queries=keep_padded_queries or keeps_on_request)
     else:
         layout = uniform_layout(query.shape[0], query.shape[1], key.shape[1])
     if decision.path is Path.FLASHINFER:

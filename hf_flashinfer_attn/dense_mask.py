@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from .errors import UnsupportedAttentionError
 from .hooks import block_mask
 from .mask import RaggedMask
 from .pattern import Pattern
 
-__all__ = ["dense_mask_of", "mask_of_blocks", "mask_of_chosen"]
+__all__ = ["dense_mask_of", "mask_of_blocks", "mask_of_chosen", "require_2d_mask_fits"]
 
 
 def dense_mask_of(
@@ -26,6 +27,7 @@ def dense_mask_of(
     elif mask is None and pattern.is_causal and q_length > 1:
         mask = torch.ones(q_length, kv_length, dtype=torch.bool, device=query.device).tril(kv_length - q_length)
     elif mask is not None and mask.ndim == 2:
+        require_2d_mask_fits(mask, query, key)
         mask = mask.to(torch.bool)[:, None, None, :]
         if pattern.is_causal:
             mask = mask & mask.new_ones(q_length, kv_length).tril(kv_length - q_length)
@@ -37,6 +39,20 @@ def dense_mask_of(
     if position_bias is None or mask is None:
         return mask if position_bias is None else position_bias
     return _intersect(position_bias, mask) if mask.dtype == torch.bool else position_bias + mask
+
+
+def require_2d_mask_fits(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raises if a 2D mask is not of shape `(batch, kv_length)`.
+
+    Raises:
+        UnsupportedAttentionError: With both shapes.
+    """
+    expected = (key.shape[0], key.shape[2])
+    if tuple(mask.shape) != expected:
+        raise UnsupportedAttentionError(
+            f"a 2D attention mask of shape {tuple(mask.shape)} for {query.shape[2]} queries, expected {expected}",
+            "Use attn_implementation='eager' for this model.",
+        )
 
 
 def mask_of_chosen(

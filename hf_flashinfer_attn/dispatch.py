@@ -58,6 +58,8 @@ class AttentionRequest:
         mask_holes: Whether padding splits a row in which distances matter, or a packed sequence is in pieces.
         window_keeps_padded_queries: Whether distances matter, and padded queries, which have none, are kept.
         causal_padding_is_read: Whether a causal mask has padding whose hidden states the model reads later.
+        padded_queries_need_mask: Whether padded queries are kept on request, and see other keys than those of a
+            ragged row.
         mask_shape_differs: Whether the mask was made for other lengths than those of this call.
         mask_modified: Whether the model wrote to the mask's values.
     """
@@ -74,13 +76,14 @@ class AttentionRequest:
     mask_holes: bool = False
     window_keeps_padded_queries: bool = False
     causal_padding_is_read: bool = False
+    padded_queries_need_mask: bool = False
     mask_shape_differs: bool = False
     mask_modified: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The path of a call, and why it is not FlashInfer's; `reason` is None when nothing fell back."""
+    """The path of a call, and why it is not FlashInfer's; `reason` is None where that was asked for by name."""
 
     path: Path
     reason: str | None
@@ -117,6 +120,11 @@ RULES: tuple[Rule, ...] = (
     _flag("a window over padding with holes, packed sequences in pieces", Path.DENSE, "mask_holes"),
     _flag("a window over padding in a layer that keeps padded queries", Path.DENSE, "window_keeps_padded_queries"),
     _flag("causal attention over padding that the model reads later", Path.DENSE, "causal_padding_is_read"),
+    _flag(
+        "padded_queries='keep' over padding that is causal, windowed, a whole row or given as a 2D mask",
+        Path.DENSE,
+        "padded_queries_need_mask",
+    ),
     _flag("a mask of another shape than the call", Path.DENSE, "mask_shape_differs"),
     _flag("a mask that the model wrote to", Path.DENSE, "mask_modified"),
     _flag("position_bias together with a window or softcap", Path.TORCH, "biased_window"),
@@ -145,19 +153,23 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
     """Chooses the path of a call.
 
     Raises:
-        BackendUnavailableError: If backend="flashinfer" was asked for and cannot run on the request's device.
+        BackendUnavailableError: If FlashInfer cannot run on the request's device, and backend="flashinfer" or
+            strict=True forbids a fallback.
         UnsupportedAttentionError: If the call would fall back and backend="flashinfer" or strict=True forbids it.
     """
     unavailable = flashinfer.unavailable_reason(request.device) if settings.backend != "torch" else None
-    if settings.backend == "flashinfer" and unavailable is not None:
+    if unavailable is not None and settings.backend == "flashinfer":
         raise BackendUnavailableError("flashinfer", *unavailable)
+    if unavailable is not None and settings.strict:
+        reason, way_out = unavailable
+        raise BackendUnavailableError("flashinfer", f"{reason}, and strict=True forbids a fallback", way_out)
     path, feature = fallback_of(request) or (Path.FLASHINFER, None)
-    on_torch = settings.backend == "torch" or unavailable is not None
-    if on_torch:
-        # Not a fallback but the backend in force, unless a whole mask is needed.
+    if settings.backend == "torch" or unavailable is not None:
         if unavailable is not None:
             log_once(f"attention runs on the torch backend: {unavailable[0]}")
-        return Decision(Path.DENSE, feature) if path is Path.DENSE else Decision(Path.TORCH, None)
+        if path is Path.DENSE:
+            return Decision(path, feature)
+        return Decision(Path.TORCH, None if unavailable is None else unavailable[0])
     if feature is None:
         return Decision(Path.FLASHINFER, None)
     if settings.backend == "flashinfer" or settings.strict:
@@ -218,11 +230,12 @@ _logged: set[str] = set()
 _logged_lock = threading.Lock()
 
 
-def log_once(message: str) -> None:
-    """Warns of something the first time that it happens."""
-    if message not in _logged:
+def log_once(message: str, key: str | None = None) -> None:
+    """Warns of something the first time that it happens; by `key` where the message holds what may differ."""
+    key = message if key is None else key
+    if key not in _logged:
         with _logged_lock:
-            if message in _logged:
+            if key in _logged:
                 return
-            _logged.add(message)
+            _logged.add(key)
         logger.warning(message)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import Cache
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
 
 from .attention import needs_grad
 from .compiled import ragged_attention
 from .dense_mask import mask_of_blocks, mask_of_chosen
 from .errors import UnsupportedAttentionError
+from .extra_arguments import check_extra_arguments
 from .graph_mask import GraphMask, trace_mask
 from .hooks import weights_are_collected
 from .layer_attention import attend
@@ -119,6 +121,8 @@ def attention_forward(
     output_attentions: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     position_ids: torch.Tensor | None = None,
     cache: object | None = None,
     indices: torch.Tensor | None = None,
@@ -146,12 +150,16 @@ def attention_forward(
         output_attentions: Whether to return the weights.
         cu_seq_lens_q: Offsets of packed sequences.
         cu_seq_lens_k: The same of the keys.
+        max_length_q: Of the longest packed sequence; not read. Named, or torch.compile would guard on it among kwargs.
+        max_length_k: The same of the keys.
         position_ids: Tells images apart in Pixtral's vision tower, which gives a flash kernel nothing else to.
-        cache: The paged cache of continuous batching.
+        cache: The paged cache of continuous batching, which is refused; or the cache that the layer has updated.
         indices: The keys that a layer of sparse attention chose for each query, integers, shape
             `(batch, q_length, chosen)`.
         block_indices: The same in blocks of keys, shape `(batch, groups, q_length, chosen)`.
         sinks: A logit for each query that takes weight and gives nothing; refused.
+        kwargs: What models hand down to their layers besides. What would change the result is refused; other tensors
+            are ignored, as transformers' sdpa does, and named in the log once.
 
     Returns:
         The output, shape `(batch, q_length, heads, value_head_dim)`, in padding zero or anything finite; and the
@@ -162,7 +170,9 @@ def attention_forward(
         UnsupportedAttentionError: If the request is not supported, or needs a fallback that was forbidden, or the
             forward is recorded by torch.export or torch.jit.trace.
     """
-    if cache is not None:
+    if kwargs:
+        check_extra_arguments(kwargs)
+    if cache is not None and not isinstance(cache, Cache):
         refuse_paged()
     if output_attentions is None:
         output_attentions = weights_are_collected()
@@ -282,5 +292,5 @@ def refuse_paged(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     """Stands where continuous batching looks for an attention function, and says that there is none."""
     raise UnsupportedAttentionError(
         f"continuous batching (attn_implementation={PAGED_NAME!r})",
-        "Use attn_implementation='paged|sdpa' for continuous batching.",
+        f"Use attn_implementation='sdpa', or a newer version of transformers, which takes {NAME!r} itself.",
     )

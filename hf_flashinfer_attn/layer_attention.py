@@ -6,7 +6,7 @@ import torch
 
 from .attention import RaggedCall, attend_ragged
 from .backends import dense
-from .dense_mask import dense_mask_of
+from .dense_mask import dense_mask_of, require_2d_mask_fits
 from .dispatch import Decision, Path, decide
 from .errors import UnsupportedAttentionError
 from .layer_calls import LayerCall, calls_kept
@@ -177,10 +177,10 @@ def _layout_of(asked: LayerRequest, packed: RaggedLayout | None) -> RaggedLayout
 
 def _layout_of_2d_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> RaggedLayout:
     # A few models hand a flash kernel the 2D mask itself, in every layer.
-    expected = (key.shape[0], key.shape[2])
-    if tuple(mask.shape) != expected or query.shape[2] != key.shape[2]:
+    require_2d_mask_fits(mask, query, key)
+    if query.shape[2] != key.shape[2]:
         raise UnsupportedAttentionError(
-            f"a 2D attention mask of shape {tuple(mask.shape)} for {query.shape[2]} queries, expected {expected}",
+            f"a 2D attention mask of shape {tuple(mask.shape)} for {query.shape[2]} queries",
             "Use attn_implementation='eager' for this model.",
         )
     return RaggedLayout.from_padding_mask(mask)

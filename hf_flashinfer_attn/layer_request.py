@@ -15,6 +15,7 @@ from .layer_kinds import CAUSAL_BY_MASK, CAUSAL_PADDING_IS_READ, PACKED_IMAGES, 
 from .layout import LengthsRead, RaggedLayout, packed_layout
 from .mask import MaskSpec, RaggedMask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
+from .settings import current_settings
 
 __all__ = ["LayerArguments", "LayerRequest", "cast_as_flash", "is_cast_as_flash", "pattern_of"]
 
@@ -129,7 +130,8 @@ class LayerRequest:
                 rows, q_length, kv_length = len(packed.query.lengths), packed.query.max_length, packed.key.max_length
             if packed is not None or offsets is None:
                 bias = LogitsBias.fit(position_bias, (rows, heads, q_length, kv_length))
-        keep_padded_queries = not padded_queries_are_idle(module)
+        padding_is_read = not padded_queries_are_idle(module)
+        keeps_on_request = current_settings().padded_queries == "keep"
         request = AttentionRequest(
             pattern=pattern,
             device=query.device,
@@ -147,7 +149,7 @@ class LayerRequest:
                 lazy is not None and (offsets is None or lazy.spec.packed is None) and has_values and lazy.has_holes
             ),
             window_keeps_padded_queries=(
-                lazy is not None and pattern.is_window and keep_padded_queries and (not has_values or lazy.has_padding)
+                lazy is not None and pattern.is_window and padding_is_read and (not has_values or lazy.has_padding)
             ),
             causal_padding_is_read=(
                 lazy is not None
@@ -155,6 +157,7 @@ class LayerRequest:
                 and type(module).__name__ in CAUSAL_PADDING_IS_READ
                 and (not has_values or lazy.has_padding)
             ),
+            padded_queries_need_mask=keeps_on_request and _padded_queries_need_mask(mask, pattern, has_values),
             mask_shape_differs=query.shape[0] != key.shape[0]
             or (lazy is not None and not _fits(lazy.spec, query, key)),
             mask_modified=lazy is not None and lazy.was_modified,
@@ -173,7 +176,7 @@ class LayerRequest:
             sinks=given.s_aux,
             sm_scale=sm_scale,
             softcap=given.softcap,
-            keep_padded_queries=keep_padded_queries,
+            keep_padded_queries=padding_is_read or keeps_on_request,
         )
 
     @property
@@ -200,6 +203,16 @@ class LayerRequest:
         if self.packed is not None or self.offsets is None:
             return self.packed
         return _packed_layout(self.lazy, *self.offsets, self.query, self.key)
+
+
+def _padded_queries_need_mask(mask: torch.Tensor | None, pattern: Pattern, has_values: bool) -> bool:
+    """Whether padded queries that are kept need a whole mask to be those of eager attention."""
+    if mask is None:
+        return False
+    if not isinstance(mask, RaggedMask):
+        # Nothing tells which queries a 2D mask drops.
+        return mask.ndim == 2
+    return mask.padded_queries_need_mask if has_values else pattern.is_causal or pattern.is_window
 
 
 def pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bool | None) -> Pattern:
@@ -273,7 +286,8 @@ def _image_offsets(position_ids: torch.Tensor) -> torch.Tensor:
         return known[1]
     starts = (position_ids == 0).all(-1) if position_ids.shape[-1] == 2 else position_ids.flatten() == 0
     flags: list[bool] = LengthsRead(starts).values
-    offsets = torch.tensor([at for at, start in enumerate(flags) if start] + [len(flags)], dtype=torch.int32)
+    starts_at = [at for at, start in enumerate(flags) if start]
+    offsets = torch.tensor([*starts_at, len(flags)], dtype=torch.int32, device="cpu")
     position_ids._image_offsets = (version, offsets)  # type: ignore[attr-defined]
     return offsets
 

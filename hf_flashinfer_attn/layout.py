@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -59,7 +59,7 @@ class LengthsRead:
                     "reading row lengths of a padding mask while a CUDA graph is captured",
                     "Capture without an attention_mask (every row full), or run this forward outside the graph.",
                 )
-            self._host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+            self._host = torch.empty(counts.shape, dtype=counts.dtype, device="cpu", pin_memory=True)
             self._host.copy_(counts, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(counts.device))
@@ -74,6 +74,14 @@ class LengthsRead:
         if not self._on_cpu:
             record_host_copy()
         return self._host.tolist()
+
+
+_Place: TypeAlias = tuple[torch.device, int]
+
+
+def _place_of(device: torch.device) -> _Place:
+    """Returns the key of tensors cached on a device: another stream would not wait until they are written."""
+    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 class RaggedSide:
@@ -96,9 +104,9 @@ class RaggedSide:
         self.max_length = max(self.lengths, default=0)
         self.is_full = self.total_tokens == padded_shape[0] * padded_shape[1]
         self._valid = None if self.is_full else valid
-        self._maps: dict[torch.device, TokenMap] = {}
-        self._slots: dict[torch.device, torch.Tensor] = {}
-        self._cu_seqlens: dict[torch.device, torch.Tensor] = {}
+        self._maps: dict[_Place, TokenMap] = {}
+        self._slots: dict[_Place, torch.Tensor] = {}
+        self._cu_seqlens: dict[_Place, torch.Tensor] = {}
         if not self.is_full and valid is None:
             raise ValueError(
                 f"{self.total_tokens} tokens in {padded_shape} slots need a mask of the valid slots. Pass valid=, "
@@ -108,25 +116,27 @@ class RaggedSide:
     @functools.cached_property
     def cu_seqlens_host(self) -> torch.Tensor:
         """Offsets of the rows on the host, int32, shape `(batch + 1,)`."""
-        return torch.tensor(self.offsets, dtype=torch.int32)
+        return torch.tensor(self.offsets, dtype=torch.int32, device="cpu")
 
     def cu_seqlens(self, device: torch.device) -> torch.Tensor:
-        """Offsets of the rows on `device`, int32, shape `(batch + 1,)`, copied once per device."""
-        if (offsets := self._cu_seqlens.get(device)) is None:
-            offsets = self._cu_seqlens[device] = self.cu_seqlens_host.to(device, non_blocking=True)
+        """Offsets of the rows on `device`, int32, shape `(batch + 1,)`, copied once per stream."""
+        place = _place_of(device)
+        if (offsets := self._cu_seqlens.get(place)) is None:
+            offsets = self._cu_seqlens[place] = self.cu_seqlens_host.to(device, non_blocking=True)
         return offsets
 
     @functools.cached_property
     def lengths_host(self) -> torch.Tensor:
         """Tokens of the rows on the host, int32, shape `(batch,)`."""
-        return torch.tensor(self.lengths, dtype=torch.int32)
+        return torch.tensor(self.lengths, dtype=torch.int32, device="cpu")
 
     def token_map(self, device: torch.device) -> TokenMap | None:
         """Where the tokens are on `device`; None when no slot is padding."""
         if self._valid is None:
             return None
-        if (found := self._maps.get(device)) is None:
-            found = self._maps[device] = TokenMap.of(sent(self._valid, device), self.total_tokens)
+        place = _place_of(device)
+        if (found := self._maps.get(place)) is None:
+            found = self._maps[place] = TokenMap.of(sent(self._valid, device), self.total_tokens)
         return found
 
     def slots(self, device: torch.device) -> torch.Tensor | None:
@@ -134,8 +144,9 @@ class RaggedSide:
         found = self.token_map(device)
         if found is None:
             return None
-        if (slots := self._slots.get(device)) is None:
-            slots = self._slots[device] = found.slots % self.padded_shape[1]
+        place = _place_of(device)
+        if (slots := self._slots.get(place)) is None:
+            slots = self._slots[place] = found.slots % self.padded_shape[1]
         return slots
 
     def gather(self, padded: torch.Tensor) -> torch.Tensor:
@@ -299,7 +310,7 @@ def offsets_of(layout: RaggedLayout) -> torch.Tensor:
     Layers that are handed these, as `cu_seq_lens_q` and `cu_seq_lens_k` both, read no lengths.
     """
     # A tensor of its own: the layout must not own what owns the layout.
-    offsets = torch.tensor(layout.query.offsets, dtype=torch.int32)
+    offsets = torch.tensor(layout.query.offsets, dtype=torch.int32, device="cpu")
     shapes = (layout.query.padded_shape, layout.key.padded_shape)
     riding = _PackedLayout(None, None, versions_of(offsets, offsets), shapes, layout)
     offsets._packed_layout = riding  # type: ignore[attr-defined]

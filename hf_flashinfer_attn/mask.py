@@ -152,6 +152,20 @@ class _LazyLayout:
         """Whether any slot is padding; waits for the copy of the lengths."""
         return self._spec.padding_mask is not None and not self.get(False).key.is_full
 
+    @property
+    def padded_queries_need_mask(self) -> bool:
+        """Whether eager attention of padded queries is not that of a ragged row; waits for the copy of the lengths.
+
+        Padding sees padding where it is causal or windowed; a query without any key averages all values.
+        """
+        spec = self._spec
+        if spec.padding_mask is None or spec.pattern.kind is PatternKind.DENSE:
+            return False
+        layout = self.get(False)
+        if spec.pattern.is_causal or spec.pattern.is_window:
+            return not layout.query.is_full
+        return 0 in layout.key.lengths
+
     def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Makes the additive mask in memory of its own, from values made before where nobody wrote to them."""
         # Inference tensors count no versions, and a write would go unseen.
@@ -205,8 +219,8 @@ class _LazyLayout:
     def _counts(self) -> tuple[list[int], list[int]]:
         spec = self._spec
         if self._read is None:
-            self._query_valid = torch.ones(spec.batch_size, spec.q_length, dtype=torch.bool)
-            self._key_valid = torch.ones(spec.batch_size, self._seen_keys, dtype=torch.bool)
+            self._query_valid = torch.ones(spec.batch_size, spec.q_length, dtype=torch.bool, device="cpu")
+            self._key_valid = torch.ones(spec.batch_size, self._seen_keys, dtype=torch.bool, device="cpu")
             return [spec.q_length] * spec.batch_size, [self._seen_keys] * spec.batch_size
         counts = self._read.values
         return counts[0], counts[0 if self._query_valid is self._key_valid else 1]
@@ -322,6 +336,11 @@ class RaggedMask(torch.Tensor):
     def has_padding(self) -> bool:
         """Whether any slot is padding."""
         return self._lazy_layout.has_padding
+
+    @property
+    def padded_queries_need_mask(self) -> bool:
+        """Whether eager attention of padded queries is not that of a ragged row; waits for the lengths."""
+        return self._lazy_layout.padded_queries_need_mask
 
     @property
     def hides_nothing(self) -> bool:
@@ -479,7 +498,16 @@ def lazy_mask(
         dtype: Of the additive mask.
         device: Of the additive mask.
         use_vmap: Whether the mask function needs vmap to be evaluated.
+
+    Raises:
+        UnsupportedAttentionError: If the attention mask has another number of rows than the batch.
     """
+    if attention_mask is not None and attention_mask.shape[0] != batch_size:
+        raise UnsupportedAttentionError(
+            f"an attention_mask of shape {tuple(attention_mask.shape)} for a batch of {batch_size} rows of "
+            f"{kv_length} keys",
+            "Pass one mask row for each row of the batch; attention_mask.expand(rows, -1) repeats a single one.",
+        )
     if isinstance(q_offset, torch.Tensor) and q_offset.is_cuda:
         record_host_copy()
     # A static cache counts its tokens on the device, and counts on in place before a layer asks for the dense mask.

@@ -104,7 +104,7 @@ class NativeAttention:
         is_causal: Whether no query sees a later key.
         sm_scale: What logits are multiplied with.
         mask: Added to the logits, shape `(batch, 1, 1, kv_length)`; or None.
-        plans_nothing: Whether to call a kernel by name that takes all shapes alike.
+        plans_nothing: Whether to call a kernel by name that takes all shapes alike, where torch's switches allow it.
         record: What a trace says of a call, but for the layer.
     """
 
@@ -125,7 +125,8 @@ class NativeAttention:
     ) -> torch.Tensor:
         """Computes attention; shapes as those of [`PreparedAttention`]. There is neither bias nor sinks."""
         sides, mask = (aligned(query), aligned(key), aligned(value)), self.mask
-        if not self.plans_nothing:
+        # `sdpa_kernel` may hold in one call and not in the next.
+        if not (self.plans_nothing and _may_call_by_name(mask)):
             output = F.scaled_dot_product_attention(
                 *sides, mask, is_causal=self.is_causal, scale=self.sm_scale, enable_gqa=query.shape[1] != key.shape[1]
             )
@@ -177,20 +178,26 @@ def native(
         return None
     record = AttentionCall("", pattern.name, "sdpa", head_dim, head_dim, None)
     is_small = query.shape[0] * query.shape[2] < PLANNED_SLOTS and query.shape[1] == key.shape[1]
-    plans_nothing = is_small and torch.backends.cuda.flash_sdp_enabled() and _plans_shapes(query, key)
+    plans_nothing = is_small and _plans_shapes(query, key)
     return NativeAttention(pattern == CAUSAL, sm_scale, None, plans_nothing, record)
 
 
 def _plans_shapes(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether torch's choice is cuDNN's kernel, which takes its time to plan each shape that did not come before.
+    """Whether torch's choice is cuDNN's kernel if it is switched on, which plans each new shape slowly.
 
-    Kernels are called by name there: to choose one through torch is to choose it for all threads. What a user has
-    switched off stays off.
+    Kernels are called by name there: `sdpa_kernel` would choose one for all threads.
     """
     # torch's choice takes empty tensors, which not every kernel does.
     is_empty = 0 in query.shape or 0 in key.shape
     is_hopper = torch.cuda.get_device_capability(query.device) == (9, 0)
-    return is_hopper and torch.backends.cuda.cudnn_sdp_enabled() and not is_empty
+    return is_hopper and not is_empty
+
+
+def _may_call_by_name(mask: torch.Tensor | None) -> bool:
+    """Whether cuDNN's kernel would run, and the one that replaces it is switched on too."""
+    switches = torch.backends.cuda
+    is_on: bool = switches.flash_sdp_enabled() if mask is None else switches.mem_efficient_sdp_enabled()
+    return is_on and bool(switches.cudnn_sdp_enabled())
 
 
 def _is_faster(device: torch.device, head_dim: int, length: int) -> bool:
@@ -245,8 +252,7 @@ def native_masked(
     mask = torch.full((batch, 1, 1, -(-kv_length // 8) * 8), least, dtype=query.dtype, device=query.device)
     mask = mask[..., :kv_length].masked_fill_(valid, 0)
     record = AttentionCall("", spec.pattern.name, "sdpa", head_dim, head_dim, None)
-    plans_nothing = torch.backends.cuda.mem_efficient_sdp_enabled() and _plans_shapes(query, key)
-    return NativeAttention(False, sm_scale, mask, plans_nothing, record)
+    return NativeAttention(False, sm_scale, mask, _plans_shapes(query, key), record)
 
 
 def prepare(

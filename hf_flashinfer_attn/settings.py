@@ -6,14 +6,16 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-__all__ = ["BackendName", "JitMode", "Settings", "configure", "current_settings"]
+__all__ = ["BackendName", "JitMode", "PaddedQueries", "Settings", "configure", "current_settings"]
 
 BackendName = Literal["auto", "flashinfer", "torch"]
 JitMode = Literal["wait", "background", "never"]
+PaddedQueries = Literal["drop", "keep"]
 
 BACKEND_VARIABLE = "HF_FLASHINFER_ATTN_BACKEND"
 STRICT_VARIABLE = "HF_FLASHINFER_ATTN_STRICT"
 JIT_VARIABLE = "HF_FLASHINFER_ATTN_JIT"
+PADDED_QUERIES_VARIABLE = "HF_FLASHINFER_ATTN_PADDED_QUERIES"
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"", "0", "false", "no", "off"})
 
@@ -25,11 +27,14 @@ class Settings:
     Args:
         backend: "auto" takes FlashInfer where there is a CUDA GPU for it and torch elsewhere; a backend asked for by
             name never falls back.
-        strict: Whether a fallback raises [`UnsupportedAttentionError`] instead of being logged once, and a forward that
-            `unpad` leaves padded too.
+        strict: Whether a fallback raises an error instead of being logged once: [`BackendUnavailableError`] where
+            FlashInfer cannot run at all, [`UnsupportedAttentionError`] for a call that its kernels do not compute and
+            for a forward that `unpad` leaves padded. With `backend="torch"`, torch is no fallback.
         jit: What becomes of attention whose kernel is not compiled yet. "wait" compiles it and says so; "background"
             compiles it in a thread while torch serves, or waits where `backend` or `strict` rule that out; "never"
             compiles nothing: torch serves, or an error is raised where that is ruled out.
+        padded_queries: "drop" computes no attention for padding; "keep" computes it as eager attention does, for models
+            and losses that read padded positions.
 
     Raises:
         ValueError: If a value is not known.
@@ -43,6 +48,7 @@ class Settings:
     backend: BackendName = "auto"
     strict: bool = False
     jit: JitMode = "wait"
+    padded_queries: PaddedQueries = "drop"
 
     def __post_init__(self) -> None:
         if self.backend not in get_args(BackendName):
@@ -57,6 +63,12 @@ class Settings:
                 f"jit={self.jit!r} is not known; expected one of {list(get_args(JitMode))}. "
                 f"Set it with hf_flashinfer_attn.configure(jit=...) or the variable {JIT_VARIABLE}."
             )
+        if self.padded_queries not in get_args(PaddedQueries):
+            raise ValueError(
+                f"padded_queries={self.padded_queries!r} is not known; expected one of "
+                f"{list(get_args(PaddedQueries))}. Set it with hf_flashinfer_attn.configure(padded_queries=...) or the "
+                f"variable {PADDED_QUERIES_VARIABLE}."
+            )
 
 
 def _from_environment() -> Settings:
@@ -68,7 +80,8 @@ def _from_environment() -> Settings:
         )
     backend = os.environ.get(BACKEND_VARIABLE, "").strip().lower() or "auto"
     jit = os.environ.get(JIT_VARIABLE, "").strip().lower() or "wait"
-    return Settings(backend=backend, strict=strict in _TRUE, jit=jit)  # type: ignore[arg-type]
+    padded_queries = os.environ.get(PADDED_QUERIES_VARIABLE, "").strip().lower() or "drop"
+    return Settings(backend, strict in _TRUE, jit, padded_queries)  # type: ignore[arg-type]
 
 
 _settings: Settings | None = None
@@ -92,7 +105,11 @@ def current_settings() -> Settings:
 
 
 def configure(
-    *, backend: BackendName | None = None, strict: bool | None = None, jit: JitMode | None = None
+    *,
+    backend: BackendName | None = None,
+    strict: bool | None = None,
+    jit: JitMode | None = None,
+    padded_queries: PaddedQueries | None = None,
 ) -> Settings:
     """Changes the settings of this process; what is not given keeps its value.
 
@@ -101,6 +118,8 @@ def configure(
         strict: Whether fallbacks raise. Environment variable: `HF_FLASHINFER_ATTN_STRICT`.
         jit: "wait", "background" or "never", while a kernel is not compiled. Environment variable:
             `HF_FLASHINFER_ATTN_JIT`. What could not be compiled is tried again after this call.
+        padded_queries: "drop" or "keep", for attention of padded positions. Environment variable:
+            `HF_FLASHINFER_ATTN_PADDED_QUERIES`.
 
     Returns:
         The settings now in force.
@@ -111,9 +130,9 @@ def configure(
     Examples:
         >>> import hf_flashinfer_attn
         >>> hf_flashinfer_attn.configure(backend="torch")
-        Settings(backend='torch', strict=False, jit='wait')
+        Settings(backend='torch', strict=False, jit='wait', padded_queries='drop')
         >>> hf_flashinfer_attn.configure(backend="auto")
-        Settings(backend='auto', strict=False, jit='wait')
+        Settings(backend='auto', strict=False, jit='wait', padded_queries='drop')
     """
     global _settings
     # Another object each time, by which others notice.
@@ -124,5 +143,7 @@ def configure(
         chosen = replace(chosen, strict=strict)
     if jit is not None:
         chosen = replace(chosen, jit=jit)
+    if padded_queries is not None:
+        chosen = replace(chosen, padded_queries=padded_queries)
     _settings = chosen
     return chosen

@@ -27,7 +27,7 @@ _FASTER_ELSEWHERE = (
     "padded batches of under 67 million logits per layer, for which planning costs more than it saves",
 )
 _REFUSED = (
-    "continuous batching (`paged\\|flashinfer`)",
+    "continuous batching in versions of transformers that ask for `paged\\|flashinfer`, as 5.17 does",
     "`torch.export`, `torch.jit.trace` and `make_fx` of attention",
     "planning while a CUDA graph is captured",
     "`cu_seq_lens` together with a padding mask",

@@ -23,7 +23,8 @@ class AttentionCall:
         kernel: Who computed it.
         head_dim: The widest of the query's and the value's, elements.
         padded_head_dim: What it was padded to for the kernel; the same where it was not.
-        reason: Why the call fell back; None if it did not.
+        reason: Why FlashInfer did not compute the call; None if it did, or if what did was asked for by name or is
+            faster.
 
     Examples:
         >>> from hf_flashinfer_attn import AttentionCall

@@ -32,9 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(settings.BACKEND_VARIABLE, raising=False)
-    monkeypatch.delenv(settings.STRICT_VARIABLE, raising=False)
-    monkeypatch.delenv(settings.JIT_VARIABLE, raising=False)
+    for variable in (
+        settings.BACKEND_VARIABLE, settings.STRICT_VARIABLE, settings.JIT_VARIABLE, settings.PADDED_QUERIES_VARIABLE,
+    ):  # fmt: skip
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(settings, "_settings", None)
 
 

@@ -418,7 +418,7 @@ def test_fallbacks_are_told() -> None:
     cell = bench.Cell("t5", "4", 1, 1, 1, 1, 4, 0.0, None, None, None, "", None, (outcome,))
     assert bench.format_cell(cell).splitlines()[2:] == [
         "  flashinfer  failed: no kernel",
-        "  flashinfer: position_bias fell back",
+        "  flashinfer fell back: position_bias",
     ]
 
 

@@ -25,6 +25,7 @@ FALLBACKS = [
     ({"mask_holes": True}, Path.DENSE, "padding with holes"),
     ({"window_keeps_padded_queries": True}, Path.DENSE, "keeps padded queries"),
     ({"causal_padding_is_read": True}, Path.DENSE, "the model reads later"),
+    ({"padded_queries_need_mask": True}, Path.DENSE, "padded_queries='keep'"),
     ({"mask_shape_differs": True}, Path.DENSE, "another shape"),
     ({"mask_modified": True}, Path.DENSE, "wrote to"),
     ({"needs_grad": True}, Path.TORCH, "gradients"),
@@ -79,13 +80,34 @@ def test_every_rule_is_covered_above() -> None:
     assert fired == set(range(len(dispatch.RULES)))
 
 
+NO_GPU = "the tensors are on 'cpu', not on a CUDA device"
+
+
 def test_without_a_gpu_torch_serves_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="hf_flashinfer_attn"):
-        for strict in (False, True):
-            assert decide(request(device=CPU), Settings(strict=strict)) == dispatch.Decision(Path.TORCH, None)
-    assert [record.getMessage() for record in caplog.records] == [
-        "attention runs on the torch backend: the tensors are on 'cpu', not on a CUDA device"
-    ]
+        for _ in range(2):
+            assert decide(request(device=CPU), Settings()) == dispatch.Decision(Path.TORCH, NO_GPU)
+    assert [record.getMessage() for record in caplog.records] == [f"attention runs on the torch backend: {NO_GPU}"]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_strict_means_flashinfer_or_an_error(compiled: bool) -> None:
+    config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    model, ids = BertModel._from_config(config, attn_implementation="flashinfer").eval(), torch.ones(1, 3).long()
+    if compiled:
+        torch._dynamo.reset()
+        model = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+        model(ids)
+    assert trace.fallbacks == (NO_GPU,)
+    hf_flashinfer_attn.configure(strict=True)
+    with torch.no_grad(), pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=f"{NO_GPU}, and strict=True"):
+        model(ids)
+    # What was asked for by name is no fallback.
+    hf_flashinfer_attn.configure(backend="torch")
+    with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
+        model(ids)
+    assert (trace.kernels, trace.fallbacks) == (("torch",), ())
 
 
 def test_flashinfer_by_name_never_falls_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -325,3 +326,25 @@ def test_encoder_decoder_needs_its_mask(name: str) -> None:
     unmasked = generate(model, {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])})
     change = (logits_of(generate(model, inputs))[0] - logits_of(unmasked)[0]).abs().amax(-1)
     assert (change[1:] > NOTICEABLE).all()
+
+
+# Older versions call the paged functions, which are refused, whatever the model's own implementation is.
+BATCHES_CONTINUOUSLY = "paged|sdpa" not in transformers.AttentionInterface().valid_keys()
+
+
+@pytest.mark.skipif(not BATCHES_CONTINUOUSLY, reason="continuous batching asks for 'paged|flashinfer' in this version")
+def test_continuous_batching_writes_the_same_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    settings = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=EOS, pad_token_id=PAD)
+    prompts = [torch.randint(4, VOCAB_SIZE, (length,)).tolist() for length in (9, 1, 4)]
+    reference, model = model_of("llama", "eager"), model_of("llama", "flashinfer")
+    expected = [
+        reference.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    options = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    with caplog.at_level(logging.WARNING, "hf_flashinfer_attn"):
+        results = model.generate_batch(
+            prompts, generation_config=settings, continuous_batching_config=options, progress_bar=False
+        )
+    assert [result.generated_tokens for result in results.values()] == expected
+    assert "argument" not in caplog.text

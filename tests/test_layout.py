@@ -199,3 +199,29 @@ def test_layers_of_a_vision_tower_share_the_layout_of_its_images() -> None:
     with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
         tower(images, image_sizes=sizes)
     assert (len(trace.calls), trace.layouts) == (3, 1)
+
+
+@pytest.mark.gpu
+def test_another_stream_gets_tensors_of_its_own() -> None:
+    device, lengths = torch.device("cuda", 0), (3, 1, 0, 2)
+    valid = torch.arange(3) < torch.tensor(lengths)[:, None]
+    side = RaggedSide(lengths, (4, 3), valid)
+    busy, other = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def made() -> list[torch.Tensor]:
+        found = side.token_map(device)
+        assert found is not None
+        return [side.cu_seqlens(device), found.slots, found.tokens, torch.as_tensor(side.slots(device))]
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        # What is launched for the first time may wait for all streams.
+        expected = [tensor.tolist() for tensor in made()]
+    assert expected[0] == [0, 3, 4, 4, 6]
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(2_000_000_000)
+        late = made()
+    with torch.cuda.stream(other):
+        assert [tensor.tolist() for tensor in made()] == expected
+        assert not busy.query()
+    torch.cuda.synchronize()
+    assert [tensor.tolist() for tensor in late] == expected

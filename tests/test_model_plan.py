@@ -72,6 +72,8 @@ def run_really(
     inputs = {"input_ids": tokens, "attention_mask": mask}
     if config.is_encoder_decoder:
         inputs |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+    # A plan tells once that there is no GPU, not in each layer.
+    hf_flashinfer_attn.configure(backend="torch")
     with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
         model(**inputs)
     return Counter((call.pattern, call.kernel, call.head_dim, call.reason) for call in trace.calls), Counter(asked)

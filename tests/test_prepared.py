@@ -97,20 +97,38 @@ def test_flash_by_name_is_sdpa(pattern: Pattern, queries: int, keys: int, dtype:
     torch.testing.assert_close(output, expected.transpose(1, 2), rtol=0.02, atol=0.02)
 
 
-def test_what_torch_refuses_or_a_user_switched_off_is_not_called_by_name() -> None:
+def test_what_torch_refuses_is_not_called_by_name() -> None:
     for rows, length in ((0, 5), (2, 0)):
         query, key, value = sides(rows, length, length)
         with Kernels() as kernels:
             output = without_padding(query, key, value, FULL)(query, key, value, "")
         assert output.shape == (rows, length, 2, 32)
         assert kernels.called == []
-    query, key, value = sides(2, 5, 5)
-    for allowed in (SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        with sdpa_kernel(allowed):
-            assert not without_padding(query, key, value, FULL).plans_nothing
-    assert without_padding(query, key, value, FULL).plans_nothing
     query, _, _ = sides(2, 5, 5, heads=4)
+    _, key, value = sides(2, 5, 5)
     assert not without_padding(query, key, value, FULL).plans_nothing
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_torchs_switches_count_when_a_layer_runs(padded: bool) -> None:
+    query, key, value = sides(2, 5, 5)
+    valid = torch.arange(5) < torch.tensor([[5], [3]])
+
+    def prepare() -> NativeAttention:
+        return with_padding(query, key, value, valid) if padded else without_padding(query, key, value, FULL)
+
+    own = SDPBackend.EFFICIENT_ATTENTION if padded else SDPBackend.FLASH_ATTENTION
+    for allowed in ([], [SDPBackend.CUDNN_ATTENTION], [own]):
+        # Prepared without the switches and with them: the decision is not kept.
+        prepared = prepare()
+        with Kernels() as kernels, sdpa_kernel([SDPBackend.MATH, *allowed]):
+            switched = prepared(query, key, value, "")
+            prepared = prepare()
+        assert kernels.called == []
+        with kernels:
+            output = prepared(query, key, value, "")
+        assert len(kernels.called) == 1
+        torch.testing.assert_close(output, switched, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -123,6 +141,3 @@ def test_memory_efficient_by_name_is_sdpa(queries: int, keys: int, dtype: torch.
     assert kernels.called == ["efficient_attention"]
     expected = F.scaled_dot_product_attention(query, key, value, valid[:, None, None], scale=SCALE)
     torch.testing.assert_close(output, expected.transpose(1, 2), rtol=0.02, atol=0.02)
-    for allowed in (SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        with sdpa_kernel(allowed):
-            assert not with_padding(query, key, value, valid).plans_nothing

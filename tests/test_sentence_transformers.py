@@ -152,7 +152,7 @@ def test_minilm_computes_tokens_alone(texts: list[str], is_unpadded: bool) -> No
     with hf_flashinfer_attn.trace() as trace:
         embeddings = ours.encode(texts, batch_size=8, convert_to_tensor=True)
     assert_only_tokens(shapes, tokens, batches=3)
-    assert (trace.layouts, trace.host_copies, len(trace.calls), trace.fallbacks) == (3, 0, 3 * 6, ())
+    assert (trace.layouts, trace.host_copies, len(trace.calls), trace.kernels) == (3, 0, 3 * 6, ("torch",))
     expected = sdpa.encode(texts, batch_size=8, convert_to_tensor=True)
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=TOLERANCE)
     for prompt in (None, "query: "):
@@ -170,7 +170,7 @@ def test_families_flatten_with_one_layout_per_forward(family: str, texts: list[s
     with hf_flashinfer_attn.trace() as trace:
         embeddings = ours.encode(texts, batch_size=8, convert_to_tensor=True)
     assert_only_tokens(shapes, tokens, batches=3)
-    assert (trace.layouts, trace.host_copies, len(trace.calls), trace.fallbacks) == (3, 0, 3 * LAYERS, ())
+    assert (trace.layouts, trace.host_copies, len(trace.calls), trace.kernels) == (3, 0, 3 * LAYERS, ("torch",))
     expected = sdpa.encode(texts, batch_size=8, convert_to_tensor=True)
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=TOLERANCE * expected.abs().max().item())
 
@@ -312,7 +312,7 @@ def test_reranker(family: str, head: str, texts: list[str], saved: Any) -> None:
     with hf_flashinfer_attn.trace() as trace:
         scores = ours.predict(pairs, batch_size=8)
     assert_only_tokens(shapes, tokens, batches=3)
-    assert (trace.layouts, trace.host_copies, len(trace.calls), trace.fallbacks) == (3, 0, 3 * LAYERS, ())
+    assert (trace.layouts, trace.host_copies, len(trace.calls), trace.kernels) == (3, 0, 3 * LAYERS, ("torch",))
     expected = sdpa.predict(pairs, batch_size=8)
     assert expected.std() > 1e-2
     np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)

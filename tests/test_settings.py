@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.settings import BACKEND_VARIABLE, JIT_VARIABLE, STRICT_VARIABLE
+from hf_flashinfer_attn.settings import BACKEND_VARIABLE, JIT_VARIABLE, PADDED_QUERIES_VARIABLE, STRICT_VARIABLE
 
 
 def test_default() -> None:
     assert hf_flashinfer_attn.current_settings() == hf_flashinfer_attn.Settings(
-        backend="auto", strict=False, jit="wait"
+        backend="auto", strict=False, jit="wait", padded_queries="drop"
     )
 
 
@@ -21,12 +21,19 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKEND_VARIABLE, "Torch")
     monkeypatch.setenv(STRICT_VARIABLE, "1")
     monkeypatch.setenv(JIT_VARIABLE, " Background")
-    expected = hf_flashinfer_attn.Settings(backend="torch", strict=True, jit="background")
+    monkeypatch.setenv(PADDED_QUERIES_VARIABLE, "Keep")
+    expected = hf_flashinfer_attn.Settings(backend="torch", strict=True, jit="background", padded_queries="keep")
     assert hf_flashinfer_attn.current_settings() == expected
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [(BACKEND_VARIABLE, "triton"), (STRICT_VARIABLE, "maybe"), (JIT_VARIABLE, "later")]
+    ("variable", "value"),
+    [
+        (BACKEND_VARIABLE, "triton"),
+        (STRICT_VARIABLE, "maybe"),
+        (JIT_VARIABLE, "later"),
+        (PADDED_QUERIES_VARIABLE, "zero"),
+    ],
 )
 def test_bad_environment_is_an_error(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
@@ -41,3 +48,5 @@ def test_bad_values_are_errors() -> None:
         hf_flashinfer_attn.configure(strict="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"jit='later'.*'wait', 'background', 'never'"):
         hf_flashinfer_attn.configure(jit="later")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"padded_queries='zero'.*'drop', 'keep'"):
+        hf_flashinfer_attn.configure(padded_queries="zero")  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertModel
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn.dispatch import RULES
@@ -103,6 +104,14 @@ LOGGED = {
 @pytest.mark.parametrize("feature", [rule.feature for rule in RULES])
 def test_reason_of_a_fallback_is_on_the_page(feature: str) -> None:
     assert LOGGED.get(feature, feature) in _quoted(PAGE.read_text())
+
+
+def test_message_of_transformers_for_an_unknown_name_is_on_the_page() -> None:
+    with pytest.raises(ValueError, match="flashinfr") as error:
+        BertModel._from_config(BertConfig(num_hidden_layers=0), attn_implementation="flashinfr")
+    # The page sets it as code, where there can be no backticks.
+    said = str(error.value).replace("`", "").replace("flashinfr", "flashinfer").partition(", ")[0]
+    assert any(quote.startswith(said) for quote in _quoted(PAGE.read_text())), said
 
 
 def test_messages_are_found() -> None:

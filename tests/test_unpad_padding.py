@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import Any
 
@@ -31,7 +30,6 @@ import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, unpad
 
 PACKED, PADDED = {(1, sum(LENGTHS))}, {(4, SLOTS)}
-KEEPS_PADDED_QUERIES = "padded_queries" in inspect.signature(hf_flashinfer_attn.configure).parameters
 LABELS = "labels other than -100 in masked positions"
 POSITIONS = "start_positions and end_positions, whose loss is taken over masked positions too"
 
@@ -71,9 +69,8 @@ def test_a_loss_over_padding_stays_padded(
     assert set(shapes) == PADDED
     assert torch.equal(loss, plain(**inputs).loss)
     assert reason in caplog.text
-    if KEEPS_PADDED_QUERIES:
-        hf_flashinfer_attn.configure(padded_queries="keep")
-        torch.testing.assert_close(model(**inputs).loss, reference(family, head)(**inputs).loss)
+    hf_flashinfer_attn.configure(padded_queries="keep")
+    torch.testing.assert_close(model(**inputs).loss, reference(family, head)(**inputs).loss)
     hf_flashinfer_attn.configure(strict=True)
     with pytest.raises(UnsupportedAttentionError, match="padded_queries|" + reason):
         model(**inputs)
@@ -151,7 +148,6 @@ def test_masked_ids_that_are_not_padding_are_named(fill: int, caplog: pytest.Log
     assert all(f"pad_token_id={PAD}" in line for line in lines)
 
 
-@pytest.mark.skipif(not KEEPS_PADDED_QUERIES, reason="needs the setting padded_queries")
 def test_queries_that_are_kept_stay_padded() -> None:
     hf_flashinfer_attn.configure(padded_queries="keep")
     model, inputs = unpad(build("bert")), inputs_of("right")

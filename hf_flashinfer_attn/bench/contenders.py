@@ -156,9 +156,9 @@ class PackedBatch:
 def _pack(batch: PaddedBatch, model: PreTrainedModel) -> PackedBatch:
     valid = ~batch.padding[:, :, 0]
     device = valid.device
-    lengths = torch.tensor(batch.lengths)
+    lengths = torch.tensor(batch.lengths, device="cpu")
     offsets = nn.functional.pad(lengths.cumsum(0), (1, 0))
-    positions = torch.arange(int(offsets[-1])) - offsets[:-1].repeat_interleave(lengths)
+    positions = torch.arange(int(offsets[-1]), device="cpu") - offsets[:-1].repeat_interleave(lengths)
     inputs: dict[str, Any] = {
         name: tensor[valid][None] for name, tensor in batch.inputs.items() if name != "attention_mask"
     }
@@ -171,7 +171,7 @@ def _pack(batch: PaddedBatch, model: PreTrainedModel) -> PackedBatch:
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    rows = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+    rows = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths).to(device)
     return PackedBatch(inputs, rows, batch.divisors)
 
 

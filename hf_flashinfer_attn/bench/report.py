@@ -86,7 +86,7 @@ def format_cell(cell: Cell) -> str:
         if len(row) < len(_COLUMNS):
             cells = [cells[0], *row[1:]]
         lines.append("  " + "  ".join(cells).rstrip())
-    lines += [f"  {outcome.name}: {reason} fell back" for outcome in cell.contenders for reason in outcome.fallbacks]
+    lines += [f"  {outcome.name} fell back: {reason}" for outcome in cell.contenders for reason in outcome.fallbacks]
     return "\n".join(lines)
 
 
@@ -105,7 +105,7 @@ def format_html(cell: Cell) -> str:
     cells = [
         [row[at] for at in columns] if len(row) == len(_COLUMNS) else [*row, *[""] * (len(columns) - 2)] for row in rows
     ]
-    notes = [f"{outcome.name}: {reason} fell back" for outcome in cell.contenders for reason in outcome.fallbacks]
+    notes = [f"{outcome.name} fell back: {reason}" for outcome in cell.contenders for reason in outcome.fallbacks]
     notes.append(f"error: against {cell.reference}")
     return html_table([_COLUMNS[at] for at in columns], cells, title=_title(cell), note="\n".join(notes))
 

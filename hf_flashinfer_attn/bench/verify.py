@@ -105,7 +105,7 @@ def make_reference(model: PreTrainedModel, batches: Sequence[PaddedBatch]) -> Re
     name = str(dtype).removeprefix("torch.")
     return Reference(
         f"{implementation} in {name}, {len(sample)} requests one by one",
-        torch.tensor([request for request, _ in sample]),
+        torch.tensor([request for request, _ in sample], device="cpu"),
         exact,
         outputs(model),
     )

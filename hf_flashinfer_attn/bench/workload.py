@@ -118,21 +118,21 @@ class RequestSet:
 
 def chat_lengths(requests: int, generator: torch.Generator) -> torch.Tensor:
     """Draws lengths in tokens, lognormal with median 55, clipped to [4, 512]; int64, shape `(requests,)`."""
-    return (torch.randn(requests, generator=generator) * 0.9 + 4.0).exp().round().clamp(4, 512).long()
+    return (torch.randn(requests, generator=generator, device="cpu") * 0.9 + 4.0).exp().round().clamp(4, 512).long()
 
 
 def _pair_lengths(requests: int, generator: torch.Generator) -> torch.Tensor:
     # A query of 8 to 32 tokens before each passage.
-    queries = torch.randint(8, 33, (requests,), generator=generator)
+    queries = torch.randint(8, 33, (requests,), generator=generator, device="cpu")
     return (chat_lengths(requests, generator) + queries).clamp(max=512)
 
 
 def _uniform(low: int, high: int) -> Callable[[int, torch.Generator], torch.Tensor]:
-    return lambda requests, generator: torch.randint(low, high + 1, (requests,), generator=generator)
+    return lambda requests, generator: torch.randint(low, high + 1, (requests,), generator=generator, device="cpu")
 
 
 def _cycle(lengths: Sequence[int]) -> Callable[[int, torch.Generator], torch.Tensor]:
-    return lambda requests, _: torch.tensor(lengths).repeat(-(-requests // len(lengths)))[:requests]
+    return lambda requests, _: torch.tensor(lengths, device="cpu").repeat(-(-requests // len(lengths)))[:requests]
 
 
 REQUEST_SETS: dict[str, RequestSet] = {
@@ -268,12 +268,12 @@ def synthetic_batches(
     pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
     batches = []
     for start in range(0, len(lengths), batch_size):
-        rows = torch.tensor(lengths[start : start + batch_size])
+        rows = torch.tensor(lengths[start : start + batch_size], device="cpu")
         shape = (len(rows), int(rows.max()))
-        ids = torch.randint(FIRST_ID, config.vocab_size, shape, generator=generator)
+        ids = torch.randint(FIRST_ID, config.vocab_size, shape, generator=generator, device="cpu")
         # Some models tell padding by its id.
         ids[ids == pad_id] = FIRST_ID + 1 if pad_id == FIRST_ID else FIRST_ID
-        valid = torch.arange(shape[1]) < rows[:, None]
+        valid = torch.arange(shape[1], device="cpu") < rows[:, None]
         inputs = {"input_ids": ids.masked_fill(~valid, pad_id), "attention_mask": valid.long()}
         batches.append(PaddedBatch.from_inputs(inputs, device))
     return batches

@@ -152,10 +152,10 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *,
                 "there first, in half precision, or leave capture_graphs out: without graphs the model runs as it is."
             )
     for rows, tokens in shapes:
-        lengths = torch.full((rows,), tokens // rows)
+        lengths = torch.full((rows,), tokens // rows, device="cpu")
         lengths[: tokens % rows] += 1
         width = int(lengths.max())
-        mask = (torch.arange(width) < lengths[:, None]).long()
+        mask = (torch.arange(width, device="cpu") < lengths[:, None]).long()
         for backbone in backbones:
             graphs = graphs_of(backbone)
             # A graph asked for ahead is worth waiting for its kernels.

@@ -131,7 +131,7 @@ class Packing:
         if slots is not None and device not in self.slots:
             rows.append(slots[None])
         # As `sent` does, but for all of them at once.
-        pinned = torch.empty(len(rows), rows[0].shape[1], dtype=torch.long, pin_memory=True)
+        pinned = torch.empty(len(rows), rows[0].shape[1], dtype=torch.long, device="cpu", pin_memory=True)
         np.concatenate([row.numpy() for row in rows], out=pinned.numpy())
         moved = pinned.to(device, non_blocking=True).unsqueeze(1)
         if len(rows) > len(numbers):

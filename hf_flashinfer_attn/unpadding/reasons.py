@@ -31,7 +31,7 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
     mask = inputs["attention_mask"]
     if implementation_of(module) != NAME:
         return f"attn_implementation={implementation_of(module)!r}, expected {NAME!r}"
-    if getattr(current_settings(), "padded_queries", "drop") == "keep":
+    if current_settings().padded_queries == "keep":
         return "configure(padded_queries='keep')"
     if module.training and getattr(module.get_input_embeddings(), "neftune_noise_alpha", None) is not None:
         return "NEFTune, whose noise is scaled by the slots of a row"
