@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -17,7 +18,7 @@ import transformers
 from paired_models import decoder_config
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import cli, probes, settings
+from hf_flashinfer_attn import cli, environment, probes, settings
 from hf_flashinfer_attn.backends import flashinfer as flashinfer_backend
 from hf_flashinfer_attn.doctor import KernelCheck, Section
 from hf_flashinfer_attn.html_table import html_table
@@ -28,6 +29,8 @@ from hf_flashinfer_attn.trace import AttentionCall, Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
+# torch.__version__ may have a build tag that the metadata lacks.
+TORCH = importlib.metadata.version("torch")
 SECTIONS = ("versions", "gpu", "compilers", "cache")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -68,7 +71,7 @@ def test_command_without_a_gpu() -> None:
     lines = ran.stdout.splitlines()
     assert max(map(len, lines)) <= 100
     assert len(lines) <= 45
-    for fact in (*SECTIONS, "backend", torch.__version__, transformers.__version__, '"flashinfer" is served by torch'):
+    for fact in (*SECTIONS, "backend", TORCH, transformers.__version__, '"flashinfer" is served by torch'):
         assert fact in ran.stdout
     for name in ("nvcc", "ninja", "folder", *(("size", "kernels", "free") if HAS_FLASHINFER else ())):
         assert any(line[2:].startswith(name) for line in lines)
@@ -81,7 +84,7 @@ def test_command_prints_one_json_object(model_folder: Path) -> None:
     found = json.loads(ran.stdout)
     assert (found["ready"], found["backend"], found["device"]) == (False, "torch", "cpu")
     assert found["obstacles"]
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == TORCH
     assert found["problems"]["gpu.cuda"]
     assert set(SECTIONS) < set(found)
     window, causal = found["model"]["layers"]
@@ -152,7 +155,7 @@ def test_command_where_nothing_is_installed_and_the_cache_is_a_file(tmp_path: Pa
     problems = [line[2:].partition(" ")[0] for line in ran.stdout.splitlines() if line.startswith("! ")]
     assert {"nvcc", "ninja", "C++", "C", "folder"} <= set(problems)
     assert (str(file) if HAS_FLASHINFER else "not installed") in ran.stdout
-    assert torch.__version__ in ran.stdout
+    assert TORCH in ran.stdout
 
 
 def program(folder: Path, name: str, script: str) -> Path:
@@ -215,6 +218,29 @@ def test_versions_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "expected" in named(found, "transformers").shown
     assert named(found, "flashinfer").is_problem
     assert named(found, "triton") == Probe("triton", None, "not installed", False)
+
+
+@pytest.mark.parametrize("name", environment.TESTED)
+@pytest.mark.parametrize("build", ["", "+cu130"])
+def test_version_newer_than_tested_is_marked(name: str, build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = environment.TESTED[name][1]
+    probe = name.removesuffix("-python")
+    monkeypatch.setattr(importlib.metadata, "requires", lambda distribution: [])
+    monkeypatch.setattr(importlib.metadata, "version", lambda distribution: newest + build)
+    assert not named(probe_versions(), probe).is_problem
+    newer = f"{newest}.post9{build}" if "post" not in newest else f"{newest}9{build}"
+    monkeypatch.setattr(importlib.metadata, "version", lambda distribution: newer)
+    found = named(probe_versions(), probe)
+    assert (found.value, found.is_problem) == (newer, True)
+    assert f"newer than {newest}, the newest tested" in found.shown
+
+
+def test_newer_versions_stop_nothing(gpu: dict[str, Probe]) -> None:
+    gpu["versions.transformers"] = Probe("transformers", "6", "6, newer than 5, the newest tested", True)
+    diagnosis = hf_flashinfer_attn.doctor()
+    assert (diagnosis.ready, diagnosis.obstacles) == (True, ())
+    assert diagnosis.to_dict()["problems"] == {"versions.transformers": "6, newer than 5, the newest tested"}
+    assert "! transformers" in str(diagnosis)
 
 
 def test_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +476,7 @@ def test_html_is_escaped(gpu: dict[str, Probe]) -> None:
 def test_html_of_a_diagnosis_has_everything(model_folder: Path) -> None:
     diagnosis = hf_flashinfer_attn.doctor(model_folder, capability=(9, 0))
     html = diagnosis._repr_html_()
-    for fact in ("Gemma2Model", "softcap 2", torch.__version__, "nvcc", "backend"):
+    for fact in ("Gemma2Model", "softcap 2", TORCH, "nvcc", "backend"):
         assert fact in html
     assert html.count("<table") == html.count("</table>") == 3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import user_program
+from packaging.version import Version
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn.environment import TESTED
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(hf_flashinfer_attn.__file__).parent
@@ -25,6 +28,18 @@ def test_tests_run_on_the_package_that_is_meant() -> None:
     # Where the tests were taken away from the source it is the installed one that they are about.
     expected = source if source.is_dir() else Path(sysconfig.get_path("purelib")) / "hf_flashinfer_attn"
     assert expected == PACKAGE
+
+
+def test_tested_versions_are_those_of_the_ci() -> None:
+    oldest, shared, newest = (
+        dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / ".ci" / file).read_text(), re.MULTILINE))
+        for file in ("oldest.txt", "constraints.txt", "newest.txt")
+    )
+    for name, versions in TESTED.items():
+        assert oldest.get(name, versions[0]) == versions[0]
+        assert newest.get(name, shared[name]) == versions[1]
+        assert Version(versions[0]) <= Version(shared[name]) <= Version(versions[1])
+    assert oldest.keys() == newest.keys() < TESTED.keys() <= shared.keys()
 
 
 def test_package_says_that_it_is_typed() -> None:

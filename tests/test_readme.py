@@ -10,6 +10,7 @@ import pytest
 
 from hf_flashinfer_attn.backends import flashinfer
 from hf_flashinfer_attn.demo import model_path
+from hf_flashinfer_attn.environment import versions_tested
 from hf_flashinfer_attn.unpadding.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,10 @@ def test_readme_has_its_two_commands_and_fits_two_screens() -> None:
         assert command is not None
         assert command.group(1).endswith(ending)
     assert len(text.splitlines()) <= 120
+
+
+def test_tested_versions_are_those_of_the_code() -> None:
+    assert f"Tested with {versions_tested()}." in " ".join(README.read_text(encoding="utf-8").split())
 
 
 def test_limits_are_those_of_the_code() -> None:
