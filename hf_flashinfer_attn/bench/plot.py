@@ -34,7 +34,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise BenchError(
-            'a chart needs matplotlib, which is not installed. Install it: pip install "hf_flashinfer_attn[bench]"'
+            "a chart needs matplotlib, which is not installed. Install it: pip install matplotlib"
         ) from error
 
 
