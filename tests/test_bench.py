@@ -443,8 +443,6 @@ def test_a_floor_that_was_beaten_is_none(rate: float, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "bert-huge"], "'bert-huge' is no shape"),
-        (["--shape", "gte-small", "--against", "flash_attention_9"], "'flash_attention_9' is no contender"),
         (["--shape", "gte-small", "--texts", "{texts}"], "texts go with a model of yours"),
         (["--model", "{texts}/none"], "there is no folder"),
         (["--model", "{folder}"], "cannot be read"),
@@ -453,7 +451,7 @@ def test_a_floor_that_was_beaten_is_none(rate: float, monkeypatch: pytest.Monkey
         (["--shape", "gte-small", "--max-length", "9"], "sorting and cutting are for texts"),
         (["--shape", "gte-small", "--lengths", "long"], "nothing was measured: long has requests of 8192 tokens"),
     ],
-    ids=["shape", "contender", "texts", "no-folder", "no-config", "layers", "sort", "max-length", "too-long"],
+    ids=["texts", "no-folder", "no-config", "layers", "sort", "max-length", "too-long"],
 )
 def test_what_cannot_be_measured(
     arguments: list[str], message: str, texts_file: Path, capsys: pytest.CaptureFixture[str]
@@ -470,10 +468,30 @@ def test_varlen_is_refused_by_name_on_a_cpu(capsys: pytest.CaptureFixture[str]) 
     assert "varlen cannot run: torch's varlen_attn runs on CUDA only, not on cpu" in capsys.readouterr().err
 
 
+def test_names_on_the_command_line_are_those_of_the_benchmark() -> None:
+    assert list(workload.SHAPES) == [*cli._SHAPES]
+    assert list(workload.REQUEST_SETS) == [*cli._REQUEST_SETS]
+    assert {*cli._OURS, *cli._RIVALS} == set(CONTENDERS)
+    assert {name for name in cli._OURS if CONTENDERS[name].ours} == set(cli._OURS)
+
+
+def test_names_that_the_benchmark_does_not_know() -> None:
+    sets = (workload.parse_request_set("4"),)
+    with pytest.raises(bench.BenchError, match="'bert-huge' is no shape"):
+        bench.run_bench(bench.Plan(shapes=("bert-huge",), request_sets=sets, device="cpu"))
+    with pytest.raises(bench.BenchError, match="'flash' is no contender"):
+        bench.run_bench(bench.Plan(shapes=("gte-small",), request_sets=sets, against=("flash",), device="cpu"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "one of the arguments --model --shape is required"),
+        (["--shape", "bert-huge"], "'bert-huge' is not known; expected some of gte-small,bge-base"),
+        (["--shape", "gte-small", "--against", "sdpa,flash"], "'flash' is not known; expected some of sdpa,eager"),
+        (["--shape", "gte-small", "--ours"], "there is no name; expected some of flashinfer,unpad"),
+        (["--shape", "gte-small", "--ours", ""], "there is no name; expected some of flashinfer,unpad"),
+        (["--shape", "gte-small", "--plot", "out.foo"], "'out.foo' does not end in .png"),
         (["--shape", "gte-small", "--model", "x"], "not allowed with"),
         (["--shape", "gte-small", "--lengths", "chats"], "'chats' is no request set"),
         (["--model", "x", "--texts", "no/such/file"], "cannot be read"),
@@ -481,7 +499,20 @@ def test_varlen_is_refused_by_name_on_a_cpu(capsys: pytest.CaptureFixture[str]) 
         (["--shape", "gte-small", "--json", "no/such/folder/x.json"], "existing folder"),
         (["--shape", "gte-small", "--json", "/proc/x.json"], "cannot be written"),
     ],
-    ids=["nothing", "both", "lengths", "texts", "latin", "json", "unwritable"],
+    ids=[
+        "nothing",
+        "shape",
+        "contender",
+        "no-names",
+        "empty-names",
+        "plot",
+        "both",
+        "lengths",
+        "texts",
+        "latin",
+        "json",
+        "unwritable",
+    ],
 )
 def test_wrong_usage(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     latin = tmp_path / "latin.txt"

@@ -77,9 +77,10 @@ def test_command_answers_the_default_query(tmp_path: Path, capsys: pytest.Captur
         (["demo", "--passages", "0"], "not a positive whole number"),
         (["demo", "--top-k", "many"], "not a positive whole number"),
         (["demo", "--device", "tpu"], "invalid choice"),
+        (["demo", ""], "the query is empty; leave it out"),
         (["demo", "--json", "no/such/folder/demo.json"], "existing folder"),
     ],
-    ids=["nothing", "no-passages", "top-k", "device", "json"],
+    ids=["nothing", "no-passages", "top-k", "device", "query", "json"],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -42,6 +42,39 @@ def test_tested_versions_are_those_of_the_ci() -> None:
     assert oldest.keys() == newest.keys() < TESTED.keys() <= shared.keys()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["--version"], 0), (["bench", "--help"], 0), (["dcotor"], 2), (["doctor", "--arch", "9.0"], 2)],
+    ids=["help", "version", "help-of-a-command", "typo", "no-model"],
+)
+@pytest.mark.parametrize("program", ["-m", "script"])
+def test_help_and_wrong_usage_import_nothing_heavy(
+    program: str, arguments: list[str], status: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "hf-flashinfer-attn"
+    script.write_text("import sys\nfrom hf_flashinfer_attn.cli import main\nsys.exit(main())\n")
+    run = ["-m", "hf_flashinfer_attn"] if program == "-m" else [str(script)]
+    ran = subprocess.run(
+        [sys.executable, "-X", "importtime", *run, *arguments],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == status
+    imported = set(re.findall(r"^import time: .*\| +(\S+)$", ran.stderr, re.MULTILINE))
+    assert "hf_flashinfer_attn.cli" in imported
+    assert not imported & {"torch", "transformers", "numpy"}
+
+
+def test_other_programs_of_python_register_on_import(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import hf_flashinfer_attn, transformers\n"
+        "assert 'flashinfer' in transformers.AttentionInterface().valid_keys()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-m", "mine", "--help"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_package_says_that_it_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
