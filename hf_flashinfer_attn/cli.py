@@ -132,8 +132,8 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 def _add_bench(commands: Subparsers) -> None:
     summary = "time whole models with us and without, on your texts or on named workloads; outputs are checked first"
     more = (
-        "Prints a table per model and request set, and one line of JSON last. The exit status is 1 if a contender "
-        "failed or its outputs were wrong; such a one is not timed."
+        "Prints a table per model and request set. The exit status is 1 if a contender failed or its outputs were "
+        "wrong; such a one is not timed."
     )
     parser = _add_command(commands, "bench", _run_bench, summary, more)
     what = parser.add_argument_group("what to run")
@@ -232,6 +232,8 @@ def _run_bench(arguments: argparse.Namespace) -> int:
 
     def show(report: bench.BenchReport) -> None:
         progress.print(bench.format_cell(report.cells[-1]) + "\n")
+        if len(report.cells) == 1:
+            progress.print(bench.COLUMNS_EXPLAINED + "\n")
         # After each, so that an interrupted benchmark keeps what it has.
         if arguments.json is not None:
             _write_json(arguments.json, bench.report_figures(report))
@@ -246,7 +248,6 @@ def _run_bench(arguments: argparse.Namespace) -> int:
         _write_json(arguments.json, bench.report_figures(report))
     if arguments.plot is not None:
         bench.draw_chart([bench.report_figures(report)], arguments.plot)
-    print(bench.format_summary(report))
     return 0 if report.passed else 1
 
 
