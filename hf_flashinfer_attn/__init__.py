@@ -1,9 +1,22 @@
 """FlashInfer attention for Hugging Face transformers.
 
-Importing this package registers the attention implementation "flashinfer":
+Importing this package registers an attention implementation:
+
+    import hf_flashinfer_attn
 
     model = AutoModel.from_pretrained(path, attn_implementation="flashinfer", dtype=torch.float16, device_map="cuda")
 """
+
+import sys
+
+# `python -m hf_flashinfer_attn` and its script: help and wrong usage end here, before imports that take seconds.
+# While Python locates the module of -m, sys.argv[0] is "-m".
+if (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__) or (
+    sys.argv and sys.argv[0].endswith("hf-flashinfer-attn")
+):
+    from .cli import check_usage
+
+    check_usage(sys.argv[1:])
 
 from .doctor import Diagnosis, doctor
 from .errors import BackendUnavailableError, FlashInferAttentionError, UnsupportedAttentionError

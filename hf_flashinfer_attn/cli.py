@@ -1,4 +1,4 @@
-"""The command line. Each subcommand imports what it runs when it runs; nothing in the package imports this module."""
+"""The command line. Parsing needs the standard library only; each subcommand imports what it runs when it runs."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import FlashInferAttentionError
 from .version import __version__
 
 if TYPE_CHECKING:
-    import torch
-
-    from .bench import RequestSet
-
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-__all__ = ["main"]
+__all__ = ["check_usage", "main"]
 
 _Run = Callable[[argparse.Namespace], int]
+_SHAPES = ("gte-small", "bge-base", "bge-large", "reranker-base", "modernbert-base", "qwen3-embedding")
+_RIVALS = ("sdpa", "eager", "flex_attention", "varlen", "compile")
+_OURS = ("flashinfer", "unpad", "unpad_host", "graphs", "graphs_host", "compiled_graphs", "compiled_graphs_host")
+_REQUEST_SETS = ("chat", "bulk", "sorted", "single", "uniform", "full", "pairs", "long")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,13 +38,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: On wrong usage (status 2), `--help` and `--version` (status 0).
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     run: _Run = arguments.run
     try:
         return run(arguments)
     except FlashInferAttentionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def check_usage(argv: Sequence[str]) -> None:
+    """Parses arguments for their errors alone, before the imports that take seconds, and announces these.
+
+    Raises:
+        SystemExit: On wrong usage (status 2), `--help` and `--version` (status 0).
+    """
+    arguments = _parse(argv)
+    if not getattr(arguments, "quiet", False):
+        print("importing torch and transformers ...", file=sys.stderr)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    arguments = _parser().parse_args(argv)
+    if arguments.run is _run_doctor and arguments.model is None:
+        for option in ("arch", "dtype"):
+            if getattr(arguments, option) is not None:
+                arguments.parser.error(f"argument --{option}: needs a model to plan for; add --model PATH_OR_ID")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,14 +83,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_command(commands: Subparsers, name: str, run: _Run, summary: str, more: str = "") -> argparse.ArgumentParser:
     description = f"{summary[0].upper()}{summary[1:]}. {more}".rstrip()
     parser = commands.add_parser(name, help=summary, description=description)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
 def _add_demo(commands: Subparsers) -> None:
     summary = "search Python's documentation with a real model, and compare with sdpa"
     parser = _add_command(commands, "demo", _run_demo, summary)
-    parser.add_argument("query", nargs="?", metavar="QUERY", help="what to search for (default: a question that fits)")
+    parser.add_argument(
+        "query", nargs="?", type=_query, metavar="QUERY", help="what to search for (default: a question that fits)"
+    )
     parser.add_argument("--top-k", type=_positive, default=5, metavar="K", help="passages to show (default: 5)")
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="rows per forward (default: 64)")
     parser.add_argument(
@@ -110,8 +132,8 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 def _add_bench(commands: Subparsers) -> None:
     summary = "time whole models with us and without, on your texts or on named workloads; outputs are checked first"
     more = (
-        "Prints a table per model and request set, and one line of JSON last. The exit status is 1 if a contender "
-        "failed or its outputs were wrong; such a one is not timed."
+        "Prints a table per model and request set. The exit status is 1 if a contender failed or its outputs were "
+        "wrong; such a one is not timed."
     )
     parser = _add_command(commands, "bench", _run_bench, summary, more)
     what = parser.add_argument_group("what to run")
@@ -119,17 +141,16 @@ def _add_bench(commands: Subparsers) -> None:
     models.add_argument("--model", metavar="PATH_OR_ID", help="a model of yours")
     models.add_argument(
         "--shape",
-        action="append",
+        action=_Names,
+        known=_SHAPES,
         metavar="NAME,...",
-        help="named shapes with random weights: gte-small, bge-base, bge-large, reranker-base, modernbert-base, "
-        "qwen3-embedding",
+        help=f"named shapes with random weights: {', '.join(_SHAPES)}",
     )
-    what.add_argument("--texts", type=_texts, metavar="FILE", help="with --model: what to embed, one text a line")
+    what.add_argument("--texts", metavar="FILE", help="with --model: what to embed, one text a line")
     what.add_argument(
         "--lengths",
-        type=_request_sets,
         metavar="SET,...",
-        help="request sets of random tokens: chat, bulk, sorted, single, uniform, full, pairs, long; a length (128); "
+        help=f"request sets of random tokens: {', '.join(_REQUEST_SETS)}; a length (128); "
         "lengths that take turns (16+32+128); uniform:LOW:HIGH (default, without --texts: chat)",
     )
     what.add_argument(
@@ -144,12 +165,19 @@ def _add_bench(commands: Subparsers) -> None:
     how = parser.add_argument_group("how to run it")
     how.add_argument(
         "--against",
-        type=_names,
-        default="sdpa",
+        action=_Names,
+        known=_RIVALS,
+        default=("sdpa",),
         metavar="NAME,...",
-        help="sdpa, eager, flex_attention, varlen, compile (default: sdpa, which always takes part)",
+        help=f"{', '.join(_RIVALS)} (default: sdpa, which always takes part)",
     )
-    how.add_argument("--ours", type=_names, metavar="NAME,...", help="which of ours (default: all)")
+    how.add_argument(
+        "--ours",
+        action=_Names,
+        known=_OURS,
+        metavar="NAME,...",
+        help=f"{', '.join(_OURS)} (default: all that can run here)",
+    )
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     how.add_argument(
         "--dtype",
@@ -168,7 +196,7 @@ def _add_bench(commands: Subparsers) -> None:
     results.add_argument(
         "--json", type=_writable_file, metavar="FILE", help="write everything to FILE, after each table"
     )
-    results.add_argument("--plot", type=_writable_file, metavar="FILE.png", help="draw a bar chart")
+    results.add_argument("--plot", type=_png_file, metavar="FILE.png", help="draw a bar chart")
 
 
 def _run_bench(arguments: argparse.Namespace) -> int:
@@ -177,11 +205,16 @@ def _run_bench(arguments: argparse.Namespace) -> int:
 
     if arguments.plot is not None:
         bench.require_matplotlib()
-    request_sets = arguments.lengths or (() if arguments.texts is not None else _request_sets("chat"))
+    try:
+        texts = None if arguments.texts is None else _texts(arguments.texts)
+        lengths = arguments.lengths or ("chat" if texts is None else "")
+        request_sets = tuple(map(bench.parse_request_set, _names(lengths)))
+    except ValueError as error:
+        arguments.parser.error(str(error))
     plan = bench.Plan(
-        shapes=_names(",".join(arguments.shape or ())),
+        shapes=arguments.shape or (),
         model=arguments.model,
-        texts=arguments.texts,
+        texts=texts,
         request_sets=request_sets,
         against=arguments.against,
         ours=arguments.ours,
@@ -199,6 +232,8 @@ def _run_bench(arguments: argparse.Namespace) -> int:
 
     def show(report: bench.BenchReport) -> None:
         progress.print(bench.format_cell(report.cells[-1]) + "\n")
+        if len(report.cells) == 1:
+            progress.print(bench.COLUMNS_EXPLAINED + "\n")
         # After each, so that an interrupted benchmark keeps what it has.
         if arguments.json is not None:
             _write_json(arguments.json, bench.report_figures(report))
@@ -213,7 +248,6 @@ def _run_bench(arguments: argparse.Namespace) -> int:
         _write_json(arguments.json, bench.report_figures(report))
     if arguments.plot is not None:
         bench.draw_chart([bench.report_figures(report)], arguments.plot)
-    print(bench.format_summary(report))
     return 0 if report.passed else 1
 
 
@@ -248,12 +282,15 @@ def _add_warmup(commands: Subparsers) -> None:
 
 
 def _run_warmup(arguments: argparse.Namespace) -> int:
+    import torch
+
     from .warmup import warmup
 
+    dtypes = None if arguments.dtype is None else tuple(getattr(torch, name) for name in arguments.dtype)
     try:
         report = warmup(
             arguments.model,
-            dtypes=arguments.dtype,
+            dtypes=dtypes,
             arch=arguments.arch,
             graphs=arguments.graphs,
             workers=arguments.workers,
@@ -267,14 +304,11 @@ def _run_warmup(arguments: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
-def _half_dtypes(text: str) -> tuple[torch.dtype, ...]:
-    import torch
-
-    known = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+def _half_dtypes(text: str) -> tuple[str, ...]:
     names = _names(text)
-    if not names or any(name not in known for name in names):
+    if not names or any(name not in ("float16", "bfloat16") for name in names):
         raise argparse.ArgumentTypeError(f"{text!r} is not float16, bfloat16 or both")
-    return tuple(known[name] for name in names)
+    return names
 
 
 def _graph_sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -293,8 +327,7 @@ def _add_doctor(commands: Subparsers) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "float16", "bfloat16"),
-        default="auto",
+        choices=("float32", "float16", "bfloat16"),
         help="with --model: of its weights (default: that of its config, or else float16)",
     )
     parser.add_argument(
@@ -317,22 +350,15 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     from .bench.progress import Progress
     from .doctor import doctor
 
-    dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    progress = Progress() if arguments.check else None
-    try:
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    with Progress() as progress:
         diagnosis = doctor(
             arguments.model,
             check=arguments.check,
             dtype=dtype,
             capability=arguments.arch,
-            on_step=None if progress is None else progress.step,
+            on_step=progress.step,
         )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if progress is not None:
-            progress.close()
     print(json.dumps(diagnosis.to_dict(), indent=2, ensure_ascii=False) if arguments.json else diagnosis)
     return 0 if diagnosis.ready else 1
 
@@ -349,23 +375,38 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def _request_sets(text: str) -> tuple[RequestSet, ...]:
-    from .bench.workload import parse_request_set
+class _Names(argparse.Action):
+    """A list of known names, separated by commas; given several times, all of them."""
 
-    try:
-        return tuple(parse_request_set(name) for name in _names(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    def __init__(self, known: tuple[str, ...], **options: Any) -> None:
+        # Optional, so that the error of an option without a value can list the names.
+        super().__init__(nargs="?", **options)
+        self.known = known
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        names = _names(values or "")
+        unknown = [name for name in names if name not in self.known]
+        if unknown or not names:
+            wrong = f"{unknown[0]!r} is not known" if unknown else "there is no name"
+            parser.error(f"argument {option_string}: {wrong}; expected some of {','.join(self.known)}")
+        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), *names))
 
 
 def _texts(text: str) -> tuple[str, ...]:
+    # Read once, when the command runs: it may be a pipe.
     try:
         lines = Path(text).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {error.strerror}") from error
+        raise ValueError(f"argument --texts: {text!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: it is not UTF-8") from error
+        raise ValueError(f"argument --texts: {text!r} cannot be read: it is not UTF-8") from error
     return tuple(line for line in lines if line.strip())
+
+
+def _query(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the query is empty; leave it out for the default one")
+    return text
 
 
 def _write_json(file: Path, figures: dict[str, object]) -> None:
@@ -385,6 +426,12 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return number
+
+
+def _png_file(text: str) -> Path:
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, the format that is drawn")
+    return _writable_file(text)
 
 
 def _writable_file(text: str) -> Path:

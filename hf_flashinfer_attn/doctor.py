@@ -215,7 +215,7 @@ def doctor(
     check: bool = False,
     dtype: torch.dtype | None = None,
     capability: tuple[int, int] | None = None,
-    on_step: Callable[[str], None] | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
 ) -> Diagnosis:
     """Looks at this machine, and says whether "flashinfer" would run on a GPU here, and if not, what is missing.
 
@@ -225,7 +225,7 @@ def doctor(
             on fresh random input. Kernels that are not compiled yet are compiled first.
         dtype: Of the model's weights; that of its config where that is half precision, or else torch.float16.
         capability: Compute capability of the GPU to plan the model for; that of this machine's by default.
-        on_step: Called with what comes next, before each kernel that is run.
+        on_step: Called with a line of text before each step.
 
     Returns:
         What was found; `print(diagnosis)` shows it. Nothing that is missing raises.
@@ -243,15 +243,22 @@ def doctor(
         True
     """
     if model is None and (dtype is not None or capability is not None):
-        raise ValueError("dtype and capability are those that a model is planned for; expected a model with them.")
-    sections = (
-        Section("versions", probe_versions()),
-        Section("gpu", probe_gpus()),
-        Section("compilers", probe_compilers()),
-        Section("cache", probe_cache()),
+        raise ValueError("dtype and capability describe what to plan a model for; pass the model as well.")
+    probes = (
+        ("versions", "versions of packages and of the driver", probe_versions),
+        ("gpu", "GPUs", probe_gpus),
+        ("compilers", "compilers", probe_compilers),
+        ("cache", "FlashInfer and its kernel cache", probe_cache),
     )
+    found = []
+    for name, what, probe in probes:
+        on_step(f"looking for {what}")
+        found.append(Section(name, probe()))
+    sections = tuple(found)
     device = _device_here()
     backend, obstacles = _backend_here(device, sections)
+    if model is not None:
+        on_step("planning the model's layers from its config")
     plan = None if model is None else _plan(model, dtype, capability)
     checks: tuple[KernelCheck, ...] = ()
     if check:
@@ -372,16 +379,13 @@ class _Case:
         return f"{band(self.left, self.right).name}{softcap}{', bias' if self.biased else ''}"
 
 
-def _checks(
-    device: torch.device, plan: ModelPlan | None, on_step: Callable[[str], None] | None
-) -> Iterator[KernelCheck]:
+def _checks(device: torch.device, plan: ModelPlan | None, on_step: Callable[[str], None]) -> Iterator[KernelCheck]:
     from .accuracy import measure_kernel_error
 
     cases = _cases_here(device) if plan is None else _cases_of(plan)
     for case in dict.fromkeys(cases):
         name, dtype = case.kernel or "torch", str(case.dtype).removeprefix("torch.")
-        if on_step is not None:
-            on_step(f"{name}, {dtype}, head_dim {case.head_dim}, {case.attention}")
+        on_step(f"checking {name}, {dtype}, head_dim {case.head_dim}, {case.attention}")
         result, problem = None, None
         try:
             result = measure_kernel_error(

@@ -1,4 +1,4 @@
-"""What a measurement ran on, as plain values for JSON. Every probe is guarded: a failure becomes a value."""
+"""Versions that were tested, and what a measurement ran on as plain values for JSON; a failed probe becomes a value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,26 @@ from pathlib import Path
 
 from .version import __version__
 
-__all__ = ["describe_environment"]
+__all__ = ["TESTED", "describe_environment", "versions_tested"]
+
+# Oldest and newest tested version of each distribution; the CI installs these. Newer ones are used all the same.
+TESTED = {
+    "transformers": ("5.5.4", "5.24.0"),
+    "flashinfer-python": ("0.7.2.post1", "0.7.4"),
+    "triton": ("3.6.0", "3.9.0"),
+    "torch": ("2.11.0", "2.13.0"),
+}
+
+
+def versions_tested() -> str:
+    """Returns the tested versions as one line of text.
+
+    Examples:
+        >>> from hf_flashinfer_attn.environment import versions_tested
+        >>> "transformers 5.5.4 to " in versions_tested()
+        True
+    """
+    return ", ".join(f"{name} {oldest} to {newest}" for name, (oldest, newest) in TESTED.items())
 
 
 def describe_environment() -> dict[str, object]:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.version import InvalidVersion
+from packaging.version import InvalidVersion, Version
 
+from .environment import TESTED
 from .errors import BackendUnavailableError, first_line
 from .jit import nvcc_path
 from .kernel_cache import KernelModule, cache_directory, compiled_modules, is_compiled
@@ -32,7 +33,7 @@ class Probe:
         name: What was asked.
         value: The answer, as plain values for JSON; None where there is none.
         shown: The answer as text, or what is wrong.
-        is_problem: Whether FlashInfer would want it otherwise.
+        is_problem: Whether it is marked as a problem or a risk.
     """
 
     name: str
@@ -126,13 +127,15 @@ def _package(name: str, distribution: str, remark: str = "", *, required: bool =
         return Probe(
             name, None, f"not installed: pip install {distribution}" if required else "not installed", required
         )
-    if (wanted := _wanted(distribution)) is not None:
-        try:
-            fits = wanted.specifier.contains(version, prereleases=True)
-        except InvalidVersion:
-            fits = False
-        if not fits:
-            return Probe(name, version, f"{version}, expected {wanted.specifier}", is_problem=True)
+    try:
+        # Without the build tag: 2.13.0+cpu is not newer than 2.13.0.
+        public = Version(Version(version).public)
+    except InvalidVersion:
+        return Probe(name, version, f"{version}, expected a version number", is_problem=True)
+    if (wanted := _wanted(distribution)) is not None and not wanted.specifier.contains(public, prereleases=True):
+        return Probe(name, version, f"{version}, expected {wanted.specifier}", is_problem=True)
+    if public > Version(newest := TESTED[distribution][1]):
+        return Probe(name, version, f"{version}{remark}, newer than {newest}, the newest tested", is_problem=True)
     return Probe(name, version, f"{version}{remark}")
 
 

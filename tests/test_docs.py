@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import snippets
 
+import hf_flashinfer_attn
 from docs import make_pages
 from hf_flashinfer_attn import cli
-from hf_flashinfer_attn.demo import model_path
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(hf_flashinfer_attn.__file__).parent
 PAGES = sorted(page for folder in (".", "docs", "benchmarks", "examples") for page in (ROOT / folder).glob("*.md"))
 # Made pages hold signatures, not programs; what is in them are the docstrings' examples.
 WRITTEN = [page for page in ROOT.glob("docs/*.md") if page.name not in ("api.md", "support.md")]
 BLOCKS = [
     pytest.param(block, id=f"{page.stem}-{number}")
     for page in sorted(WRITTEN)
-    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+    for number, block in enumerate(snippets.python_blocks(page))
 ]
 
 
@@ -48,7 +51,25 @@ def test_made_page_is_up_to_date(name: str) -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_block(block: str) -> None:
-    exec(compile(block, "docs", "exec"), {"path": str(model_path())})
+    snippets.run(block)
+
+
+def _code_cells(notebook: Path) -> str:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+SNIPPETS = {
+    **{f"{page.stem}-{number}": block for page in PAGES for number, block in enumerate(snippets.python_blocks(page))},
+    **{notebook.stem: _code_cells(notebook) for notebook in ROOT.glob("notebooks/*.ipynb")},
+    "package": str(hf_flashinfer_attn.__doc__).replace("\n    ", "\n").partition(":\n")[2],
+}
+
+
+@pytest.mark.parametrize("name", [name for name, text in SNIPPETS.items() if '"flashinfer"' in text])
+def test_snippet_has_the_import_that_registers_the_name(name: str) -> None:
+    before = SNIPPETS[name].partition('"flashinfer"')[0]
+    assert re.search(r"^(import|from) hf_flashinfer_attn\b", before, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -77,6 +98,12 @@ def test_every_command_is_in_the_index(capsys: pytest.CaptureFixture[str]) -> No
     index = (ROOT / "docs" / "index.md").read_text()
     for command in commands:
         assert f"| `{command}` |" in index, command
+
+
+def test_no_command_installs_this_package_from_an_index() -> None:
+    texts = [*PAGES, *ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("examples/*.py"), *PACKAGE.rglob("*.py")]
+    for file in texts:
+        assert not re.search(r"""pip install (-\S+ )*[\\"']*hf[_-]flashinfer""", file.read_text(encoding="utf-8")), file
 
 
 def test_drawing_says_what_it_shows() -> None:

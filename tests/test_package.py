@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import user_program
+from packaging.version import Version
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn.environment import TESTED
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(hf_flashinfer_attn.__file__).parent
@@ -25,6 +28,51 @@ def test_tests_run_on_the_package_that_is_meant() -> None:
     # Where the tests were taken away from the source it is the installed one that they are about.
     expected = source if source.is_dir() else Path(sysconfig.get_path("purelib")) / "hf_flashinfer_attn"
     assert expected == PACKAGE
+
+
+def test_tested_versions_are_those_of_the_ci() -> None:
+    oldest, shared, newest = (
+        dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / ".ci" / file).read_text(), re.MULTILINE))
+        for file in ("oldest.txt", "constraints.txt", "newest.txt")
+    )
+    for name, versions in TESTED.items():
+        assert oldest.get(name, versions[0]) == versions[0]
+        assert newest.get(name, shared[name]) == versions[1]
+        assert Version(versions[0]) <= Version(shared[name]) <= Version(versions[1])
+    assert oldest.keys() == newest.keys() < TESTED.keys() <= shared.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["--version"], 0), (["bench", "--help"], 0), (["dcotor"], 2), (["doctor", "--arch", "9.0"], 2)],
+    ids=["help", "version", "help-of-a-command", "typo", "no-model"],
+)
+@pytest.mark.parametrize("program", ["-m", "script"])
+def test_help_and_wrong_usage_import_nothing_heavy(
+    program: str, arguments: list[str], status: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "hf-flashinfer-attn"
+    script.write_text("import sys\nfrom hf_flashinfer_attn.cli import main\nsys.exit(main())\n")
+    run = ["-m", "hf_flashinfer_attn"] if program == "-m" else [str(script)]
+    ran = subprocess.run(
+        [sys.executable, "-X", "importtime", *run, *arguments],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == status
+    imported = set(re.findall(r"^import time: .*\| +(\S+)$", ran.stderr, re.MULTILINE))
+    assert "hf_flashinfer_attn.cli" in imported
+    assert not imported & {"torch", "transformers", "numpy"}
+
+
+def test_other_programs_of_python_register_on_import(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import hf_flashinfer_attn, transformers\n"
+        "assert 'flashinfer' in transformers.AttentionInterface().valid_keys()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-m", "mine", "--help"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_package_says_that_it_is_typed() -> None:

@@ -7,19 +7,20 @@ import re
 from pathlib import Path
 
 import pytest
+import snippets
 
 from hf_flashinfer_attn.backends import flashinfer
-from hf_flashinfer_attn.demo import model_path
+from hf_flashinfer_attn.environment import versions_tested
 from hf_flashinfer_attn.unpadding.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+BLOCKS = snippets.python_blocks(README)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_block(block: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(block, str(README), "exec"), {"path": str(model_path())})
+    snippets.run(block)
     assert "layouts 1, host copies" in capsys.readouterr().out
 
 
@@ -33,12 +34,16 @@ def test_readme_has_its_two_commands_and_fits_two_screens() -> None:
     assert len(text.splitlines()) <= 120
 
 
+def test_tested_versions_are_those_of_the_code() -> None:
+    assert f"Tested with {versions_tested()}." in " ".join(README.read_text(encoding="utf-8").split())
+
+
 def test_limits_are_those_of_the_code() -> None:
     limits = " ".join(README.read_text().partition("## Limits")[2].split())
     assert f"head_dim up to {flashinfer.MAX_HEAD_DIM}" in limits
     major, minor = min(flashinfer._MIN_CAPABILITY.values())
     assert f"compute capability {major}.{minor} or newer" in limits
-    assert f"`unpad` knows {len(FAMILIES)} families" in limits
+    assert f"`unpad` supports {len(FAMILIES)} families" in limits
 
 
 def test_what_new_shapes_cost_is_what_was_measured() -> None:
@@ -49,8 +54,8 @@ def test_what_new_shapes_cost_is_what_was_measured() -> None:
         return f"{min(found):.0f} to {max(found):.0f} ms"
 
     text = " ".join(README.read_text(encoding="utf-8").split())
-    assert f"sdpa takes {more('sdpa')} more for each batch of a shape that did not come before" in text
-    assert f"the string alone {more('flashinfer')}" in text
+    assert f"sdpa pays {more('sdpa')} extra the first time it sees a shape" in text
+    assert f'`attn_implementation="flashinfer"` pays {more("flashinfer")}' in text
 
 
 def test_what_examples_are_said_to_do_is_what_was_measured() -> None:

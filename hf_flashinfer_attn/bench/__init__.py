@@ -5,10 +5,11 @@ from .errors import BenchError
 from .measure import BenchReport, Cell, Outcome, Plan, run_bench
 from .plot import draw_chart, require_matplotlib
 from .progress import Progress
-from .report import format_cell, format_html, format_summary, load_reports, report_figures
+from .report import COLUMNS_EXPLAINED, format_cell, format_html, load_reports, report_figures
 from .workload import RequestSet, parse_request_set
 
 __all__ = [
+    "COLUMNS_EXPLAINED",
     "CONTENDERS",
     "BenchError",
     "BenchReport",
@@ -21,7 +22,6 @@ __all__ = [
     "draw_chart",
     "format_cell",
     "format_html",
-    "format_summary",
     "load_reports",
     "parse_request_set",
     "report_figures",

@@ -200,11 +200,9 @@ def _refuse_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
     except ImportError:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen; install torch>=2.10"
     if device.type != "cuda":
-        return f"torch's varlen_attn runs on CUDA only, not on {device.type}; take it out of --against"
+        return f"torch's varlen_attn runs on CUDA only, not on {device.type}"
     if dtype.itemsize != 2:
-        return (
-            f"torch's varlen_attn takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}; change --dtype"
-        )
+        return f"torch's varlen_attn takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -218,8 +216,8 @@ def _graphed(model: PreTrainedModel, compile: bool = False) -> PreTrainedModel:
 
 def _refuse_graphs(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
-        return f"CUDA graphs need a GPU, not {device.type}; leave it out"
-    return None if dtype.itemsize == 2 else "CUDA graphs are captured in half precision; change --dtype"
+        return f"CUDA graphs need a GPU, not {device.type}"
+    return None if dtype.itemsize == 2 else "CUDA graphs are captured in half precision; use --dtype float16"
 
 
 def _on_the_host(batch: PaddedBatch, model: PreTrainedModel) -> PaddedBatch:
@@ -227,7 +225,7 @@ def _on_the_host(batch: PaddedBatch, model: PreTrainedModel) -> PaddedBatch:
 
 
 def _refuse_host(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "without a GPU it is the same as unpad; leave it out" if device.type == "cpu" else None
+    return "without a GPU it is the same as unpad" if device.type == "cpu" else None
 
 
 def _with_inputs_on_the_host(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from .floors import MachineRates, count_work, measure_rates, synchronise
 from .verify import Verdict, judge, make_reference
 from .workload import SHAPES, PaddedBatch, RequestSet, shape_config, synthetic_batches, text_batches
 
-__all__ = ["BenchReport", "Cell", "Outcome", "Plan", "run_bench"]
+__all__ = ["BenchReport", "Cell", "OnStep", "Outcome", "Plan", "run_bench", "shown_name"]
+
+OnStep = Callable[[str, str], None]
 
 TEXTS_BATCH_SIZE = 64
 
@@ -180,9 +183,9 @@ class BenchReport:
         return all(cell.passed for cell in self.cells)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        from .report import format_cell
+        from .report import COLUMNS_EXPLAINED, format_cell
 
-        printer.text("\n\n".join(map(format_cell, self.cells)))
+        printer.text("\n\n".join([*map(format_cell, self.cells), COLUMNS_EXPLAINED]))
 
     def _repr_html_(self) -> str:
         where = self.environment["gpu"] or self.environment["cpu"]
@@ -216,14 +219,15 @@ class _Subject:
 def run_bench(
     plan: Plan,
     *,
-    on_step: Callable[[str], None] = lambda step: None,
+    on_step: OnStep = lambda step, detail: None,
     on_cell: Callable[[BenchReport], None] = lambda report: None,
 ) -> BenchReport:
     """Measures everything in a plan.
 
     Args:
         plan: What to measure.
-        on_step: Told what comes next.
+        on_step: Called with each step and with how far it is, such as "batch 3 of 40". It must be quick: it is called
+            while passes are timed.
         on_cell: Given the report so far, after each cell.
 
     Raises:
@@ -241,7 +245,7 @@ def run_bench(
     dtype = _choose_dtype(plan.dtype, device)
     contenders = _choose_contenders(plan, device, dtype)
     _check(plan)
-    on_step("measuring this machine's rates")
+    on_step("measuring this machine's rates", "")
     name = str(dtype).removeprefix("torch.")
     report = BenchReport(describe_environment(), device.type, name, plan.repeats, measure_rates(device, dtype))
     for subject in _subjects(plan, device, dtype, on_step):
@@ -255,6 +259,11 @@ def run_bench(
     if not report.cells:
         raise BenchError(f"nothing was measured: {'; '.join(report.skipped)}.")
     return report
+
+
+def shown_name(model: str) -> str:
+    """Returns the name of a model for people: of an absolute path its last part; an id of a hub stays whole."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _choose_device(name: str) -> torch.device:
@@ -272,17 +281,14 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def _choose_contenders(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[Contender]:
     ours = plan.ours
     if ours is None:
-        # What is ours and cannot run here is left out; what was asked for by name is not.
+        # Ours that cannot run here are left out. Contenders given by name get a row with the reason.
         everything = (contender for contender in CONTENDERS.values() if contender.ours)
         ours = tuple(contender.name for contender in everything if contender.refuse(device, dtype) is None)
     chosen = []
     for name in dict.fromkeys((BASELINE, *plan.against, *ours)):
-        contender = CONTENDERS.get(name)
-        if contender is None:
+        if name not in CONTENDERS:
             raise BenchError(f"{name!r} is no contender; expected some of {list(CONTENDERS)}.")
-        if (reason := contender.refuse(device, dtype)) is not None:
-            raise BenchError(f"{name} cannot run: {reason}.")
-        chosen.append(contender)
+        chosen.append(CONTENDERS[name])
     return chosen
 
 
@@ -304,11 +310,9 @@ def _check(plan: Plan) -> None:
         raise BenchError("layers are for named shapes; a model of yours has its own (--layers with --shape).")
 
 
-def _subjects(
-    plan: Plan, device: torch.device, dtype: torch.dtype, on_step: Callable[[str], None]
-) -> Iterator[_Subject]:
+def _subjects(plan: Plan, device: torch.device, dtype: torch.dtype, on_step: OnStep) -> Iterator[_Subject]:
     for name in [plan.model] if plan.model is not None else plan.shapes:
-        on_step(f"{name}: loading")
+        on_step(f"{shown_name(name)}: loading", "")
         model = _load(name, dtype) if plan.model is not None else _random_model(name, plan.layers, device, dtype)
         model.to(device).eval()
         if hasattr(model.config, "use_cache"):
@@ -389,31 +393,34 @@ def _measure_cell(
     contenders: Sequence[Contender],
     rates: MachineRates,
     plan: Plan,
-    on_step: Callable[[str], None],
+    on_step: OnStep,
 ) -> Cell:
     device, dtype = batches[0].padding.device, subject.model.dtype
-    label = f"{subject.name}, {lengths}"
-    on_step(f"{label}: reference")
-    reference = make_reference(subject.model, batches)
+    label = f"{shown_name(subject.name)}, {lengths}"
+    reference = make_reference(subject.model, batches, _details(on_step, f"{label}: reference"))
     _free(device)
     start = time.perf_counter()
     entries = [_Entry(contender) for contender in contenders]
     for entry in entries:
-        on_step(f"{label}: {entry.contender.name}, warm-up and check")
-        _attempt(entry, device, functools.partial(_warm_up, entry, subject, batches))
+        if (reason := entry.contender.refuse(device, dtype)) is not None:
+            entry.failure = "unsupported", reason
+            continue
+        on_batch = _details(on_step, f"{label}: {entry.contender.name}, warm-up and check")
+        _attempt(entry, device, functools.partial(_warm_up, entry, subject, batches, on_batch))
     sdpa_output = entries[0].output
     for entry in entries:
         if entry.output is not None:
             entry.verdict = judge(entry.output, sdpa_output, reference, dtype)
             if entry.verdict.reason is not None:
                 entry.failure = "wrong", entry.verdict.reason
-    on_step(f"{label}: timing")
     for done in range(plan.repeats):
         if done and plan.seconds is not None and time.perf_counter() - start > plan.seconds:
             break
         for entry in entries:
             if entry.failure is None:
-                _attempt(entry, device, functools.partial(_timed_pass, entry, device))
+                which = f"{entry.contender.name}, pass {done + 1} of {plan.repeats}, "
+                on_batch = _details(on_step, f"{label}: timing", which)
+                _attempt(entry, device, functools.partial(_timed_pass, entry, device, on_batch))
     tokens = sum(sum(batch.lengths) for batch in batches)
     work = count_work(subject.model, batches)
     floor = None if work is None else work.floor_seconds(rates)
@@ -438,6 +445,10 @@ def _measure_cell(
     )
 
 
+def _details(on_step: OnStep, step: str, prefix: str = "") -> Callable[[str], None]:
+    return lambda detail: on_step(step, prefix + detail)
+
+
 def _attempt(entry: _Entry, device: torch.device, step: Callable[[], None]) -> None:
     """Runs a step of a contender; its failure is a result like any other, and must not cost those of the others."""
     try:
@@ -455,31 +466,34 @@ def _attempt(entry: _Entry, device: torch.device, step: Callable[[], None]) -> N
         _free(device)
 
 
-def _warm_up(entry: _Entry, subject: _Subject, batches: Sequence[PaddedBatch]) -> None:
+def _warm_up(entry: _Entry, subject: _Subject, batches: Sequence[PaddedBatch], on_batch: Callable[[str], None]) -> None:
     contender = entry.contender
     if contender.name not in subject.prepared:
         subject.prepared[contender.name] = contender.prepare_model(subject.model)
     entry.model = subject.prepared[contender.name]
     entry.batches = [contender.prepare_batch(batch, subject.model) for batch in batches]
     with trace() if contender.ours else nullcontext() as recorded:
-        entry.output = _run_pass(entry)
+        entry.output = _run_pass(entry, on_batch)
     entry.trace = recorded
 
 
-def _run_pass(entry: _Entry) -> torch.Tensor:
+def _run_pass(entry: _Entry, on_batch: Callable[[str], None]) -> torch.Tensor:
     """Runs all batches; the mean-pooled outputs, on the host, end the pass."""
     contender, model = entry.contender, entry.model
+    pooled = []
     with torch.inference_mode():
-        pooled = [contender.pool(contender.run(model, batch), batch) for batch in entry.batches]
+        for at, batch in enumerate(entry.batches, start=1):
+            on_batch(f"batch {at} of {len(entry.batches)}")
+            pooled.append(contender.pool(contender.run(model, batch), batch))
         return torch.cat(pooled).cpu()
 
 
-def _timed_pass(entry: _Entry, device: torch.device) -> None:
+def _timed_pass(entry: _Entry, device: torch.device, on_batch: Callable[[str], None]) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     synchronise(device)
     start = time.perf_counter()
-    _run_pass(entry)
+    _run_pass(entry, on_batch)
     synchronise(device)
     entry.passes.append(time.perf_counter() - start)
     if device.type == "cuda":

@@ -8,6 +8,7 @@ from typing import Any
 
 from .contenders import BASELINE
 from .errors import BenchError
+from .measure import shown_name
 
 __all__ = ["draw_chart", "require_matplotlib"]
 
@@ -34,7 +35,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise BenchError(
-            'a chart needs matplotlib, which is not installed. Install it: pip install "hf_flashinfer_attn[bench]"'
+            "a chart needs matplotlib, which is not installed. Install it: pip install matplotlib"
         ) from error
 
 
@@ -157,9 +158,7 @@ def _panel(axes: Any, shape: str, cells: Sequence[dict[str, Any]], colours: dict
     axes.set_ylim(bars - 0.9 - 0.2, -0.8)
     # Room for the labels.
     axes.set_xlim(0, best * 1.28)
-    # A folder's name says enough; an id of a hub stays whole.
-    title = Path(shape).name if Path(shape).is_absolute() else shape
-    axes.set_title(title, loc="left", size=10, weight="bold", color=_INK, pad=4)
+    axes.set_title(shown_name(shape), loc="left", size=10, weight="bold", color=_INK, pad=4)
     axes.set_xticks([])
     axes.tick_params(length=0)
     for side in ("top", "right", "bottom"):

@@ -1,4 +1,4 @@
-"""Progress: a bar of tqdm's on a terminal that has it, a line of HTML in a notebook, plain lines elsewhere."""
+"""Progress: one line that is updated on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import time
 from types import TracebackType
 from typing import Any
 
+from tqdm import tqdm
+
 from ..notebook import NotebookBar, in_notebook
 
 __all__ = ["Progress"]
+
+SECONDS_BETWEEN_UPDATES = 0.5
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
     """Tells what a benchmark is at. Text for stdout goes through `print`, so that it never meets the bar.
 
     Args:
-        bar: Whether to draw a bar; by default where stderr is a terminal and tqdm is installed.
+        bar: Whether to update one line of stderr; by default where stderr is a terminal.
 
     Examples:
         >>> from hf_flashinfer_attn.bench import Progress
@@ -28,17 +33,25 @@ class Progress:
     def __init__(self, bar: bool | None = None) -> None:
         self._start = time.perf_counter()
         self._line = NotebookBar("starting") if bar is None and in_notebook() else None
-        self._bar = _make_bar() if bar or (bar is None and sys.stderr.isatty()) else None
+        self._bar: tqdm[Any] | None = None
+        if bar or (bar is None and self._line is None and sys.stderr.isatty()):
+            self._bar = tqdm(bar_format="{elapsed}  {desc}", leave=False, file=sys.stderr, dynamic_ncols=True)
+        self._text, self._shown = "", self._start
 
-    def step(self, text: str) -> None:
-        """Shows what comes next."""
+    def step(self, text: str, detail: str = "") -> None:
+        """Shows a step, and how far it is; a new detail of the same step only now and then."""
+        now = time.perf_counter()
+        redrawn = self._line is not None or self._bar is not None
+        if text == self._text and now - self._shown < (SECONDS_BETWEEN_UPDATES if redrawn else SECONDS_BETWEEN_LINES):
+            return
+        self._text, self._shown = text, now
+        shown = f"{text}, {detail}" if detail else text
         if self._line is not None:
-            self._line.update(description=text)
-        elif self._bar is None:
-            print(f"[{time.perf_counter() - self._start:6.1f} s] {text}", file=sys.stderr, flush=True)
+            self._line.update(description=shown)
+        elif self._bar is not None:
+            self._bar.set_description_str(shown)
         else:
-            self._bar.set_description(text)
-            self._bar.update()
+            print(f"[{now - self._start:6.1f} s] {shown}", file=sys.stderr, flush=True)
 
     def print(self, text: str) -> None:
         """Prints a result to stdout."""
@@ -60,12 +73,3 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _make_bar() -> Any:
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return None
-    # Passes are of very different lengths: time spent says more than a share of them.
-    return tqdm(bar_format="{elapsed}  {desc}", leave=False, file=sys.stderr)

@@ -1,8 +1,9 @@
-"""A report as text for people, as JSON for programs, and back from files."""
+"""A report as text, as plain values for JSON, and back from files."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 from ..html_table import html_table
 from .errors import BenchError
-from .measure import BenchReport, Cell, Outcome
+from .measure import BenchReport, Cell, Outcome, shown_name
 
-__all__ = ["FORMAT", "format_cell", "format_html", "format_summary", "load_reports", "report_figures"]
+__all__ = ["COLUMNS_EXPLAINED", "FORMAT", "format_cell", "format_html", "load_reports", "report_figures"]
 
 FORMAT = "hf_flashinfer_attn.bench/1"
 
@@ -47,46 +48,33 @@ def load_reports(files: Sequence[Path]) -> list[dict[str, Any]]:
     return reports
 
 
-def format_summary(report: BenchReport) -> str:
-    """Returns the gist of a report as one line of JSON."""
-    cells = [
-        {
-            "shape": cell.shape,
-            "lengths": cell.lengths,
-            "best_seconds": {outcome.name: _rounded(outcome.best_seconds, outcome) for outcome in cell.contenders},
-            "speedup_over_sdpa": {
-                outcome.name: _rounded(outcome.speedup_over_sdpa, outcome) for outcome in cell.contenders[1:]
-            },
-        }
-        for cell in report.cells
-    ]
-    return json.dumps({"format": FORMAT, "passed": report.passed, "device": report.device, "cells": cells})
-
-
-def _rounded(value: float | None, outcome: Outcome) -> float | str | None:
-    return float(f"{value:.4g}") if value is not None else None if outcome.reason is None else outcome.status
-
-
-_COLUMNS = ("", "best", "median", "spread", "tokens/s", "vs sdpa", "of floor", "peak memory", "error")
+_WIDTH = 100
+_COLUMNS = ("", "best", "median", "spread", "tokens/s", "vs sdpa", "of floor", "memory", "error")
+COLUMNS_EXPLAINED = """\
+best, median  time of one pass over all batches
+spread        slowest minus fastest pass, divided by the median
+tokens/s      tokens per second in the best pass, padding not counted
+vs sdpa       sdpa's best time divided by this one; above 1 is faster than sdpa
+of floor      the least time this machine's matrix and copy rates allow, divided by the best time
+memory        peak of torch's CUDA allocator, on a GPU
+error         relative error of a sample of the outputs against a wider dtype"""
 
 
 def format_cell(cell: Cell) -> str:
-    """Returns one cell as a table, at most 110 columns wide but for reasons.
-
-    Times are of a pass over all batches. "of floor" is the floor over the best time: 100% cannot be beaten.
-    """
-    title = _title(cell)
-    rows = [_COLUMNS, *(_row(outcome) for outcome in cell.contenders)]
-    measured = [row for row in rows if len(row) == len(_COLUMNS)]
-    widths = [max(len(row[column]) for row in measured) for column in range(len(_COLUMNS))]
+    """Returns one cell as a table, at most 100 columns wide; columns without values are left out."""
+    rows = _table(cell)
+    table = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(map(len, column)) for column in zip(*table)]
     widths[0] = max(len(row[0]) for row in rows)
-    lines = [title]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(value.rjust(width) for value, width in zip(row[1:], widths[1:]))]
-        if len(row) < len(_COLUMNS):
-            cells = [cells[0], *row[1:]]
-        lines.append("  " + "  ".join(cells).rstrip())
-    lines += [f"  {outcome.name} fell back: {reason}" for outcome in cell.contenders for reason in outcome.fallbacks]
+    lines = textwrap.wrap(_title(cell), _WIDTH)
+    for name, *values in rows:
+        label = f"  {name.ljust(widths[0])}  "
+        if len(values) == 1:
+            lines += textwrap.wrap(values[0], _WIDTH, initial_indent=label, subsequent_indent=" " * len(label))
+        else:
+            lines.append((label + "  ".join(map(str.rjust, values, widths[1:]))).rstrip())
+    for note in _fallbacks(cell):
+        lines += textwrap.wrap(note, _WIDTH, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
@@ -99,22 +87,27 @@ def format_html(cell: Cell) -> str:
         >>> "<td" in format_html(run_bench(plan).cells[0])
         True
     """
+    header, *rows = _table(cell)
+    filled = [[*row, *[""] * (len(header) - len(row))] for row in rows]
+    notes = [*_fallbacks(cell), f"error: against {cell.reference}"]
+    return html_table(header, filled, title=_title(cell), note="\n".join(notes))
+
+
+def _table(cell: Cell) -> list[list[str]]:
+    """Returns the header and a row for each contender; of one that was not measured its name and the reason."""
     rows = [_row(outcome) for outcome in cell.contenders]
     measured = [row for row in rows if len(row) == len(_COLUMNS)]
     columns = [at for at in range(len(_COLUMNS)) if at == 0 or any(row[at] != "-" for row in measured)]
-    cells = [
-        [row[at] for at in columns] if len(row) == len(_COLUMNS) else [*row, *[""] * (len(columns) - 2)] for row in rows
-    ]
-    notes = [f"{outcome.name} fell back: {reason}" for outcome in cell.contenders for reason in outcome.fallbacks]
-    notes.append(f"error: against {cell.reference}")
-    return html_table([_COLUMNS[at] for at in columns], cells, title=_title(cell), note="\n".join(notes))
+    return [[row[at] for at in columns] if len(row) == len(_COLUMNS) else [*row] for row in (_COLUMNS, *rows)]
+
+
+def _fallbacks(cell: Cell) -> list[str]:
+    return [f"{outcome.name} fell back: {reason}" for outcome in cell.contenders for reason in outcome.fallbacks]
 
 
 def _title(cell: Cell) -> str:
-    # A folder's name says enough; an id of a hub stays whole.
-    name = Path(cell.shape).name if Path(cell.shape).is_absolute() else cell.shape
     title = (
-        f"{name}, {cell.lengths}: {cell.requests:,} requests in batches of {cell.batch_size}, "
+        f"{shown_name(cell.shape)}, {cell.lengths}: {cell.requests:,} requests in batches of {cell.batch_size}, "
         f"{cell.tokens:,} tokens, {cell.padded_fraction:.0%} padding"
     )
     if cell.floor_seconds is not None:
@@ -135,7 +128,7 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         f"{outcome.tokens_per_second:,.0f}",
         "-" if outcome.speedup_over_sdpa is None else f"{outcome.speedup_over_sdpa:.2f}x",
         "-" if outcome.floor_fraction is None else f"{outcome.floor_fraction:.1%}",
-        "-" if outcome.peak_memory_bytes is None else f"{outcome.peak_memory_bytes / 2**30:.2f} GiB",
+        "-" if outcome.peak_memory_bytes is None else f"{outcome.peak_memory_bytes / 2**30:.3g} GiB",
         f"{outcome.error:.1e}",
     )
 

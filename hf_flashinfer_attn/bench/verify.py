@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,18 +77,25 @@ def _sample(batches: Sequence[PaddedBatch], most: int) -> list[tuple[int, Padded
     return chosen
 
 
-def make_reference(model: PreTrainedModel, batches: Sequence[PaddedBatch]) -> Reference:
+def make_reference(
+    model: PreTrainedModel, batches: Sequence[PaddedBatch], on_request: Callable[[str], None] = lambda detail: None
+) -> Reference:
     """Computes the sample in float32 with eager attention, or a float32 model's in float64 with sdpa.
 
     Args:
         model: With sdpa, in the dtype that is measured.
         batches: Of the whole request set.
+        on_request: Called with how far it is.
     """
     sample = _sample(batches, SAMPLE_REQUESTS if model.base_model is model else SAMPLE_CLASSIFIED)
 
     def outputs(runner: PreTrainedModel) -> torch.Tensor:
+        pooled = []
         with torch.inference_mode():
-            return torch.cat([pool_padded(run_padded(runner, row), row).double().cpu() for _, row in sample])
+            for at, (_, row) in enumerate(sample, start=1):
+                on_request(f"request {at} of {len(sample)}")
+                pooled.append(pool_padded(run_padded(runner, row), row).double().cpu())
+        return torch.cat(pooled)
 
     dtype = torch.float32 if model.dtype.itemsize == 2 else torch.float64
     # Not eager in float64: its additive mask overflows to -inf, and rows without any key become NaN.
