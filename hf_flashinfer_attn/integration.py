@@ -20,8 +20,9 @@ from .layer_kinds import (
     FAILS_ON_MASKS,
     PACKED_IMAGES,
     READS_NEIGHBOURS,
+    is_one_of,
     layer_name,
-    padded_queries_are_idle,
+    why_padded_queries_stay,
 )
 from .layer_request import LayerArguments, cast_as_flash, is_cast_as_flash, pattern_of
 from .mask import RaggedMask, lazy_mask
@@ -170,7 +171,7 @@ def attention_forward(
         raise UnsupportedAttentionError(
             "one of cu_seq_lens_q and cu_seq_lens_k without the other", "Pass both, or neither with a padding mask."
         )
-    if cu_seq_lens_q is not None and type(module).__name__ in READS_NEIGHBOURS:
+    if cu_seq_lens_q is not None and is_one_of(type(module), READS_NEIGHBOURS):
         raise UnsupportedAttentionError(
             f"packed sequences in {type(module).__name__}: the model's embeddings join each token with its neighbours, "
             "which packing takes from other sequences",
@@ -214,7 +215,7 @@ def attention_forward(
     else:
         whole_mask = attention_mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]
     whole_mask = whole_mask or dropout > 0 or bool(output_attentions) or position_bias is not None or s_aux is not None
-    whole_mask = whole_mask or type(module).__name__ in PACKED_IMAGES or type(module).__name__ in CAUSAL_PADDING_IS_READ
+    whole_mask = whole_mask or is_one_of(type(module), PACKED_IMAGES | CAUSAL_PADDING_IS_READ)
     if whole_mask or needs_grad(query, key, value):
         untraced: tuple[torch.Tensor, torch.Tensor | None]
         untraced = _untraced_attend(module, query, key, value, attention_mask, given)
@@ -246,7 +247,7 @@ def _attend_traced(
         *offsets,
         band.left,
         band.right,
-        mask is not None and mask.handle is not None and not padded_queries_are_idle(module),
+        None if mask is None or mask.handle is None else why_padded_queries_stay(module, is_causal=mask.right == 0),
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         softcap,
     )

@@ -29,6 +29,7 @@ class LayerCall:
         softcap: What logits are capped to.
         biased: Whether a bias is added to the logits.
         sinks: Whether there are attention sinks.
+        kept_queries: Why padded queries would be computed; None if they would not.
     """
 
     module: torch.nn.Module
@@ -40,10 +41,12 @@ class LayerCall:
     softcap: float | None
     biased: bool
     sinks: bool
+    kept_queries: str | None
 
     @classmethod
     def of(cls, module: torch.nn.Module, asked: LayerRequest) -> LayerCall:
         """Keeps what does not need tensors, so that calls can be compared."""
+        is_square = asked.lazy is not None and asked.query.shape[2] == asked.key.shape[2]
         return cls(
             module=module,
             request=asked.request,
@@ -54,6 +57,7 @@ class LayerCall:
             softcap=asked.softcap,
             biased=asked.position_bias is not None,
             sinks=asked.sinks is not None,
+            kept_queries=asked.kept_queries if is_square and asked.pattern.right != 0 else None,
         )
 
 

@@ -11,7 +11,14 @@ from .attention import needs_grad
 from .bias import LogitsBias
 from .dispatch import AttentionRequest
 from .errors import UnsupportedAttentionError
-from .layer_kinds import CAUSAL_BY_MASK, CAUSAL_PADDING_IS_READ, PACKED_IMAGES, layer_name, padded_queries_are_idle
+from .layer_kinds import (
+    CAUSAL_BY_MASK,
+    CAUSAL_PADDING_IS_READ,
+    PACKED_IMAGES,
+    is_one_of,
+    layer_name,
+    why_padded_queries_stay,
+)
 from .layout import LengthsRead, RaggedLayout, packed_layout
 from .mask import MaskSpec, RaggedMask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
@@ -57,7 +64,7 @@ class LayerRequest:
         sinks: As they were given.
         sm_scale: What logits are multiplied with.
         softcap: What logits are capped to.
-        keep_padded_queries: Whether something valid may depend on queries that the mask calls padding.
+        kept_queries: Why something valid may depend on queries that the mask calls padding; None if nothing does.
     """
 
     request: AttentionRequest
@@ -73,7 +80,7 @@ class LayerRequest:
     sinks: torch.Tensor | None
     sm_scale: float
     softcap: float | None
-    keep_padded_queries: bool
+    kept_queries: str | None
 
     @classmethod
     def of(
@@ -110,7 +117,7 @@ class LayerRequest:
         if lazy is not None and has_values and not _fits(lazy.spec, query, key) and lazy.hides_nothing:
             # Eager attention gets none, and some models hand on the mask of other queries or keys than those of a call.
             mask, lazy, is_causal = None, None, False
-        holds_images = mask is None and type(module).__name__ in PACKED_IMAGES
+        holds_images = mask is None and is_one_of(type(module), PACKED_IMAGES)
         cu_seq_lens_q, cu_seq_lens_k = given.cu_seq_lens_q, given.cu_seq_lens_k
         if holds_images and cu_seq_lens_q is None and given.position_ids is not None and has_values:
             cu_seq_lens_q = cu_seq_lens_k = _image_offsets(given.position_ids)
@@ -129,7 +136,7 @@ class LayerRequest:
                 rows, q_length, kv_length = len(packed.query.lengths), packed.query.max_length, packed.key.max_length
             if packed is not None or offsets is None:
                 bias = LogitsBias.fit(position_bias, (rows, heads, q_length, kv_length))
-        keep_padded_queries = not padded_queries_are_idle(module)
+        kept_queries = why_padded_queries_stay(module, is_causal=pattern.is_causal)
         request = AttentionRequest(
             pattern=pattern,
             device=query.device,
@@ -147,12 +154,15 @@ class LayerRequest:
                 lazy is not None and (offsets is None or lazy.spec.packed is None) and has_values and lazy.has_holes
             ),
             window_keeps_padded_queries=(
-                lazy is not None and pattern.is_window and keep_padded_queries and (not has_values or lazy.has_padding)
+                lazy is not None
+                and pattern.is_window
+                and kept_queries is not None
+                and (not has_values or lazy.has_padding)
             ),
             causal_padding_is_read=(
                 lazy is not None
                 and pattern.is_causal
-                and type(module).__name__ in CAUSAL_PADDING_IS_READ
+                and is_one_of(type(module), CAUSAL_PADDING_IS_READ)
                 and (not has_values or lazy.has_padding)
             ),
             mask_shape_differs=query.shape[0] != key.shape[0]
@@ -173,7 +183,7 @@ class LayerRequest:
             sinks=given.s_aux,
             sm_scale=sm_scale,
             softcap=given.softcap,
-            keep_padded_queries=keep_padded_queries,
+            kept_queries=kept_queries,
         )
 
     @property
@@ -213,7 +223,7 @@ def pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bo
     if mask is None or mask.ndim == 2:
         # Only where no mask helper was called: a mask knows better than a module (UMT5's decoder says False).
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-        if is_causal is None and mask is None and type(module).__name__ in CAUSAL_BY_MASK:
+        if is_causal is None and mask is None and is_one_of(type(module), CAUSAL_BY_MASK):
             causal = False
         return CAUSAL if causal else FULL
     if mask.ndim == 4:

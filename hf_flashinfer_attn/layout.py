@@ -215,6 +215,11 @@ class RaggedLayout:
     def is_self_attention(self) -> bool:
         return self.key is self.query
 
+    @property
+    def keeps_padded_queries(self) -> bool:
+        """Whether rows of queries are full where those of their keys hold padding."""
+        return self.query.padded_shape == self.key.padded_shape and self.query.is_full and not self.key.is_full
+
     @classmethod
     def from_padding_mask(cls, padding_mask: torch.Tensor) -> RaggedLayout:
         """Makes a self-attention layout from a 2D mask of ones and zeros, waiting for one device-to-host copy."""

@@ -424,6 +424,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _plan(call: LayerCall, capability: tuple[int, int] | None, settings: Settings) -> LayerPlan:
     request = call.request
     kernels, reason = _kernels(call, capability, settings)
+    if call.kept_queries is not None:
+        reason = "; ".join(filter(None, (reason, f"padded queries are computed: {call.kept_queries}")))
     padded_head_dim = request.head_dim
     if kernels and kernels[0] in flashinfer.KERNEL_HEAD_DIMS:
         padded_head_dim = flashinfer.padded_head_dim(request.head_dim, kernels[0])
