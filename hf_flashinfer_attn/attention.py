@@ -61,8 +61,8 @@ def note_of(layout: RaggedLayout, kept_queries: str | None) -> str | None:
     """
     if kept_queries is None or not layout.keeps_padded_queries:
         return None
-    log_once(f"padded queries are computed: {kept_queries}")
-    return f"padded queries are computed: {kept_queries}"
+    log_once(kept_queries)
+    return kept_queries
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

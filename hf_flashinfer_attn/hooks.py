@@ -21,7 +21,8 @@ from .errors import UnsupportedAttentionError
 
 __all__ = ["answer_flash_imports", "block_mask", "join_compatible_implementations", "weights_are_collected"]
 
-# They pick a class of their own by name: a KeyError before 5.23, and flash-attn with a mask that is not its since.
+# They pick a class of their own by name, those of them that still have a table of classes: a KeyError before 5.23, and
+# flash-attn with a mask that is not its since.
 _OWN_FLASH_CLASSES = frozenset({"falcon", "gpt_neo", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
 # Have a class for each implementation that they know, in some versions; any other name is a KeyError there. Models of
 # other configs may be in the same files.
@@ -89,14 +90,15 @@ def join_compatible_implementations(name: str) -> None:
     @functools.wraps(adjust)
     def check_and_adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         model_type = getattr(getattr(self, "config", None), "model_type", None)
-        if attn_implementation == name and model_type in _OWN_FLASH_CLASSES:
+        has_own = attn_implementation == name and model_type in _OWN_FLASH_CLASSES | _OWN_CLASSES
+        own = _own_classes(type(self), name) if has_own else ()
+        if own and model_type in _OWN_FLASH_CLASSES:
             others = "'eager' or 'sdpa'" if self._supports_sdpa else "'eager'"
             raise UnsupportedAttentionError(
                 f"{model_type}, which calls flash-attn itself for any name with 'flash' in it",
                 f"Use attn_implementation={others} for this model.",
             )
-        own = _own_classes(type(self), name) if model_type in _OWN_CLASSES else ()
-        if attn_implementation == name and own:
+        if own:
             raise UnsupportedAttentionError(
                 f"{model_type}, whose layers are classes of their own for {', '.join(map(repr, own))}",
                 "Use one of these for this model, or for this part: attn_implementation={'vision_config': 'eager'}.",

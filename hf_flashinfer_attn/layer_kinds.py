@@ -109,14 +109,18 @@ def why_padded_queries_stay(module: torch.nn.Module, *, is_causal: bool) -> str 
     layer = type(module)
     config = getattr(module, "config", None)
     if _reads_padding(layer) or getattr(config, "add_adapter", False):
-        return f"the model of {layer.__name__} reads hidden states of padding"
-    if config is not None and not hasattr(config, "vocab_size"):
-        return f"the model of {layer.__name__} has no vocab_size: a tower that may pool or convolve padding"
-    if is_causal:
+        why = "the model reads the hidden states of padding"
+    elif config is not None and not hasattr(config, "vocab_size"):
+        why = "a tower without a vocabulary may pool or convolve padding"
+    elif is_causal:
         return None
-    is_encoder = not getattr(config, "add_cross_attention", False) and not getattr(config, "is_decoder", False)
-    name = _second_sequence(layer, is_encoder)
-    return None if name is None else f"{name} of {layer.__name__} may be another sequence than its queries"
+    else:
+        attends_across = getattr(config, "add_cross_attention", False) or getattr(config, "is_decoder", False)
+        name = _second_sequence(layer, not attends_across)
+        if name is None:
+            return None
+        why = f"{name} may be another sequence than that of the queries"
+    return f"{layer.__name__} computes query rows of padding as well: {why}"
 
 
 def layer_name(module: torch.nn.Module) -> str:
