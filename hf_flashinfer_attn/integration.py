@@ -25,6 +25,7 @@ from .layer_kinds import (
     why_padded_queries_stay,
 )
 from .layer_request import LayerArguments, cast_as_flash, is_cast_as_flash, pattern_of
+from .layout import with_versions
 from .mask import RaggedMask, lazy_mask
 from .recording import recorder, refuse_export
 from .reuse import kept_of, signature_of
@@ -189,6 +190,8 @@ def attention_forward(
         attention_mask = mask_of_chosen(mask, indices, query, key, pattern_of(module, mask, is_causal))
     if not torch.compiler.is_compiling():
         mask = _eager_mask(attention_mask)
+        if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+            cu_seq_lens_q, cu_seq_lens_k = with_versions(module, cu_seq_lens_q, cu_seq_lens_k)
         plain = s_aux is None and position_bias is None
         if query.is_cuda and plain and not (output_attentions or dropout):
             # Every layer but the first of its kind ends here, and the host does nothing but launch. The owner is held

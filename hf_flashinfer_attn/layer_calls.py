@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .dispatch import AttentionRequest
+from .dispatch import AttentionRequest, Path, fallback_of
 from .layer_request import LayerRequest
 
 __all__ = ["LayerCall", "calls_kept", "keep_layer_calls"]
@@ -46,7 +46,10 @@ class LayerCall:
     @classmethod
     def of(cls, module: torch.nn.Module, asked: LayerRequest) -> LayerCall:
         """Keeps what does not need tensors, so that calls can be compared."""
-        is_square = asked.lazy is not None and asked.query.shape[2] == asked.key.shape[2]
+        request, is_square = asked.request, asked.query.shape[2] == asked.key.shape[2]
+        is_kept = asked.lazy is not None and is_square and not asked.pattern.is_causal
+        fallback = fallback_of(request)
+        is_kept = is_kept and (fallback is None or fallback[0] is not Path.DENSE)
         return cls(
             module=module,
             request=asked.request,
@@ -57,7 +60,7 @@ class LayerCall:
             softcap=asked.softcap,
             biased=asked.position_bias is not None,
             sinks=asked.sinks is not None,
-            kept_queries=asked.kept_queries if is_square and asked.pattern.right != 0 else None,
+            kept_queries=asked.kept_queries if is_kept or request.window_keeps_padded_queries else None,
         )
 
 

@@ -22,7 +22,7 @@ __all__ = [
 # the blocks that it chooses from.
 CAUSAL_PADDING_IS_READ = frozenset({"BltSelfAttention", "DiffusionGemmaEncoderTextAttention", "MiniMaxM3VLAttention"})
 # SigLIP's text tower pools the last position, padding or not; recurrent layers carry the hidden states of padding on.
-# Without a mask from the user, T5Gemma's encoder masks its pad tokens by itself, and its decoder attends to all of them.
+# Without a mask from the user, T5Gemma's encoder masks its pad tokens by itself; its decoder attends to all of them.
 _PADDING_IS_READ = frozenset(
     {
         "SiglipAttention", "Siglip2Attention", "RecurrentGemmaAttention", "RecurrentGemmaSdpaAttention",
@@ -76,11 +76,11 @@ def _second_sequence(layer: type, is_encoder: bool) -> str | None:
 @functools.cache
 def _parameter_of_second_sequence(layer: type, is_encoder: bool) -> str | None:
     """Returns the parameter of a layer's forward that may be another sequence; None if all are of its own."""
-    forward = layer.forward  # type: ignore[attr-defined]
-    if is_encoder and forward.__module__.startswith("transformers.") and _defines(layer, _ENCODER_ONLY_LAYERS):
+    owner = next(base for base in layer.__mro__ if "forward" in vars(base))
+    if is_encoder and owner.__module__.startswith("transformers.") and owner.__name__ in _ENCODER_ONLY_LAYERS:
         return None
     # `self` and the layer's input come first.
-    for parameter in list(inspect.signature(forward).parameters.values())[2:]:
+    for parameter in list(inspect.signature(vars(owner)["forward"]).parameters.values())[2:]:
         kind, annotation = parameter.kind, str(parameter.annotation)
         may_be_tensor = parameter.annotation is parameter.empty or "Tensor" in annotation
         if kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not may_be_tensor:
@@ -89,10 +89,6 @@ def _parameter_of_second_sequence(layer: type, is_encoder: bool) -> str | None:
         if name not in ("hidden_states", "mask") and not any(own in name for own in _OWN_TENSORS):
             return name
     return None
-
-
-def _defines(layer: type, names: frozenset[str]) -> bool:
-    return next(base for base in layer.__mro__ if "forward" in vars(base)).__name__ in names
 
 
 def why_padded_queries_stay(module: torch.nn.Module, *, is_causal: bool) -> str | None:

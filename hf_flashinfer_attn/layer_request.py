@@ -19,7 +19,7 @@ from .layer_kinds import (
     layer_name,
     why_padded_queries_stay,
 )
-from .layout import LengthsRead, RaggedLayout, packed_layout
+from .layout import LengthsRead, RaggedLayout, packed_layout, with_versions
 from .mask import MaskSpec, RaggedMask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
 
@@ -120,7 +120,7 @@ class LayerRequest:
         holds_images = mask is None and is_one_of(type(module), PACKED_IMAGES)
         cu_seq_lens_q, cu_seq_lens_k = given.cu_seq_lens_q, given.cu_seq_lens_k
         if holds_images and cu_seq_lens_q is None and given.position_ids is not None and has_values:
-            cu_seq_lens_q = cu_seq_lens_k = _image_offsets(given.position_ids)
+            cu_seq_lens_q = cu_seq_lens_k = _image_offsets(*with_versions(module, given.position_ids))
         offsets = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
         pattern = pattern_of(module, mask, is_causal)
         if mask is None and given.sliding_window is not None and key.shape[2] > given.sliding_window:
@@ -274,17 +274,18 @@ def _packed_layout(
 def _image_offsets(position_ids: torch.Tensor) -> torch.Tensor:
     """Returns the offsets of packed images, int32 on the host, from patch positions that restart at zero.
 
-    Positions are `(tokens, 2)` pairs, or numbers `(1, tokens)` in older versions of transformers. The offsets ride on
-    them, since every layer is handed the same tensor.
+    Positions are `(tokens, 2)` pairs, or numbers `(1, tokens)` in older versions of transformers. They count versions,
+    and the offsets are an attribute of them, since every layer is given the same tensor.
     """
-    version = None if position_ids.is_inference() else position_ids._version
-    known: tuple[int | None, torch.Tensor] | None = getattr(position_ids, "_image_offsets", None)
-    if known is not None and version is not None and known[0] == version:
+    known: tuple[int, torch.Tensor] | None = getattr(position_ids, "_image_offsets", None)
+    if known is not None and known[0] == position_ids._version:
         return known[1]
     starts = (position_ids == 0).all(-1) if position_ids.shape[-1] == 2 else position_ids.flatten() == 0
     flags: list[bool] = LengthsRead(starts).values
-    offsets = torch.tensor([at for at, start in enumerate(flags) if start] + [len(flags)], dtype=torch.int32)
-    position_ids._image_offsets = (version, offsets)  # type: ignore[attr-defined]
+    at = [at for at, start in enumerate(flags) if start] + [len(flags)]
+    with torch.inference_mode(False):
+        offsets = torch.tensor(at, dtype=torch.int32, device="cpu")
+    position_ids._image_offsets = (position_ids._version, offsets)  # type: ignore[attr-defined]
     return offsets
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "packed_layout",
     "uniform_layout",
     "versions_of",
+    "with_versions",
 ]
 
 
@@ -400,6 +401,32 @@ def versions_of(query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> tuple
     """Returns what changes when offsets are written to; None where nobody counts that."""
     untracked = query_offsets.is_inference() or key_offsets.is_inference()
     return None if untracked else (query_offsets._version, key_offsets._version)
+
+
+def with_versions(layer: object, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns copies that count versions of inference tensors that every layer of a forward is given; others as is.
+
+    Nothing tells whether an inference tensor was written to. The copies are made once per forward: a layer that is
+    given the same tensors a second time is in another forward.
+
+    Args:
+        layer: That is given the tensors.
+        tensors: Offsets or positions. Offsets of this package are never written to.
+    """
+    first, *others = tensors
+    if not any(tensor.is_inference() for tensor in tensors) or hasattr(first, "_packed_layout"):
+        return tensors
+    # What is the first tensor itself is not named, so that no cycle keeps it alive.
+    rest = [None if other is first else other for other in others]
+    known: tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], set[int]]
+    copies, sources, layers = known = getattr(first, "_with_versions", ((), [], set()))
+    if not copies or id(layer) in layers or any(one is not other for one, other in zip(sources, rest, strict=True)):
+        with torch.inference_mode(False), torch.no_grad():
+            made = {id(tensor): tensor.clone() for tensor in tensors}
+        copies, layers = tuple(made[id(tensor)] for tensor in tensors), set()
+        first._with_versions = copies, rest, layers  # type: ignore[attr-defined]
+    layers.add(id(layer))
+    return copies
 
 
 @dataclass(frozen=True, slots=True)

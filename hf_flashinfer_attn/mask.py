@@ -521,7 +521,9 @@ def lazy_mask(
     if packed is not None and (padding_mask is not None or q_length != kv_length):
         pattern, packed = dense_pattern("packed sequences with padding"), None
     tables = [table for table in (packed, positions) if table is not None]
-    if any(table.shape != (batch_size, q_length) or table.is_floating_point() for table in tables):
+    # Others wrap around, hold NaN, or mean something else.
+    counts = {torch.bool, torch.int32, torch.int64}
+    if any(table.shape != (batch_size, q_length) or table.dtype not in counts for table in tables):
         pattern, packed = dense_pattern("packed sequences of another shape than the batch"), None
     # Ragged attention aligns the last query with the last key; keys after a causal query are cut off before.
     aligned = first_query + q_length == kv_offset + kv_length

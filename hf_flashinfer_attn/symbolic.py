@@ -99,7 +99,7 @@ class _Position(_Symbol):
 class TensorLikePosition(_Position):
     """A position that passes for a tensor where a mask function looks at types; torch.compile cannot trace it."""
 
-    __class__ = property(lambda self: torch.Tensor)  # type: ignore[assignment]
+    __class__ = property(lambda self: torch.Tensor)
 
 
 class _Distance(_Symbol):
@@ -116,7 +116,10 @@ class _Distance(_Symbol):
     abs = __abs__
 
     def __neg__(self) -> _Symbol:
-        return _Symbol() if self.is_absolute else _Distance(self.table, not self.of_query)
+        return _Symbol() if self.is_absolute else self._reversed()
+
+    def _reversed(self) -> _Distance:
+        return _Distance(self.table, not self.of_query)
 
     def __le__(self, other: object) -> _Symbol:
         if not isinstance(other, int):
@@ -129,7 +132,7 @@ class _Distance(_Symbol):
         return self <= other - 1 if isinstance(other, int) else _Symbol()
 
     def __ge__(self, other: object) -> _Symbol:
-        return -self <= -other if isinstance(other, int) else _Symbol()
+        return self._reversed() <= -other if isinstance(other, int) and not self.is_absolute else _Symbol()
 
     def __gt__(self, other: object) -> _Symbol:
         return self >= other + 1 if isinstance(other, int) else _Symbol()

@@ -74,7 +74,9 @@ def run_really(
         inputs |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
     with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
         model(**inputs)
-    return Counter((call.pattern, call.kernel, call.head_dim, call.reason, call.note) for call in trace.calls), Counter(asked)
+    return Counter((call.pattern, call.kernel, call.head_dim, call.reason, call.note) for call in trace.calls), Counter(
+        asked
+    )
 
 
 def expanded(layers: tuple[LayerPlan, ...]) -> tuple[Counter[tuple[Any, ...]], Counter[Asked]]:

@@ -232,8 +232,9 @@ def test_packed_sequences_count_by_one(sequences: list, positions: list, is_dens
 
 BLOCKS = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2]])
 ARGUMENTS = {
-    "sliding_window": 3, "chunk_size": 4, "left_padding": torch.zeros(1, dtype=torch.long), "block_sequence_ids": BLOCKS,
-    "padding_mask": BLOCKS > 0, "packed_sequence_mask": BLOCKS, "q_offset": 0, "kv_offset": 0,
+    "sliding_window": 3, "chunk_size": 4, "left_padding": torch.zeros(1, dtype=torch.long),
+    "block_sequence_ids": BLOCKS, "padding_mask": BLOCKS > 0, "packed_sequence_mask": BLOCKS,
+    "q_offset": 0, "kv_offset": 0,
     "mask_function": sliding_window_causal_mask_function(3), "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 0, 1]]),
 }  # fmt: skip
 MAKERS = [
