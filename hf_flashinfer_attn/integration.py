@@ -190,7 +190,7 @@ def attention_forward(
         attention_mask = mask_of_chosen(mask, indices, query, key, pattern_of(module, mask, is_causal))
     if not torch.compiler.is_compiling():
         mask = _eager_mask(attention_mask)
-        if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        if cu_seq_lens_q is not None and cu_seq_lens_k is not None and mask is None:
             cu_seq_lens_q, cu_seq_lens_k = with_versions(module, cu_seq_lens_q, cu_seq_lens_k)
         plain = s_aux is None and position_bias is None
         if query.is_cuda and plain and not (output_attentions or dropout):
