@@ -418,14 +418,14 @@ def with_versions(layer: object, *tensors: torch.Tensor) -> tuple[torch.Tensor, 
         return tensors
     # What is the first tensor itself is not named, so that no cycle keeps it alive.
     rest = [None if other is first else other for other in others]
-    known: tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None], set[int]]
-    copies, sources, layers = known = getattr(first, "_with_versions", ((), [], set()))
-    if not copies or id(layer) in layers or any(one is not other for one, other in zip(sources, rest, strict=True)):
+    known: tuple[Any, Any, set[int]] | None = getattr(first, "_with_versions", None)
+    if known is None or id(layer) in known[2] or any(one is not other for one, other in zip(known[1], rest)):
         with torch.inference_mode(False), torch.no_grad():
             made = {id(tensor): tensor.clone() for tensor in tensors}
-        copies, layers = tuple(made[id(tensor)] for tensor in tensors), set()
-        first._with_versions = copies, rest, layers  # type: ignore[attr-defined]
-    layers.add(id(layer))
+        known = tuple(made[id(tensor)] for tensor in tensors), rest, set()
+        first._with_versions = known  # type: ignore[attr-defined]
+    known[2].add(id(layer))
+    copies: tuple[torch.Tensor, ...] = known[0]
     return copies
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,10 +14,14 @@ from transformers import (
     BartConfig,
     BertConfig,
     BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     MistralConfig,
     MistralModel,
     PixtralVisionConfig,
     PixtralVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
     SiglipTextConfig,
     SiglipTextModel,
     Wav2Vec2Config,
@@ -233,11 +238,30 @@ def test_the_plan_of_a_model_says_what_is_kept() -> None:
     assert str(layer.note) in plan._repr_html_()
 
 
-@pytest.mark.parametrize("window", [3, None])
+def mistral(window: int | None) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    heads = {"num_key_value_heads": 2, "head_dim": 16}
+    return MistralModel, MistralConfig(**SMALL, **heads, vocab_size=50, sliding_window=window)
+
+
+def embedding_gemma(window: int) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    kinds = ["sliding_attention", "full_attention"]
+    return Gemma3TextModel, Gemma3TextConfig(
+        **SMALL, num_key_value_heads=1, head_dim=16, vocab_size=50, sliding_window=window, layer_types=kinds,
+        use_bidirectional_attention=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "window"), [(mistral, 3), (mistral, None), (embedding_gemma, 3)])
+@pytest.mark.parametrize("padded", [True, False])
 @torch.no_grad()
-def test_decoders_drop_padded_queries(window: int | None) -> None:
-    config = MistralConfig(**SMALL, vocab_size=50, num_key_value_heads=2, head_dim=16, sliding_window=window)
-    model = MistralModel._from_config(config, attn_implementation="flashinfer").eval()
+def test_windows_run_without_a_mask(make: Callable, window: int | None, padded: bool) -> None:
+    model_class, config = make(window)
+    eager, ours = pair(lambda kind: model_class._from_config(copy.deepcopy(config), attn_implementation=kind))
+    if padded:
+        inputs, valid = {"input_ids": IDS, "attention_mask": MASK}, MASK.bool()
+    else:
+        inputs, valid = {"input_ids": IDS[:1], "position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, torch.ones(1, 5).bool()
+    expected = eager(**inputs).last_hidden_state
     with hf_flashinfer_attn.trace() as trace:
-        model(IDS, attention_mask=MASK)
+        close(ours(**inputs).last_hidden_state[valid], expected[valid])
     assert {(call.kernel, call.reason, call.note) for call in trace.calls} == {("torch", None, None)}
