@@ -461,8 +461,8 @@ def test_the_ops_are_good_citizens() -> None:
     packed_tokens = [torch.randn(1, 6, heads, 8) for heads in (4, 2, 2)]
     rows = [torch.randn(2, 5, heads, 8) for heads in (4, 2, 2)]
     calls = [
-        (ops.ragged_attention, (*packed_tokens, None, offsets, offsets, None, 0, False, 0.3, None)),
-        (ops.ragged_attention, (*rows, None, None, None, 2, 2, False, 0.3, 0.5)),
+        (ops.ragged_attention, (*packed_tokens, None, offsets, offsets, None, 0, None, 0.3, None)),
+        (ops.ragged_attention, (*rows, None, None, None, 2, 2, None, 0.3, 0.5)),
         (ops.mask_handle, (padding, None, None, None, 2, 5, 5, 0, 0, 3, 3, torch.float16)),
         (ops.mask_handle, (None, sequences, None, None, 1, 5, 5, 0, 0, None, 0, torch.float32)),
     ]
@@ -471,7 +471,7 @@ def test_the_ops_are_good_citizens() -> None:
         assert set(checks.values()) == {"SUCCESS"}
     # Those checks copy their arguments, and a copied handle is refused.
     with_handle = [
-        (ops.ragged_attention, (*rows, handle, None, None, None, 0, True, 0.3, None)),
+        (ops.ragged_attention, (*rows, handle, None, None, None, 0, "kept", 0.3, None)),
         (ops.mask_values, (handle, 2, 5, 5, torch.float64)),
     ]
     for op, arguments in with_handle:
@@ -489,7 +489,7 @@ def test_a_mask_handle_keeps_nothing_of_its_inputs() -> None:
         padding, None, None, None, 2, 5, 5, 0, 0, None, None, torch.float32
     )
     tokens = torch.randn(2, 5, 1, 8)
-    arguments = (tokens, tokens, tokens, handle, None, None, None, None, False, 0.3, None)
+    arguments = (tokens, tokens, tokens, handle, None, None, None, None, None, 0.3, None)
     expected = torch.ops.hf_flashinfer_attn.ragged_attention(*arguments)
     fresh = torch.ops.hf_flashinfer_attn.mask_handle(
         padding, None, None, None, 2, 5, 5, 0, 0, None, None, torch.float32
@@ -503,14 +503,14 @@ def test_offsets_that_changed_unseen_are_read_again() -> None:
     offsets = torch.tensor([0, 2, 6], dtype=torch.int32)
     tokens = torch.randn(1, 6, 1, 8)
     run = torch.ops.hf_flashinfer_attn.ragged_attention
-    first = run(tokens, tokens, tokens, None, offsets, offsets, None, 0, False, 0.3, None)
+    first = run(tokens, tokens, tokens, None, offsets, offsets, None, 0, None, 0.3, None)
     version = offsets._version
     # As generated code writes: past the version counter.
     offsets.numpy()[1] = 4
     assert offsets._version == version
-    second = run(tokens, tokens, tokens, None, offsets, offsets, None, 0, False, 0.3, None)
+    second = run(tokens, tokens, tokens, None, offsets, offsets, None, 0, None, 0.3, None)
     fresh = torch.tensor([0, 4, 6], dtype=torch.int32)
-    torch.testing.assert_close(second, run(tokens, tokens, tokens, None, fresh, fresh, None, 0, False, 0.3, None))
+    torch.testing.assert_close(second, run(tokens, tokens, tokens, None, fresh, fresh, None, 0, None, 0.3, None))
     assert not torch.equal(first, second)
 
 
@@ -529,7 +529,7 @@ def test_a_copied_handle_is_refused() -> None:
     tokens = torch.randn(2, 5, 1, 8)
     with pytest.raises(RuntimeError, match="a copy of its mask"):
         torch.ops.hf_flashinfer_attn.ragged_attention(
-            tokens, tokens, tokens, torch.empty(0, dtype=torch.uint8), None, None, None, 0, False, 0.3, None
+            tokens, tokens, tokens, torch.empty(0, dtype=torch.uint8), None, None, None, 0, None, 0.3, None
         )
 
 
@@ -540,7 +540,7 @@ def test_offsets_with_padding_are_refused() -> None:
     tokens, offsets = torch.randn(2, 5, 1, 8), torch.tensor([0, 5, 10], dtype=torch.int32)
     with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match="together with a padding mask"):
         torch.ops.hf_flashinfer_attn.ragged_attention(
-            tokens, tokens, tokens, handle, offsets, offsets, None, 0, False, 0.3, None
+            tokens, tokens, tokens, handle, offsets, offsets, None, 0, None, 0.3, None
         )
 
 

@@ -151,6 +151,7 @@ def test_a_number_of_a_module_may_change(monkeypatch: pytest.MonkeyPatch) -> Non
     def window(row, head, query, key):
         return abs(query - key) <= _WINDOW
 
+    window.__module__ = "transformers.models.mine.modeling_mine"
     assert recognise(window)[0].left == 3
     monkeypatch.setitem(globals(), "_WINDOW", 5)
     assert recognise(window)[0].left == 5

@@ -265,3 +265,22 @@ def test_windows_run_without_a_mask(make: Callable, window: int | None, padded: 
     with hf_flashinfer_attn.trace() as trace:
         close(ours(**inputs).last_hidden_state[valid], expected[valid])
     assert {(call.kernel, call.reason, call.note) for call in trace.calls} == {("torch", None, None)}
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+@torch.no_grad()
+def test_restarting_positions_are_not_noticed_without_a_causal_mask(is_decoder: bool) -> None:
+    """As in eager attention, which docs/support.md says."""
+    model_class, config = BertModel, BertConfig(**SMALL, vocab_size=50)
+    if is_decoder:
+        model_class, config = mistral(None)
+        config.is_causal = False
+    eager, ours = pair(lambda kind: model_class._from_config(copy.deepcopy(config), attn_implementation=kind))
+    inputs = {"input_ids": IDS[:1], "position_ids": torch.tensor([[0, 1, 0, 1, 2]])}
+    expected = eager(**inputs).last_hidden_state
+    close(ours(**inputs).last_hidden_state, expected)
+    offsets = torch.tensor([0, 2, 5])
+    packed = ours(**inputs, cu_seq_lens_q=offsets, cu_seq_lens_k=offsets).last_hidden_state
+    assert (packed - expected).abs().max() > 1e-2
+    alone = eager(input_ids=IDS[:1, :2]).last_hidden_state
+    close(packed[:, :2], alone)
