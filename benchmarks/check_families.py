@@ -59,7 +59,8 @@ def outputs_of(model: torch.nn.Module, family: Family, seed: int) -> list[torch.
         result = model(**inputs)
         for name in family.outputs:
             valid = example.valid.get(name)
-            output = result[name] if valid is None else result[name][valid.to(weight.device)]
+            output = getattr(result, name, result)
+            output = output if valid is None else output[valid.to(weight.device)]
             parts.append(output.double().flatten())
     return parts
 

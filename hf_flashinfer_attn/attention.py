@@ -9,14 +9,14 @@ from torch.autograd import forward_ad
 
 from .backends import flashinfer, reference
 from .bias import LogitsBias
-from .dispatch import AttentionRequest, Decision, Path, decide, decide_compiled
+from .dispatch import AttentionRequest, Decision, Path, decide, decide_compiled, log_once
 from .errors import UnsupportedAttentionError
 from .layout import RaggedLayout
 from .pattern import Pattern
 from .settings import current_settings
 from .trace import AttentionCall, is_tracing, record_call
 
-__all__ = ["RaggedCall", "attend_ragged", "decide_ragged", "needs_grad"]
+__all__ = ["RaggedCall", "attend_ragged", "decide_ragged", "needs_grad", "note_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class RaggedCall:
         layer: What to call the layer in a trace.
         bias: Added to the logits.
         sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
+        note: What a trace says besides the reason of a fallback.
     """
 
     query: torch.Tensor
@@ -48,6 +49,20 @@ class RaggedCall:
     layer: str
     bias: LogitsBias | None = None
     sinks: torch.Tensor | None = None
+    note: str | None = None
+
+
+def note_of(layout: RaggedLayout, kept_queries: str | None) -> str | None:
+    """Returns why padded query rows are computed, and logs it once; None where they are not.
+
+    Args:
+        layout: Of the call.
+        kept_queries: Why they have to be, where there are any.
+    """
+    if kept_queries is None or not layout.keeps_padded_queries:
+        return None
+    log_once(kept_queries)
+    return kept_queries
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -137,5 +152,7 @@ def attend_ragged(call: RaggedCall, decision: Decision) -> torch.Tensor:
             dropout=call.dropout,
         )
     if is_tracing():
-        record_call(AttentionCall(call.layer, pattern.name, name, head_dim, padded_head_dim, decision.reason))
+        record_call(
+            AttentionCall(call.layer, pattern.name, name, head_dim, padded_head_dim, decision.reason, call.note)
+        )
     return output

@@ -14,7 +14,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from .attention import RaggedCall, attend_ragged
+from .attention import RaggedCall, attend_ragged, note_of
 from .backends import dense
 from .dispatch import AttentionRequest, Decision, Path, decide
 from .errors import UnsupportedAttentionError
@@ -184,7 +184,7 @@ def ragged_attention(
     key_offsets: Optional[torch.Tensor],  # noqa: UP045
     left: Optional[int],  # noqa: UP045
     right: Optional[int],  # noqa: UP045
-    keep_padded_queries: bool,
+    kept_queries: Optional[str],  # noqa: UP045
     sm_scale: float,
     softcap: Optional[float],  # noqa: UP045
 ) -> torch.Tensor:
@@ -199,7 +199,7 @@ def ragged_attention(
         key_offsets: The same of the keys.
         left: How many keys before its own position a query sees, where there is no handle; None for all.
         right: How many keys after its own position a query sees, where there is no handle; None for all.
-        keep_padded_queries: Whether queries stay that the mask calls padding.
+        kept_queries: Why queries stay that the mask calls padding; None if they do not.
         sm_scale: What logits are multiplied with.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
 
@@ -233,7 +233,7 @@ def ragged_attention(
         head_dim=head_dim,
         mask_holes=mask is not None and mask.has_holes,
         window_keeps_padded_queries=(
-            mask is not None and pattern.is_window and keep_padded_queries and mask.has_padding
+            mask is not None and pattern.is_window and kept_queries is not None and mask.has_padding
         ),
         padded_queries_need_mask=mask is not None and keeps_on_request and mask.padded_queries_need_mask,
     )
@@ -242,18 +242,20 @@ def ragged_attention(
         assert mask is not None
         query, key, value = (side.transpose(1, 2) for side in (query, key, value))
         if is_tracing():
-            record_call(AttentionCall("compiled", pattern.name, "dense", head_dim, head_dim, decision.reason))
+            note = kept_queries if request.window_keeps_padded_queries else None
+            record_call(AttentionCall("compiled", pattern.name, "dense", head_dim, head_dim, decision.reason, note))
         return dense.attend(query, key, value, mask.dense(), sm_scale=sm_scale, softcap=softcap)[0]
     if query_offsets is not None and key_offsets is not None:
         shapes = ((query.shape[0], query.shape[1]), (key.shape[0], key.shape[1]))
         layout = _packed_layout(mask, query_offsets, key_offsets, shapes)
     elif mask is not None:
-        layout = mask.layout_of_forward(keep_padded_queries=keep_padded_queries or keeps_on_request)
+        layout = mask.layout_of_forward(keep_padded_queries=kept_queries is not None or keeps_on_request)
     else:
         layout = uniform_layout(query.shape[0], query.shape[1], key.shape[1])
+    note = note_of(layout, kept_queries)
     if decision.path is Path.FLASHINFER:
         sides = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        prepared = prepared_on(layout, *sides, pattern, sm_scale=sm_scale, softcap=softcap)
+        prepared = prepared_on(layout, *sides, pattern, sm_scale=sm_scale, softcap=softcap, note=note)
         if not isinstance(prepared, Decision):
             return prepared(*sides, "compiled")
         decision = prepared
@@ -267,6 +269,7 @@ def ragged_attention(
         softcap=softcap,
         dropout=0.0,
         layer="compiled",
+        note=note,
     )
     return layout.query.scatter(attend_ragged(call, decision))
 
@@ -304,7 +307,7 @@ def _(
     key_offsets: torch.Tensor | None,
     left: int | None,
     right: int | None,
-    keep_padded_queries: bool,
+    kept_queries: str | None,
     sm_scale: float,
     softcap: float | None,
 ) -> torch.Tensor:

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.utils import output_capturing
 
+from .dispatch import log_once
 from .errors import UnsupportedAttentionError
 
 __all__ = ["answer_flash_imports", "block_mask", "join_compatible_implementations", "weights_are_collected"]
 
-# They pick a class of their own by name: a KeyError before 5.23, and flash-attn with a mask that is not its since.
+# They pick a class of their own by name, those of them that still have a table of classes: a KeyError before 5.23, and
+# flash-attn with a mask that is not its since.
 _OWN_FLASH_CLASSES = frozenset({"falcon", "gpt_neo", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
 # Have a class for each implementation that they know, in some versions; any other name is a KeyError there. Models of
 # other configs may be in the same files.
@@ -32,6 +34,8 @@ _OWN_CLASSES = frozenset(
         "superglue", "unlimited_ocr_sam_vision_model",
     }
 )  # fmt: skip
+# Compute attention by themselves, until `unpad` exchanges it.
+_EXCHANGED_BY_UNPAD = frozenset({"mpnet"})
 _MARK = "_knows_flashinfer"
 
 
@@ -89,18 +93,25 @@ def join_compatible_implementations(name: str) -> None:
     @functools.wraps(adjust)
     def check_and_adjust(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         model_type = getattr(getattr(self, "config", None), "model_type", None)
-        if attn_implementation == name and model_type in _OWN_FLASH_CLASSES:
+        has_own = attn_implementation == name and model_type in _OWN_FLASH_CLASSES | _OWN_CLASSES
+        own = _own_classes(type(self), name) if has_own else ()
+        if own and model_type in _OWN_FLASH_CLASSES:
             others = "'eager' or 'sdpa'" if self._supports_sdpa else "'eager'"
             raise UnsupportedAttentionError(
                 f"{model_type}, which calls flash-attn itself for any name with 'flash' in it",
                 f"Use attn_implementation={others} for this model.",
             )
-        own = _own_classes(type(self), name) if model_type in _OWN_CLASSES else ()
-        if attn_implementation == name and own:
+        if own:
             raise UnsupportedAttentionError(
                 f"{model_type}, whose layers are classes of their own for {', '.join(map(repr, own))}",
                 "Use one of these for this model, or for this part: attn_implementation={'vision_config': 'eager'}.",
             )
+        # Parts that have configs of their own are checked by themselves.
+        is_whole = not any(isinstance(part, PreTrainedConfig) for part in vars(self.config).values())
+        attends = is_whole and hasattr(self.config, "num_attention_heads")
+        if attn_implementation == name and attends and not _may_call_interface(self.__class__):
+            until = ", until unpad(model) exchanges it" if model_type in _EXCHANGED_BY_UNPAD else ""
+            log_once(f"attn_implementation={name!r} does nothing for {model_type}: its attention is its own{until}")
         listed = getattr(self, "_compatible_flash_implementations", None)
         if attn_implementation == name and listed is not None and name not in listed:
             self._compatible_flash_implementations = [*listed, name]
@@ -116,6 +127,27 @@ def _own_classes(model: type, name: str) -> tuple[str, ...]:
     modules = dict.fromkeys(sys.modules[base.__module__] for base in model.__mro__)
     tables = [value for module in modules for key, value in vars(module).items() if key.endswith("_ATTENTION_CLASSES")]
     return tuple(dict.fromkeys(own for table in tables if name not in table for own in table))
+
+
+@functools.cache
+def _may_call_interface(model: type) -> bool:
+    """Whether a model, or one that is a part of it, may look attention up in transformers' interface."""
+    modules = {base.__module__ for base in model.__mro__ if base.__module__.startswith("transformers.models.")}
+    return not modules or any(_module_may_call_interface(module, frozenset()) for module in modules)
+
+
+def _module_may_call_interface(module: str, seen: frozenset[str]) -> bool:
+    if not module.startswith("transformers.models.") or module in seen:
+        return False
+    values = list(vars(sys.modules[module]).values())
+    if any(isinstance(value, AttentionInterface) for value in values):
+        return True
+    # Auto classes may build any model; classes of other files, and functions that choose one, what is in there.
+    sources = {getattr(value, "__module__", None) or "" for value in values if callable(value)}
+    return any(
+        source.startswith("transformers.models.auto.modeling") or _module_may_call_interface(source, seen | {module})
+        for source in sources - {module}
+    )
 
 
 def weights_are_collected() -> bool:

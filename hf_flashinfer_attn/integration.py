@@ -22,10 +22,12 @@ from .layer_kinds import (
     FAILS_ON_MASKS,
     PACKED_IMAGES,
     READS_NEIGHBOURS,
+    is_one_of,
     layer_name,
-    padded_queries_are_idle,
+    why_padded_queries_stay,
 )
 from .layer_request import LayerArguments, cast_as_flash, is_cast_as_flash, pattern_of
+from .layout import with_versions
 from .mask import RaggedMask, lazy_mask
 from .recording import is_exporting, recorder, refuse_export
 from .reuse import kept_of, signature_of
@@ -180,7 +182,7 @@ def attention_forward(
         raise UnsupportedAttentionError(
             "one of cu_seq_lens_q and cu_seq_lens_k without the other", "Pass both, or neither with a padding mask."
         )
-    joins_tokens = type(module).__name__ in READS_NEIGHBOURS
+    joins_tokens = is_one_of(type(module), READS_NEIGHBOURS)
     if cu_seq_lens_q is not None and joins_tokens and getattr(module.config, "trigram_input", True):
         raise UnsupportedAttentionError(
             f"packed sequences in {type(module).__name__}: the model's embeddings join each token with its neighbours, "
@@ -199,6 +201,8 @@ def attention_forward(
         attention_mask = mask_of_chosen(mask, indices, query, key, pattern_of(module, mask, is_causal))
     if not torch.compiler.is_compiling():
         mask = _eager_mask(attention_mask)
+        if cu_seq_lens_q is not None and cu_seq_lens_k is not None and mask is None:
+            cu_seq_lens_q, cu_seq_lens_k = with_versions(module, cu_seq_lens_q, cu_seq_lens_k)
         plain = s_aux is None and position_bias is None
         if query.is_cuda and plain and not (output_attentions or dropout):
             # Every layer but the first of its kind ends here, and the host does nothing but launch. The owner is held
@@ -225,7 +229,7 @@ def attention_forward(
     else:
         whole_mask = attention_mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]
     whole_mask = whole_mask or dropout > 0 or bool(output_attentions) or position_bias is not None or s_aux is not None
-    whole_mask = whole_mask or type(module).__name__ in PACKED_IMAGES or type(module).__name__ in CAUSAL_PADDING_IS_READ
+    whole_mask = whole_mask or is_one_of(type(module), PACKED_IMAGES | CAUSAL_PADDING_IS_READ)
     if whole_mask or needs_grad(query, key, value):
         untraced: tuple[torch.Tensor, torch.Tensor | None]
         untraced = _untraced_attend(module, query, key, value, attention_mask, given)
@@ -257,7 +261,7 @@ def _attend_traced(
         *offsets,
         band.left,
         band.right,
-        mask is not None and mask.handle is not None and not padded_queries_are_idle(module),
+        None if mask is None or mask.handle is None else why_padded_queries_stay(module, is_causal=mask.right == 0),
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         softcap,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .attention import RaggedCall, attend_ragged
+from .attention import RaggedCall, attend_ragged, note_of
 from .backends import dense
 from .dense_mask import dense_mask_of, require_2d_mask_fits
 from .dispatch import Decision, Path, decide
@@ -107,7 +107,8 @@ def _attend_dense(asked: LayerRequest, decision: Decision) -> tuple[torch.Tensor
     )
     if is_tracing():
         head_dim = asked.request.head_dim
-        record_call(AttentionCall(asked.layer, asked.pattern.name, "dense", head_dim, head_dim, decision.reason))
+        note = asked.kept_queries if asked.request.window_keeps_padded_queries else None
+        record_call(AttentionCall(asked.layer, asked.pattern.name, "dense", head_dim, head_dim, decision.reason, note))
     return output, weights
 
 
@@ -124,6 +125,7 @@ def _attend_ragged(asked: LayerRequest, layout: RaggedLayout, decision: Decision
         layer=asked.layer,
         bias=asked.bias,
         sinks=_sinks_of(asked),
+        note=note_of(layout, asked.kept_queries),
     )
     return layout.query.scatter(attend_ragged(call, decision))
 
@@ -155,7 +157,7 @@ def _prepare(asked: LayerRequest, layout: RaggedLayout) -> PreparedAttention | N
             return prepared
     return prepare(
         *sides, layout, asked.pattern, sm_scale=asked.sm_scale, softcap=asked.softcap, biased=asked.bias is not None,
-        sinks=asked.sinks is not None,
+        sinks=asked.sinks is not None, note=note_of(layout, asked.kept_queries),
     )  # fmt: skip
 
 

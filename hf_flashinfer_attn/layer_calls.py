@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .dispatch import AttentionRequest
+from .dispatch import AttentionRequest, Path, fallback_of
 from .layer_request import LayerRequest
 
 __all__ = ["LayerCall", "calls_kept", "keep_layer_calls"]
@@ -29,6 +29,7 @@ class LayerCall:
         softcap: What logits are capped to.
         biased: Whether a bias is added to the logits.
         sinks: Whether there are attention sinks.
+        kept_queries: Why padded queries would be computed; None if they would not.
     """
 
     module: torch.nn.Module
@@ -40,10 +41,15 @@ class LayerCall:
     softcap: float | None
     biased: bool
     sinks: bool
+    kept_queries: str | None
 
     @classmethod
     def of(cls, module: torch.nn.Module, asked: LayerRequest) -> LayerCall:
         """Keeps what does not need tensors, so that calls can be compared."""
+        request, is_square = asked.request, asked.query.shape[2] == asked.key.shape[2]
+        is_kept = asked.lazy is not None and is_square and not asked.pattern.is_causal
+        fallback = fallback_of(request)
+        is_kept = is_kept and (fallback is None or fallback[0] is not Path.DENSE)
         return cls(
             module=module,
             request=asked.request,
@@ -54,6 +60,7 @@ class LayerCall:
             softcap=asked.softcap,
             biased=asked.position_bias is not None,
             sinks=asked.sinks is not None,
+            kept_queries=asked.kept_queries if is_kept or request.window_keeps_padded_queries else None,
         )
 
 

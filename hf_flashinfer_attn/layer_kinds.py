@@ -1,14 +1,11 @@
-"""What is known of attention layers by their class: which read padding, join tokens, or take another sequence."""
+"""Per-class attention quirks: layers whose padding is read, that pack images, or that take another sequence."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 __all__ = [
     "CAUSAL_BY_MASK",
@@ -16,25 +13,16 @@ __all__ = [
     "FAILS_ON_MASKS",
     "PACKED_IMAGES",
     "READS_NEIGHBOURS",
+    "is_one_of",
     "layer_name",
-    "padded_queries_are_idle",
+    "why_padded_queries_stay",
 ]
 
-# What the forward of an attention layer may take without attending to another sequence than its own.
-_OWN_SEQUENCE = frozenset(
-    {
-        "self", "hidden_states", "attention_mask", "position_embeddings", "position_ids", "past_key_values",
-        "layer_past", "use_cache", "output_attentions", "cu_seqlens", "max_seqlen", "mask", "position_bias", "kwargs",
-        "relative_position_embeddings", "layer_idx", "cache_position", "value_embeds", "freqs_ci", "position_mask",
-        "codebook_idx", "cycle_offset", "sliding_window", "rotary_pos_emb", "deterministic",
-    }
-)  # fmt: skip
 # Padding included, Blt's bytes become patches, DiffusionGemma's prompt the keys of its canvas, and MiniMax M3's tokens
 # the blocks that it chooses from.
 CAUSAL_PADDING_IS_READ = frozenset({"BltSelfAttention", "DiffusionGemmaEncoderTextAttention", "MiniMaxM3VLAttention"})
-# SigLIP's text tower pools the last position, padding or not; Conformers, and adapters on speech models, convolve over
-# the hidden states of padding; recurrent layers carry them on. Without a mask from the user, T5Gemma's encoder masks
-# its pad tokens by itself, and its decoder attends to all of them.
+# SigLIP's text tower pools the last position, padding or not; recurrent layers carry the hidden states of padding on.
+# Without a mask from the user, T5Gemma's encoder masks its pad tokens by itself; its decoder attends to all of them.
 _PADDING_IS_READ = frozenset(
     {
         "SiglipAttention", "Siglip2Attention", "RecurrentGemmaAttention", "RecurrentGemmaSdpaAttention",
@@ -51,8 +39,9 @@ CAUSAL_BY_MASK = frozenset(
 READS_NEIGHBOURS = frozenset({"MobileBertSelfAttention"})
 # Takes many images as one row, and tells them apart by positions.
 PACKED_IMAGES = frozenset({"PixtralAttention"})
-# Takes for a second sequence that these encoder-only models never give.
-_SECOND_SEQUENCE = frozenset({"key_value_states", "encoder_hidden_states", "encoder_attention_mask"})
+# Tensors that belong to a layer's own sequence, by what their names contain. Any other tensor may be another sequence.
+_OWN_TENSORS = ("attention_mask", "position", "seqlen", "cache", "past", "freqs", "rotary", "value_embeds", "codebook")
+# Encoders whose layers can take a second sequence, which these models never pass.
 _ENCODER_ONLY_LAYERS = frozenset(
     {
         "EsmSelfAttention", "HubertAttention", "SEWAttention", "UniSpeechAttention", "UniSpeechSatAttention",
@@ -61,40 +50,73 @@ _ENCODER_ONLY_LAYERS = frozenset(
 )  # fmt: skip
 
 
+@functools.cache
+def _names_of(layer: type) -> frozenset[str]:
+    return frozenset(base.__name__ for base in layer.__mro__)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _takes_one_sequence(forward: Callable[..., Any], is_encoder_only: bool) -> bool:
-    """Whether a layer's forward has no parameter by which another sequence could come in."""
-    inputs = _parameters_of(forward)
-    return (inputs - _SECOND_SEQUENCE if is_encoder_only else inputs) <= _OWN_SEQUENCE
+def is_one_of(layer: type, names: frozenset[str]) -> bool:
+    """Whether a class, or one that it inherits from, has one of these names; copies of transformers' classes count."""
+    return not names.isdisjoint(_names_of(layer))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _reads_padding(layer: type) -> bool:
+    # Conformers convolve over the hidden states of padding.
+    names = _names_of(layer)
+    return not names.isdisjoint(_PADDING_IS_READ) or any("Conformer" in name for name in names)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _second_sequence(layer: type, is_encoder: bool) -> str | None:
+    return _parameter_of_second_sequence(layer, is_encoder)
 
 
 @functools.cache
-def _parameters_of(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+def _parameter_of_second_sequence(layer: type, is_encoder: bool) -> str | None:
+    """Returns the parameter of a layer's forward that may be another sequence; None if all are of its own."""
+    owner = next(base for base in layer.__mro__ if "forward" in vars(base))
+    if is_encoder and owner.__module__.startswith("transformers.") and owner.__name__ in _ENCODER_ONLY_LAYERS:
+        return None
+    # `self` and the layer's input come first.
+    for parameter in list(inspect.signature(vars(owner)["forward"]).parameters.values())[2:]:
+        kind, annotation = parameter.kind, str(parameter.annotation)
+        may_be_tensor = parameter.annotation is parameter.empty or "Tensor" in annotation
+        if kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not may_be_tensor:
+            continue
+        name = parameter.name
+        if name not in ("hidden_states", "mask") and not any(own in name for own in _OWN_TENSORS):
+            return name
+    return None
 
 
-def padded_queries_are_idle(module: torch.nn.Module) -> bool:
-    """Whether nothing valid depends on the queries that a layer's padding mask calls padding, for certain.
+def why_padded_queries_stay(module: torch.nn.Module, *, is_causal: bool) -> str | None:
+    """Returns why something valid may depend on queries that the mask calls padding; None if nothing does, for certain.
 
     A mask function cannot tell cross-attention to a sequence of equal length from self-attention; a layer that takes
-    nothing but its own hidden states can only be the latter. And some models read the hidden states of padding later.
-    Where in doubt, padded queries are kept: slower, right.
+    nothing but its own sequence can only be the latter. And some models read the hidden states of padding later. Where
+    in doubt, padded queries are computed: slower, right.
+
+    Args:
+        module: The attention layer.
+        is_causal: Whether no query sees a later key: such a query belongs to the sequence of the keys.
     """
     layer = type(module)
-    name = layer.__name__
-    if (
-        name in _PADDING_IS_READ
-        or "Conformer" in name
-        or getattr(getattr(module, "config", None), "add_adapter", False)
-    ):
-        return False
-    config: PreTrainedConfig | None = getattr(module, "config", None)
-    if config is not None and not hasattr(config, "vocab_size"):
-        # Vision towers and codecs pool, shuffle and convolve padding too.
-        return False
-    attends_across = getattr(config, "add_cross_attention", False) or getattr(config, "is_decoder", False)
-    alone: bool = _takes_one_sequence(layer.forward, name in _ENCODER_ONLY_LAYERS and not attends_across)
-    return alone
+    config = getattr(module, "config", None)
+    if _reads_padding(layer) or getattr(config, "add_adapter", False):
+        why = "the model reads the hidden states of padding"
+    elif config is not None and not hasattr(config, "vocab_size"):
+        why = "a tower without a vocabulary may pool or convolve padding"
+    elif is_causal:
+        return None
+    else:
+        attends_across = getattr(config, "add_cross_attention", False) or getattr(config, "is_decoder", False)
+        name = _second_sequence(layer, not attends_across)
+        if name is None:
+            return None
+        why = f"{name} may be another sequence than that of the queries"
+    return f"{layer.__name__} computes query rows of padding as well: {why}"
 
 
 def layer_name(module: torch.nn.Module) -> str:

@@ -11,8 +11,15 @@ from .attention import needs_grad
 from .bias import LogitsBias
 from .dispatch import AttentionRequest
 from .errors import UnsupportedAttentionError
-from .layer_kinds import CAUSAL_BY_MASK, CAUSAL_PADDING_IS_READ, PACKED_IMAGES, layer_name, padded_queries_are_idle
-from .layout import LengthsRead, RaggedLayout, packed_layout
+from .layer_kinds import (
+    CAUSAL_BY_MASK,
+    CAUSAL_PADDING_IS_READ,
+    PACKED_IMAGES,
+    is_one_of,
+    layer_name,
+    why_padded_queries_stay,
+)
+from .layout import LengthsRead, RaggedLayout, packed_layout, with_versions
 from .mask import MaskSpec, RaggedMask
 from .pattern import CAUSAL, FULL, Pattern, dense_pattern
 from .settings import current_settings
@@ -58,7 +65,8 @@ class LayerRequest:
         sinks: As they were given.
         sm_scale: What logits are multiplied with.
         softcap: What logits are capped to.
-        keep_padded_queries: Whether something valid may depend on queries that the mask calls padding.
+        kept_queries: Why something valid may depend on queries that the mask calls padding; None if nothing does.
+        keep_padded_queries: Whether they stay, for that reason or because the settings say so.
     """
 
     request: AttentionRequest
@@ -74,6 +82,7 @@ class LayerRequest:
     sinks: torch.Tensor | None
     sm_scale: float
     softcap: float | None
+    kept_queries: str | None
     keep_padded_queries: bool
 
     @classmethod
@@ -111,10 +120,10 @@ class LayerRequest:
         if lazy is not None and has_values and not _fits(lazy.spec, query, key) and lazy.hides_nothing:
             # Eager attention gets none, and some models hand on the mask of other queries or keys than those of a call.
             mask, lazy, is_causal = None, None, False
-        holds_images = mask is None and type(module).__name__ in PACKED_IMAGES
+        holds_images = mask is None and is_one_of(type(module), PACKED_IMAGES)
         cu_seq_lens_q, cu_seq_lens_k = given.cu_seq_lens_q, given.cu_seq_lens_k
         if holds_images and cu_seq_lens_q is None and given.position_ids is not None and has_values:
-            cu_seq_lens_q = cu_seq_lens_k = _image_offsets(given.position_ids)
+            cu_seq_lens_q = cu_seq_lens_k = _image_offsets(*with_versions(module, given.position_ids))
         offsets = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
         pattern = pattern_of(module, mask, is_causal)
         if mask is None and given.sliding_window is not None and key.shape[2] > given.sliding_window:
@@ -130,7 +139,7 @@ class LayerRequest:
                 rows, q_length, kv_length = len(packed.query.lengths), packed.query.max_length, packed.key.max_length
             if packed is not None or offsets is None:
                 bias = LogitsBias.fit(position_bias, (rows, heads, q_length, kv_length))
-        padding_is_read = not padded_queries_are_idle(module)
+        kept_queries = why_padded_queries_stay(module, is_causal=pattern.is_causal)
         keeps_on_request = current_settings().padded_queries == "keep"
         request = AttentionRequest(
             pattern=pattern,
@@ -149,12 +158,15 @@ class LayerRequest:
                 lazy is not None and (offsets is None or lazy.spec.packed is None) and has_values and lazy.has_holes
             ),
             window_keeps_padded_queries=(
-                lazy is not None and pattern.is_window and padding_is_read and (not has_values or lazy.has_padding)
+                lazy is not None
+                and pattern.is_window
+                and kept_queries is not None
+                and (not has_values or lazy.has_padding)
             ),
             causal_padding_is_read=(
                 lazy is not None
                 and pattern.is_causal
-                and type(module).__name__ in CAUSAL_PADDING_IS_READ
+                and is_one_of(type(module), CAUSAL_PADDING_IS_READ)
                 and (not has_values or lazy.has_padding)
             ),
             padded_queries_need_mask=keeps_on_request and _padded_queries_need_mask(mask, pattern, has_values),
@@ -176,7 +188,8 @@ class LayerRequest:
             sinks=given.s_aux,
             sm_scale=sm_scale,
             softcap=given.softcap,
-            keep_padded_queries=padding_is_read or keeps_on_request,
+            kept_queries=kept_queries,
+            keep_padded_queries=kept_queries is not None or keeps_on_request,
         )
 
     @property
@@ -226,7 +239,7 @@ def pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bo
     if mask is None or mask.ndim == 2:
         # Only where no mask helper was called: a mask knows better than a module (UMT5's decoder says False).
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-        if is_causal is None and mask is None and type(module).__name__ in CAUSAL_BY_MASK:
+        if is_causal is None and mask is None and is_one_of(type(module), CAUSAL_BY_MASK):
             causal = False
         return CAUSAL if causal else FULL
     if mask.ndim == 4:
@@ -277,18 +290,18 @@ def _packed_layout(
 def _image_offsets(position_ids: torch.Tensor) -> torch.Tensor:
     """Returns the offsets of packed images, int32 on the host, from patch positions that restart at zero.
 
-    Positions are `(tokens, 2)` pairs, or numbers `(1, tokens)` in older versions of transformers. The offsets ride on
-    them, since every layer is handed the same tensor.
+    Positions are `(tokens, 2)` pairs, or numbers `(1, tokens)` in older versions of transformers. They count versions,
+    and the offsets are an attribute of them, since every layer is given the same tensor.
     """
-    version = None if position_ids.is_inference() else position_ids._version
-    known: tuple[int | None, torch.Tensor] | None = getattr(position_ids, "_image_offsets", None)
-    if known is not None and version is not None and known[0] == version:
+    known: tuple[int, torch.Tensor] | None = getattr(position_ids, "_image_offsets", None)
+    if known is not None and known[0] == position_ids._version:
         return known[1]
     starts = (position_ids == 0).all(-1) if position_ids.shape[-1] == 2 else position_ids.flatten() == 0
     flags: list[bool] = LengthsRead(starts).values
-    starts_at = [at for at, start in enumerate(flags) if start]
-    offsets = torch.tensor([*starts_at, len(flags)], dtype=torch.int32, device="cpu")
-    position_ids._image_offsets = (version, offsets)  # type: ignore[attr-defined]
+    at = [at for at, start in enumerate(flags) if start] + [len(flags)]
+    with torch.inference_mode(False):
+        offsets = torch.tensor(at, dtype=torch.int32, device="cpu")
+    position_ids._image_offsets = (position_ids._version, offsets)  # type: ignore[attr-defined]
     return offsets
 
 

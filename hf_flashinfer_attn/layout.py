@@ -33,6 +33,7 @@ __all__ = [
     "packed_layout",
     "uniform_layout",
     "versions_of",
+    "with_versions",
 ]
 
 
@@ -226,6 +227,11 @@ class RaggedLayout:
     def is_self_attention(self) -> bool:
         return self.key is self.query
 
+    @property
+    def keeps_padded_queries(self) -> bool:
+        """Whether rows of queries are full where those of their keys hold padding."""
+        return self.query.padded_shape == self.key.padded_shape and self.query.is_full and not self.key.is_full
+
     @classmethod
     def from_padding_mask(cls, padding_mask: torch.Tensor) -> RaggedLayout:
         """Makes a self-attention layout from a 2D mask of ones and zeros, waiting for one device-to-host copy."""
@@ -406,6 +412,32 @@ def versions_of(query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> tuple
     """Returns what changes when offsets are written to; None where nobody counts that."""
     untracked = query_offsets.is_inference() or key_offsets.is_inference()
     return None if untracked else (query_offsets._version, key_offsets._version)
+
+
+def with_versions(layer: object, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns copies that count versions of inference tensors that every layer of a forward is given; others as is.
+
+    Nothing tells whether an inference tensor was written to. The copies are made once per forward: a layer that is
+    given the same tensors a second time is in another forward.
+
+    Args:
+        layer: That is given the tensors.
+        tensors: Offsets or positions. Offsets of this package are never written to.
+    """
+    first, *others = tensors
+    if not any(tensor.is_inference() for tensor in tensors) or hasattr(first, "_packed_layout"):
+        return tensors
+    # What is the first tensor itself is not named, so that no cycle keeps it alive.
+    rest = [None if other is first else other for other in others]
+    known: tuple[Any, Any, set[int]] | None = getattr(first, "_with_versions", None)
+    if known is None or id(layer) in known[2] or any(one is not other for one, other in zip(known[1], rest)):
+        with torch.inference_mode(False), torch.no_grad():
+            made = {id(tensor): tensor.clone() for tensor in tensors}
+        known = tuple(made[id(tensor)] for tensor in tensors), rest, set()
+        first._with_versions = known  # type: ignore[attr-defined]
+    known[2].add(id(layer))
+    copies: tuple[torch.Tensor, ...] = known[0]
+    return copies
 
 
 @dataclass(frozen=True, slots=True)

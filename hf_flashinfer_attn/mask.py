@@ -41,6 +41,7 @@ class MaskSpec:
         padding_mask: Valid positions, bool, shape `(batch, >= kv_offset + kv_length)`; None when all are.
         pattern: What the mask function was recognised as.
         packed: The sequence that each position belongs to, shape `(batch, q_length)`; None unless packed.
+        positions: What the band counts in, shape `(batch, q_length)`; None where it counts slots.
         densify: Makes the additive mask of eager attention, shape `(batch, 1, q_length, kv_length)`.
     """
 
@@ -52,6 +53,7 @@ class MaskSpec:
     padding_mask: torch.Tensor | None
     pattern: Pattern
     packed: torch.Tensor | None
+    positions: torch.Tensor | None
     densify: Callable[[torch.dtype, torch.device], torch.Tensor]
 
 
@@ -111,7 +113,12 @@ class _LazyLayout:
         self.require_unwritten()
         spec, end = self._spec, self._spec.kv_offset + self._seen_keys
         if spec.packed is not None:
-            self._started = LengthsRead(spec.packed)
+            rows = spec.packed
+            if spec.positions is not None:
+                # A last column tells whether positions step by one in every sequence, as slots do.
+                steps = (spec.packed.diff() != 0) | (spec.positions.diff() == 1)
+                rows = torch.cat([spec.packed, steps.all(-1, keepdim=True).to(spec.packed.dtype)], dim=1)
+            self._started = LengthsRead(rows)
             return
         assert spec.padding_mask is not None
         self._key_valid = spec.padding_mask[:, spec.kv_offset : end]
@@ -137,6 +144,8 @@ class _LazyLayout:
         if self._read is None:
             return False
         if self._spec.packed is not None:
+            if self._spec.positions is not None and not all(row[-1] for row in self._read.values):
+                return True
             return any(len({sequence for sequence, _ in row}) < len(row) for row in self._packed_runs)
         return self._spec.pattern.is_window and max(self._read.values[-1], default=0) > 1
 
@@ -144,7 +153,7 @@ class _LazyLayout:
     def _packed_runs(self) -> list[list[tuple[int, int]]]:
         """The packed sequences of each row and how many tokens they have in a run."""
         assert self._read is not None
-        rows = (itertools.groupby(row) for row in self._read.values)
+        rows = (itertools.groupby(row[: self._spec.q_length]) for row in self._read.values)
         return [[(sequence, len(list(run))) for sequence, run in row] for row in rows]
 
     @property
@@ -536,9 +545,14 @@ def lazy_mask(
         )
         return mask
 
-    pattern, packed = recognise(mask_function)
+    pattern, packed, positions = recognise(mask_function)
     if packed is not None and (padding_mask is not None or q_length != kv_length):
         pattern, packed = dense_pattern("packed sequences with padding"), None
+    tables = [table for table in (packed, positions) if table is not None]
+    # Others wrap around, hold NaN, or mean something else.
+    counts = {torch.bool, torch.int32, torch.int64}
+    if any(table.shape != (batch_size, q_length) or table.dtype not in counts for table in tables):
+        pattern, packed = dense_pattern("packed sequences of another shape than the batch"), None
     # Ragged attention aligns the last query with the last key; keys after a causal query are cut off before.
     aligned = first_query + q_length == kv_offset + kv_length
     if pattern.is_window and not pattern.is_causal and not aligned:
@@ -552,6 +566,7 @@ def lazy_mask(
         padding_mask=padding_mask,
         pattern=pattern,
         packed=packed,
+        positions=positions,
         densify=densify,
     )
     return RaggedMask(spec, dtype, torch.device(device))

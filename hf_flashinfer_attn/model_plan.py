@@ -53,6 +53,7 @@ class LayerPlan:
         biased: Whether a bias is added to the logits.
         sinks: Whether there are attention sinks.
         reason: Why FlashInfer does not compute it on a GPU that it runs on, or what else there is to know.
+        note: Why padded query rows are computed as well; None if they are not.
     """
 
     layers: str
@@ -68,6 +69,12 @@ class LayerPlan:
     biased: bool
     sinks: bool
     reason: str | None
+    note: str | None = None
+
+    @property
+    def remarks(self) -> str:
+        """The reason and the note."""
+        return "; ".join(filter(None, (self.reason, self.note)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +120,12 @@ class ModelPlan:
             rows = [_HEADER, *map(_cells, short)]
             widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
             lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-            lines += (f"layers {layer.layers}: {layer.reason}" for layer in short if layer.reason is not None)
+            lines += (f"layers {layer.layers}: {layer.remarks}" for layer in short if layer.remarks)
         return "\n".join([*lines, *self._notes])
 
     def _repr_html_(self) -> str:
         header = (*_HEADER, "remarks")
-        rows = [(*_cells(layer), layer.reason or "") for layer in self.layers]
+        rows = [(*_cells(layer), layer.remarks) for layer in self.layers]
         return html_table(header, rows, title=self._title, note="\n".join(self._notes))
 
     @property
@@ -429,7 +436,7 @@ def _plan(call: LayerCall, capability: tuple[int, int] | None, settings: Setting
         padded_head_dim = flashinfer.padded_head_dim(request.head_dim, kernels[0])
     return LayerPlan(
         "", request.pattern.name, request.pattern.left, request.pattern.right, request.head_dim, padded_head_dim,
-        call.num_heads, call.num_kv_heads, call.softcap, kernels, call.biased, call.sinks, reason,
+        call.num_heads, call.num_kv_heads, call.softcap, kernels, call.biased, call.sinks, reason, call.kept_queries,
     )  # fmt: skip
 
 

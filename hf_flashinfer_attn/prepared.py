@@ -267,6 +267,7 @@ def prepare(
     biased: bool = False,
     sinks: bool = False,
     kernel: flashinfer.Kernel | None = None,
+    note: str | None = None,
 ) -> PreparedAttention | Decision:
     """Plans attention of padded tensors on a layout, or decides for torch while the kernel is not compiled.
 
@@ -281,6 +282,7 @@ def prepare(
         biased: Whether a bias will be added to the logits.
         sinks: Whether there will be attention sinks.
         kernel: What to run; by default what `choose_kernel` says.
+        note: For the trace.
     """
     device = query.device
     value_head_dim = value.shape[-1]
@@ -314,7 +316,7 @@ def prepare(
         plan,
         Packer(query_slots, key_slots, plan.size),
         Unpacker(query_tokens, (query.shape[0], query.shape[2]), value_head_dim),
-        AttentionCall("", pattern.name, f"flashinfer-{kernel}", head_dim, plan.size, None),
+        AttentionCall("", pattern.name, f"flashinfer-{kernel}", head_dim, plan.size, None, note),
     )
 
 
@@ -336,6 +338,7 @@ def prepared_on(
     *,
     sm_scale: float,
     softcap: float | None,
+    note: str | None,
 ) -> PreparedAttention | Decision:
     """Returns attention that was prepared on a layout before, or prepares it; all as [`prepare`] does."""
     stream = torch.cuda.current_stream(query.device).cuda_stream
@@ -343,7 +346,7 @@ def prepared_on(
     name = (*shapes, query.device, stream, pattern, sm_scale, softcap)
     found: PreparedAttention | None = layout.prepared.find(name)
     if found is None or torch.cuda.is_current_stream_capturing():
-        made = prepare(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap)
+        made = prepare(query, key, value, layout, pattern, sm_scale=sm_scale, softcap=softcap, note=note)
         if isinstance(made, Decision):
             return made
         layout.prepared.keep(name, found := made)

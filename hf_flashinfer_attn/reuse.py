@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .attention import needs_grad
-from .layer_kinds import PACKED_IMAGES
+from .layer_kinds import PACKED_IMAGES, is_one_of
 from .layout import PreparedStore, known_layout, uniform_layout, versions_of
 from .mask import RaggedMask
 from .recording import recorder
@@ -84,7 +84,7 @@ def kept_of(
         return None if mask.was_modified else Kept(mask, mask.prepared)
     if mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]:
         return None
-    if position_ids is not None and type(module).__name__ in PACKED_IMAGES:
+    if position_ids is not None and is_one_of(type(module), PACKED_IMAGES):
         return None
     layout = uniform_layout(query.shape[0], query.shape[2], key.shape[2])
     return Kept(layout, layout.prepared)

@@ -15,7 +15,8 @@ _NATIVE = (
     "full and causal attention, with a cache or without",
     "sliding windows, causal and two-sided, of any width",
     "padding: right, left, holes, rows of padding only, none",
-    "packed sequences (`cu_seq_lens_q`, `cu_seq_lens_k`, or restarting `position_ids`)",
+    "packed sequences (`cu_seq_lens_q` and `cu_seq_lens_k`)",
+    "packed sequences by restarting `position_ids` alone, in decoders, without a mask and a cache",
     "cross-attention with its own padding",
     "grouped-query and multi-query heads, values of another head_dim",
     "head_dim up to 256, softcap, any softmax scale",
@@ -26,6 +27,8 @@ _FASTER_ELSEWHERE = (
     "full or causal attention without padding, of a head_dim that would be padded",
     "padded batches of under 67 million logits per layer, for which planning costs more than it saves",
 )
+# Transformers looks for packed sequences only where it makes a causal mask, EmbeddingGemma's included.
+_NOT_NOTICED = ("restarting `position_ids` alone in encoders, and in decoders with `config.is_causal=False`",)
 _REFUSED = (
     "continuous batching in versions of transformers that ask for `paged\\|flashinfer`, as 5.17 does",
     "`torch.export`, `torch.jit.trace` and `make_fx` of attention",
@@ -46,6 +49,7 @@ def support_table() -> str:
     rows: list[tuple[str, ...]] = [(feature, "FlashInfer") for feature in _NATIVE]
     rows += [(feature, "torch's sdpa") for feature in _FASTER_ELSEWHERE]
     rows += [(rule.feature, f"{_RUNS_ON[rule.path]}, logged once") for rule in RULES]
+    rows += [(feature, "one sequence, as in eager attention") for feature in _NOT_NOTICED]
     rows += [(feature, "`UnsupportedAttentionError`") for feature in _REFUSED]
     return _table(("request", "on a GPU"), rows)
 

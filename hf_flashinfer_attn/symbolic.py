@@ -1,8 +1,8 @@
-"""Which attention a mask function asks for, found by calling it with symbols; for torch.compile, which hides closures.
+"""Exact recognition of mask functions: they are called with symbols in place of positions.
 
-`pattern.recognise` reads the closures of mask functions, and those made inside a traced graph have none to read. They
-can be called, though: with symbols in place of positions, a comparison of two positions answers with the band that it
-stands for. Whatever else a function does with a symbol makes its answer unknown.
+A comparison of two symbolic positions returns the band that it stands for, and bands of the same packed sequences are
+joined and intersected. Whatever else a function does with a symbol makes its answer unknown. Closures, globals and
+helper functions need not be inspected, so this works inside a graph that torch.compile traces as well.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Visible", "interpret"]
+__all__ = ["TensorLikePosition", "Visible", "interpret"]
 
 
 class _Symbol:
-    """Stands for a tensor that a mask function computes with; nothing is known of what operators make of it."""
+    """A tensor that a mask function computes with; results of its operators are unknown unless a subclass says more."""
 
     device = None
+
+    def __getattr__(self, name: str) -> Any:
+        # No AttributeError, which `hasattr` would take for an answer.
+        raise TypeError(f"a mask function that reads {name!r} of a position is not known")
 
     def to(self, *args: Any, **kwargs: Any) -> _Symbol:
         return self
 
     def new_zeros(self, *args: Any, **kwargs: Any) -> _Symbol:
-        return _Symbol()
+        return Visible(-1, -1)
 
     def new_ones(self, *args: Any, **kwargs: Any) -> _Symbol:
         return Visible()
@@ -63,7 +67,7 @@ class _Position(_Symbol):
     def __sub__(self, other: object) -> _Symbol:
         if isinstance(other, int):
             return _Position(self.is_query, self.shift - other, self.table)
-        return _Distance(self.table) if _are_apart(self, other) else _Symbol()
+        return _Distance(self.table, self.is_query) if _are_apart(self, other) else _Symbol()
 
     def __le__(self, other: object) -> _Symbol:
         return self._at_most(other, 0)
@@ -92,24 +96,50 @@ class _Position(_Symbol):
     __hash__ = None  # type: ignore[assignment]
 
 
-class _Distance(_Symbol):
-    """A query's position less a key's, or the other way round."""
+class TensorLikePosition(_Position):
+    """A position that passes for a tensor where a mask function looks at types; torch.compile cannot trace it."""
 
-    def __init__(self, table: torch.Tensor | None, absolute: bool = False) -> None:
+    __class__ = property(lambda self: torch.Tensor)
+
+
+class _Distance(_Symbol):
+    """A query's position less a key's, or the other way round, or the absolute value of either."""
+
+    def __init__(self, table: torch.Tensor | None, of_query: bool, is_absolute: bool = False) -> None:
         self.table = table
-        self.absolute = absolute
+        self.of_query = of_query
+        self.is_absolute = is_absolute
 
     def __abs__(self) -> _Distance:
-        return _Distance(self.table, absolute=True)
+        return _Distance(self.table, self.of_query, is_absolute=True)
+
+    abs = __abs__
+
+    def __neg__(self) -> _Symbol:
+        return _Symbol() if self.is_absolute else self._reversed()
+
+    def _reversed(self) -> _Distance:
+        return _Distance(self.table, not self.of_query)
 
     def __le__(self, other: object) -> _Symbol:
-        if not self.absolute or not isinstance(other, int):
+        if not isinstance(other, int):
             return _Symbol()
-        return Visible(other, other, None, self.table)
+        if self.is_absolute:
+            return Visible(other, other, None, self.table)
+        return Visible(other, None, None, self.table) if self.of_query else Visible(None, other, None, self.table)
+
+    def __lt__(self, other: object) -> _Symbol:
+        return self <= other - 1 if isinstance(other, int) else _Symbol()
+
+    def __ge__(self, other: object) -> _Symbol:
+        return self._reversed() <= -other if isinstance(other, int) and not self.is_absolute else _Symbol()
+
+    def __gt__(self, other: object) -> _Symbol:
+        return self >= other + 1 if isinstance(other, int) else _Symbol()
 
 
 class Visible(_Symbol):
-    """The keys that a query sees: a band, in one packed sequence.
+    """The keys that a query sees: a band, in one packed sequence. A band of negative bounds is empty.
 
     Args:
         left: How many keys before its own position; None for all.
@@ -131,6 +161,8 @@ class Visible(_Symbol):
         self.positions = positions
 
     def __and__(self, other: object) -> _Symbol:
+        if (constant := _constant(other)) is not None:
+            return self if constant else Visible(-1, -1)
         if not isinstance(other, Visible) or not (
             _may_be_one(self.packed, other.packed) and _may_be_one(self.positions, other.positions)
         ):
@@ -141,6 +173,38 @@ class Visible(_Symbol):
             other.packed if self.packed is None else self.packed,
             other.positions if self.positions is None else self.positions,
         )
+
+    def __or__(self, other: object) -> _Symbol:
+        if (constant := _constant(other)) is not None:
+            return Visible() if constant else self
+        if not isinstance(other, Visible):
+            return _Symbol()
+        if self.is_empty or other.is_empty:
+            return other if self.is_empty else self
+        # Two bands around the diagonal, in the same sequences, overlap.
+        if not (self.is_around and other.is_around and self.packed is other.packed):
+            return _Symbol()
+        if self.positions is not other.positions:
+            return _Symbol()
+        return Visible(_most(self.left, other.left), _most(self.right, other.right), self.packed, self.positions)
+
+    @property
+    def is_around(self) -> bool:
+        """Whether a query sees its own position."""
+        return (self.left is None or self.left >= 0) and (self.right is None or self.right >= 0)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.left is not None and self.right is not None and self.left + self.right < 0
+
+
+def _constant(value: object) -> bool | None:
+    """Returns the value of `True`, or of a bool tensor without dimensions; None for anything else."""
+    if isinstance(value, bool):
+        return value
+    if type(value) is torch.Tensor and value.ndim == 0 and value.dtype == torch.bool and not value.is_meta:
+        return bool(value)
+    return None
 
 
 def _may_be_compared(one: _Position, other: _Position) -> bool:
@@ -160,6 +224,10 @@ def _least(one: int | None, other: int | None) -> int | None:
     if one is None or other is None:
         return other if one is None else one
     return min(one, other)
+
+
+def _most(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else max(one, other)
 
 
 class _Lookups(TorchFunctionMode):
@@ -183,11 +251,17 @@ class _Lookups(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def interpret(mask_function: Callable[..., Any]) -> Visible | None:
-    """Says what a mask function lets a query see; None if that is not a band in packed sequences for certain.
+# What code raises that is called with symbols where it expects tensors.
+_FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_LARGEST = 2**31 - 1
+
+
+def interpret(mask_function: Callable[..., Any], position: type[_Position] = _Position) -> Visible | None:
+    """Returns the keys that a query sees; None if they are not, for certain, a band that holds its own position.
 
     Args:
-        mask_function: As transformers' mask helpers hand it to a mask interface, and made by them alone.
+        mask_function: As transformers' mask helpers hand it to a mask interface.
+        position: Class of the symbols that stand for positions.
 
     Examples:
         >>> from transformers.masking_utils import sliding_window_causal_mask_function
@@ -198,11 +272,14 @@ def interpret(mask_function: Callable[..., Any]) -> Visible | None:
     batch = _Symbol()
     try:
         with _Lookups(batch):
-            visible = mask_function(batch, _Symbol(), _Position(is_query=True), _Position(is_query=False))
-    except (AttributeError, TypeError):
+            visible = mask_function(batch, _Symbol(), position(is_query=True), position(is_query=False))
+    except _FAILURES:
         # It does with a position what no symbol can.
         return None
-    if not isinstance(visible, Visible):
+    if not isinstance(visible, Visible) or not visible.is_around:
+        return None
+    # Kernels count in 32 bits.
+    if max(visible.left or 0, visible.right or 0) > _LARGEST:
         return None
     # Counted positions restart where a sequence does; without sequences they mean something else.
     if visible.positions is not None and visible.packed is None:

@@ -25,6 +25,7 @@ class AttentionCall:
         padded_head_dim: What it was padded to for the kernel; the same where it was not.
         reason: Why FlashInfer did not compute the call; None if it did, or if what did was asked for by name or is
             faster.
+        note: Why the call computed padded query rows as well; None if it did not.
 
     Examples:
         >>> from hf_flashinfer_attn import AttentionCall
@@ -39,6 +40,7 @@ class AttentionCall:
     head_dim: int
     padded_head_dim: int
     reason: str | None
+    note: str | None = None
 
 
 @dataclass(slots=True)
@@ -76,11 +78,16 @@ class Trace:
         """The distinct reasons of the calls that fell back, in order of first use."""
         return tuple(dict.fromkeys(call.reason for call in self.calls if call.reason is not None))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The distinct notes of the calls, in order of first use."""
+        return tuple(dict.fromkeys(call.note for call in self.calls if call.note is not None))
+
     def __str__(self) -> str:
         rows = [_HEADER, *map(_cells, self.calls)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, self._counters])
+        return "\n".join([*lines, self._footer])
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
@@ -89,11 +96,11 @@ class Trace:
         # A loop of forwards makes thousands, and none of them can be read then.
         left_out = len(self.calls) - _MOST_ROWS
         more = f"and {left_out} more calls\n" if left_out > 0 else ""
-        return html_table(_HEADER, map(_cells, self.calls[:_MOST_ROWS]), note=f"{more}{self._counters}")
+        return html_table(_HEADER, map(_cells, self.calls[:_MOST_ROWS]), note=f"{more}{self._footer}")
 
     @property
-    def _counters(self) -> str:
-        return f"layouts {self.layouts}, host copies {self.host_copies}, plans {self.plans}"
+    def _footer(self) -> str:
+        return "\n".join([*self.notes, f"layouts {self.layouts}, host copies {self.host_copies}, plans {self.plans}"])
 
 
 _HEADER = ("layer", "pattern", "kernel", "head_dim", "fallback reason")

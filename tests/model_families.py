@@ -287,6 +287,17 @@ def pixel_inputs(shape: tuple[int, ...] = (3, 32, 32), name: str = "pixel_values
     return make
 
 
+def box_inputs(config: PreTrainedConfig, generator: torch.Generator, padding: Padding) -> Example:
+    """Boxes of a page, whose pairwise order is asked for: rows and columns of the output are boxes."""
+    mask = padding_mask(padding, generator)
+    corners = torch.randint(0, 400, (padding.batch_size, SEQUENCE_LENGTH, 2), generator=generator)
+    sizes = torch.randint(1, 400, corners.shape, generator=generator)
+    inputs = {"boxes": torch.cat([corners, corners + sizes], -1).float()}
+    if mask is None:
+        return Example({**inputs, "mask": torch.ones(corners.shape[:2], dtype=torch.long)})
+    return Example(inputs, {"mask": mask}, {"logits": (mask[:, :, None] * mask[:, None]).bool()})
+
+
 def patch_mask_inputs(name: str, outputs: Mapping[str, Valid], *, pixels_per_entry: int = 1) -> MakeInputs:
     """Images of 32 x 32 in patches of 8 x 8, where a mask tells which part of the frame each image fills."""
 
@@ -787,7 +798,7 @@ OFF_INTERFACE = (
         uses_interface=False),
     encoder("layoutlmv3", "LayoutLMv3Model",
         configured("LayoutLMv3Config", **tiny_text(2, 36), coordinate_size=12, shape_size=12,
-            max_2d_position_embeddings=32, input_size=32, visual_embed=False), uses_interface=False,
+            max_2d_position_embeddings=32, input_size=32, visual_embed=False), interface_since="5.24",
         extra=random_boxes),
     encoder("lilt", "LiltModel",
         configured("LiltConfig", **tiny_text(2, 24), max_2d_position_embeddings=32, channel_shrink_ratio=2),
@@ -831,7 +842,10 @@ OFF_INTERFACE = (
         uses_interface=False, position_ids=False),
     decoder("codegen", "CodeGenModel",
         configured("CodeGenConfig", vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64,
-            **SPECIAL_TOKENS), uses_interface=False),
+            **SPECIAL_TOKENS), interface_since="5.24"),
+    decoder("gptj", "GPTJModel",
+        configured("GPTJConfig", vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64,
+            **SPECIAL_TOKENS), interface_since="5.24", takes_names_since="5.24"),
 )
 
 DECODERS = (
@@ -1065,7 +1079,11 @@ VISION = (
             time_stride=8), WHOLE_AND_POOLED, inputs=pixel_inputs((24, 16), "input_values")),
     vision("layoutlmv3-vision", "LayoutLMv3Model",
         configured("LayoutLMv3Config", **tiny_text(2, 36), coordinate_size=12, shape_size=12,
-            max_2d_position_embeddings=32, input_size=32, patch_size=8), uses_interface=False),
+            max_2d_position_embeddings=32, input_size=32, patch_size=8), interface_since="5.24"),
+    vision("pp-doclayout-v2-reading-order", "pp_doclayout_v2.PPDocLayoutV2ReadingOrder",
+        configured("pp_doclayout_v2.PPDocLayoutV2ReadingOrderConfig", hidden_size=32, num_hidden_layers=2,
+            num_attention_heads=2, intermediate_size=64, coordinate_size=6, shape_size=4, global_pointer_head_size=8),
+        {"logits": Valid.TOKENS}, inputs=box_inputs, interface_since="5.24", paddings=(Padding.NO_MASK, Padding.RIGHT)),
     vision("qwen2-vl-vision", "qwen2_vl.Qwen2VisionTransformerPretrainedModel",
         configured("qwen2_vl.Qwen2VLVisionConfig", depth=2, embed_dim=64, hidden_size=32, num_heads=2, patch_size=4,
             mlp_ratio=1), inputs=grid_pixel_inputs()),

@@ -76,7 +76,9 @@ def run_really(
     hf_flashinfer_attn.configure(backend="torch")
     with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
         model(**inputs)
-    return Counter((call.pattern, call.kernel, call.head_dim, call.reason) for call in trace.calls), Counter(asked)
+    return Counter((call.pattern, call.kernel, call.head_dim, call.reason, call.note) for call in trace.calls), Counter(
+        asked
+    )
 
 
 def expanded(layers: tuple[LayerPlan, ...]) -> tuple[Counter[tuple[Any, ...]], Counter[Asked]]:
@@ -85,7 +87,7 @@ def expanded(layers: tuple[LayerPlan, ...]) -> tuple[Counter[tuple[Any, ...]], C
     for layer in layers:
         (kernel,) = layer.kernels
         count = numbers_of(layer.layers)
-        calls[layer.pattern, kernel, layer.head_dim, layer.reason] += count
+        calls[layer.pattern, kernel, layer.head_dim, layer.reason, layer.note] += count
         asked[Asked(layer.num_heads, layer.num_kv_heads, layer.softcap, layer.biased, layer.sinks)] += count
     return calls, asked
 
@@ -214,7 +216,7 @@ def test_what_is_not_known_is_said() -> None:
     off_interface = plan_of_config(transformers.RemBertConfig(num_hidden_layers=1), capability=HOPPER)
     assert off_interface.layers == ()
     assert "does not go through" in str(off_interface.problem)
-    refused = plan_of_config(transformers.GPTJConfig(n_layer=1, n_embd=64, n_head=2), capability=HOPPER)
+    refused = plan_of_config(transformers.FalconConfig(num_hidden_layers=1), capability=HOPPER)
     assert "flash-attn itself" in str(refused.problem)
     unknown = plan_of_config(PreTrainedConfig(), capability=HOPPER)
     assert "cannot be built" in str(unknown.problem)

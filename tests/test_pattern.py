@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import masking_utils
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -17,25 +19,20 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from hf_flashinfer_attn import pattern
+from hf_flashinfer_attn.mask import lazy_mask
 from hf_flashinfer_attn.pattern import PatternKind, recognise
 
 MaskFunction = Callable[..., torch.Tensor]
-# Around these, every distance is probed; beyond, few.
-SIZES = [3, 128, 2043, 2044, 2045, 4096, 262_144, 1_000_000, 2**31 - 1]
-
-
-def of_transformers(function: MaskFunction) -> MaskFunction:
-    """Only closures of transformers' own modules are looked into."""
-    function.__module__ = "transformers.masking_utils"
-    return function
+SIZES = [3, 128, 2043, 262_144, 2**31 - 1]
+_WINDOW = 3
+_IDS = torch.arange(9)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_windows_of_any_size(size: int) -> None:
-    causal, _ = recognise(sliding_window_causal_mask_function(size))
+    causal, *_ = recognise(sliding_window_causal_mask_function(size))
     assert (causal.kind, causal.left, causal.right) == (PatternKind.BAND, size - 1, 0)
-    both, _ = recognise(sliding_window_bidirectional_mask_function(size))
+    both, *_ = recognise(sliding_window_bidirectional_mask_function(size))
     assert (both.kind, both.left, both.right) == (PatternKind.BAND, size, size)
 
 
@@ -55,9 +52,9 @@ def test_bounds_may_be_sums_of_numbers(bounds: tuple[int, int], offset: int) -> 
     def behind(row, head, query, key):
         return query - key <= left + right + 3
 
-    found, _ = recognise(of_transformers(one_closure))
+    found, *_ = recognise(one_closure)
     assert (found.kind, found.left, found.right) == (PatternKind.BAND, left, right + offset - 1)
-    found, _ = recognise(and_masks(of_transformers(ahead), of_transformers(behind)))
+    found, *_ = recognise(and_masks(ahead, behind))
     assert (found.kind, found.left, found.right) == (PatternKind.BAND, left + right + 3, right)
 
 
@@ -77,7 +74,7 @@ NO_BANDS: dict[str, Callable[[int], MaskFunction]] = {
     "two bands": lambda size: (
         lambda row, head, query, key: ((query - key).abs() < size) | ((query - key - 2 * size).abs() < 2)
     ),
-    "an edge between probes": lambda size: lambda row, head, query, key: 3 * (query - key) < size,
+    "a multiple of a distance": lambda size: lambda row, head, query, key: 3 * (query - key) < size,
     "wider for later queries": lambda size: lambda row, head, query, key: query - key < size + query // size,
     "nothing": lambda size: lambda row, head, query, key: key > query + size,
 }
@@ -86,14 +83,9 @@ NO_BANDS: dict[str, Callable[[int], MaskFunction]] = {
 @pytest.mark.parametrize("size", [700, 262_144, 1_000_000])
 @pytest.mark.parametrize("name", NO_BANDS)
 def test_what_is_no_band_is_dense(name: str, size: int) -> None:
-    function = of_transformers(NO_BANDS[name](size))
-    found, _ = recognise(function)
-    if name == "an edge between probes" and size == 700:
-        # Every distance is probed.
-        assert (found.kind, found.left, found.right) == (PatternKind.BAND, 233, None)
-    else:
-        assert found.kind is PatternKind.DENSE
-    assert recognise(and_masks(bidirectional_mask_function, function))[0].kind is found.kind
+    function = NO_BANDS[name](size)
+    assert recognise(function)[0].kind is PatternKind.DENSE
+    assert recognise(and_masks(bidirectional_mask_function, function))[0].kind is PatternKind.DENSE
 
 
 PARTS: dict[str, Callable[[int], MaskFunction]] = {
@@ -110,8 +102,8 @@ PART = st.tuples(st.sampled_from(list(PARTS)), st.sampled_from([5, 48, 2000, 500
 @given(PART, PART, st.sampled_from([or_masks, and_masks]), st.randoms(use_true_random=False))
 def test_a_band_is_a_band_wherever_one_looks(one, other, combine, random) -> None:
     sizes = one[1], other[1]
-    function = combine(*(of_transformers(PARTS[name](size)) for name, size in (one, other)))
-    found, _ = recognise(function)
+    function = combine(*(PARTS[name](size) for name, size in (one, other)))
+    found, *_ = recognise(function)
     if found.kind is PatternKind.DENSE:
         return
     far = 6 * max(sizes)
@@ -135,34 +127,151 @@ def test_numbers_that_overflow_are_dense() -> None:
     assert recognise(sliding_window_causal_mask_function(2**62))[0].kind is PatternKind.DENSE
 
 
-def test_defaults_are_unknown() -> None:
+def test_numbers_may_come_from_anywhere() -> None:
     window = 3
 
     def positional(row, head, query, key, width=window):
         return (query - key).abs() <= width
 
     def keyword(row, head, query, key, *, width=window):
-        return (query - key).abs() <= width
+        return abs(query - key) <= width
 
     def closed_over(row, head, query, key):
-        return (query - key).abs() <= window
+        return abs(key - query) < window + 1
 
-    kinds = [recognise(of_transformers(function))[0].kind for function in (positional, keyword, closed_over)]
-    assert kinds == [PatternKind.DENSE, PatternKind.DENSE, PatternKind.BAND]
+    def of_module(row, head, query, key):
+        return (query - key <= _WINDOW) & (query - key >= -_WINDOW) & (-(query - key) < _WINDOW + 1)
+
+    for function in (positional, keyword, closed_over, of_module):
+        found, *_ = recognise(function)
+        assert (found.kind, found.left, found.right) == (PatternKind.BAND, 3, 3)
 
 
-PROBED: list[int] = []
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_a_window_is_probed_at_few_positions(size: int) -> None:
+def test_a_number_of_a_module_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
     def window(row, head, query, key):
-        PROBED.append(key.numel())
-        return key > query - size
+        return abs(query - key) <= _WINDOW
 
-    PROBED.clear()
-    pattern._probe.cache_clear()
-    for _ in range(2):
-        assert recognise(of_transformers(window))[0].left == size - 1
-    assert len(PROBED) == 1
-    assert PROBED[0] < (400_000 if size < 2045 else 50_000)
+    window.__module__ = "transformers.models.mine.modeling_mine"
+    assert recognise(window)[0].left == 3
+    monkeypatch.setitem(globals(), "_WINDOW", 5)
+    assert recognise(window)[0].left == 5
+
+
+def looks_for_a_tensor(row, head, query, key):
+    return query % 2 == 0 if isinstance(query, torch.Tensor) else key <= query
+
+
+def looks_for_an_attribute(row, head, query, key):
+    return query % 2 == 0 if hasattr(query, "shape") else key <= query
+
+
+UNKNOWN: list[MaskFunction] = [
+    looks_for_a_tensor,
+    looks_for_an_attribute,
+    lambda row, head, query, key: _IDS[query] == _IDS[key],
+    lambda row, head, query, key: _IDS.numpy()[query] <= 3,
+    lambda row, head, query, key: [True, False][query],
+    lambda row, head, query, key: {0: True}[query],
+    lambda row, head, query, key: torch.where(abs(query - key) <= _WINDOW, True, False),
+    lambda row, head, query, key: (key <= query) & (_IDS[1:4] > 0),
+    lambda row, head, query, key: (key <= query) | (key >= query + 3),
+    lambda row, head, query, key: key < query,
+]
+
+
+@pytest.mark.parametrize("function", UNKNOWN)
+def test_what_a_symbol_cannot_answer_is_dense(function: MaskFunction) -> None:
+    assert recognise(function)[0].kind is PatternKind.DENSE
+
+
+# EmbeddingGemma's masks: a union with a constant, and with a window that is wider to the right.
+UNIONS: list[tuple[MaskFunction, int | None, int | None]] = [
+    (or_masks(causal_mask_function, lambda *args: torch.tensor(True, dtype=torch.bool)), None, None),
+    (or_masks(causal_mask_function, lambda *args: torch.tensor(False)), None, 0),
+    (
+        or_masks(sliding_window_causal_mask_function(4), lambda row, head, query, key: abs(query - key) < 4),
+        3,
+        3,
+    ),
+    (and_masks(causal_mask_function, lambda *args: torch.tensor(True)), None, 0),
+]
+
+
+@pytest.mark.parametrize(("function", "left", "right"), UNIONS)
+def test_unions_of_bands(function: MaskFunction, left: int | None, right: int | None) -> None:
+    found, *_ = recognise(function)
+    assert (found.kind, found.left, found.right) == (PatternKind.BAND, left, right)
+
+
+def sees(sequences: torch.Tensor, positions: torch.Tensor) -> MaskFunction:
+    """A mask function of the user's, with tables of the user's."""
+
+    def function(row, head, query, key):
+        return (positions[row, key] <= positions[row, query]) & (sequences[row, query] == sequences[row, key])
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("sequences", "positions", "is_dense"),
+    [
+        ([[0, 0, 1, 1]], [[0, 1, 0, 1]], False),
+        ([[0, 0, 1, 1]], [[0, 1, 5, 6]], False),
+        ([[0, 0, 1, 1]], [[0, 1, 1, 0]], True),
+        ([[0, 0, 1, 1]], [[0, 0, 0, 1]], True),
+        ([[0, 1, 0, 1]], [[0, 1, 2, 3]], True),
+        ([[0, 0, 1, 1, 1]], [[0, 1, 0, 1, 2]], True),
+    ],
+)
+def test_packed_sequences_count_by_one(sequences: list, positions: list, is_dense: bool) -> None:
+    function = sees(torch.tensor(sequences), torch.tensor(positions))
+    mask = lazy_mask(1, 4, 4, 0, 0, function, None, torch.float32, "cpu", use_vmap=True)
+    assert (mask.spec.pattern.kind is PatternKind.DENSE or mask.has_holes) == is_dense
+    if not is_dense:
+        assert mask.layout_of_forward(keep_padded_queries=False).query.lengths == (2, 2)
+
+
+BLOCKS = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2]])
+ARGUMENTS = {
+    "sliding_window": 3, "chunk_size": 4, "left_padding": torch.zeros(1, dtype=torch.long),
+    "block_sequence_ids": BLOCKS, "padding_mask": BLOCKS > 0, "packed_sequence_mask": BLOCKS,
+    "q_offset": 0, "kv_offset": 0,
+    "mask_function": sliding_window_causal_mask_function(3), "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 0, 1]]),
+}  # fmt: skip
+MAKERS = [
+    name
+    for name, maker in vars(masking_utils).items()
+    if name.endswith(("_overlay", "_mask_function", "_packed_sequence"))
+    and set(inspect.signature(maker).parameters) <= ARGUMENTS.keys()
+]
+KNOWN = {
+    "sliding_window_overlay", "sliding_window_causal_mask_function", "sliding_window_bidirectional_overlay",
+    "sliding_window_bidirectional_mask_function", "packed_sequence_mask_function",
+    "add_offsets_to_mask_function",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("joins", [None, and_masks, or_masks])
+def test_makers_of_transformers(name: str, packs: bool, joins: Callable | None) -> None:
+    make = getattr(masking_utils, name)
+    made = make(*[ARGUMENTS[parameter] for parameter in inspect.signature(make).parameters])
+    function = made if joins is None else joins(causal_mask_function, made)
+    if packs:
+        function = and_masks(function, masking_utils.packed_sequence_mask_function(BLOCKS))
+    found, packed, positions = recognise(function)
+    if found.kind is PatternKind.DENSE:
+        assert name not in KNOWN or joins is or_masks or packs
+        return
+    queries, keys = torch.arange(8)[:, None], torch.arange(8)[None]
+    zero = torch.tensor(0)
+    expected = torch.ones(8, 8, dtype=torch.bool)
+    if found.left is not None:
+        expected &= queries - keys <= found.left
+    if found.right is not None:
+        expected &= keys - queries <= found.right
+    if packed is not None:
+        expected &= packed[0][queries] == packed[0][keys]
+    assert torch.equal(function(zero, zero, queries, keys).broadcast_to(8, 8), expected)
+    assert positions is None or packed is not None

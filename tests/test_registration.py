@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    DebertaV2Config,
+    DPRConfig,
     FalconConfig,
     FalconModel,
     GitConfig,
@@ -29,13 +32,17 @@ from transformers import (
     GptOssConfig,
     GptOssModel,
     MPNetConfig,
+    PreTrainedConfig,
 )
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.models.gptj import modeling_gptj
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn import dispatch
 from hf_flashinfer_attn.hooks import weights_are_collected
 from hf_flashinfer_attn.integration import attention_forward, attention_mask
+from model_families import FAMILIES, find_class
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIG = BertConfig(**TINY, vocab_size=50)
@@ -223,7 +230,11 @@ def test_the_collector_of_weights_is_where_the_hook_looks() -> None:
             GPTNeoConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]),
         ),
         (BarkSemanticModel, BarkSemanticConfig(hidden_size=32, num_layers=2, num_heads=2)),
-        (GPTJModel, GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8)),
+        pytest.param(
+            GPTJModel,
+            GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8),
+            marks=pytest.mark.skipif(hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS"), reason="is on the interface"),
+        ),
         (FalconModel, FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)),
     ],
 )
@@ -234,3 +245,48 @@ def test_models_that_call_flash_attn_themselves_are_refused_by_name(model_class,
     assert "eager" in others
     for other in others:
         assert model_class._from_config(config, attn_implementation=other).config._attn_implementation == other
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            MPNetConfig(**TINY),
+            "does nothing for mpnet: its attention is its own, until unpad(model) exchanges it",
+        ),
+        (DebertaV2Config(**TINY), "does nothing for deberta-v2: its attention is its own"),
+        (BertConfig(**TINY), None),
+        # Its backbone is another model's.
+        (DPRConfig(**TINY), None),
+        (CLIPConfig(), None),
+    ],
+)
+def test_a_model_that_never_calls_us_is_named(
+    config: PreTrainedConfig, says: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_logged", set())
+    with torch.device("meta"), caplog.at_level(logging.WARNING, logger="hf_flashinfer_attn"):
+        for _ in range(2):
+            AutoModel.from_config(copy.deepcopy(config), attn_implementation="flashinfer")
+            AutoModel.from_config(copy.deepcopy(config), attn_implementation="eager")
+    lines = [record.message for record in caplog.records if "does nothing" in record.message]
+    assert [line.endswith(str(says)) for line in lines] == [True] * (says is not None)
+
+
+def test_families_on_the_interface_are_not_said_to_have_attention_of_their_own(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_logged", set())
+    silent = 0
+    for family in FAMILIES:
+        if family.kind != "text" or not family.is_in_this_transformers or not family.takes_any_name:
+            continue
+        caplog.clear()
+        with torch.device("meta"), caplog.at_level(logging.WARNING, logger="hf_flashinfer_attn"):
+            find_class(family.model_class, "modeling")._from_config(
+                family.make_config(), attn_implementation="flashinfer"
+            )
+        says = "does nothing" in caplog.text
+        assert not (says and family.is_on_the_interface), family.name
+        silent += not says and not family.is_on_the_interface
+    assert silent <= 6

@@ -70,7 +70,7 @@ def test_symbols_agree_with_closures(make: Callable, traced: bool) -> None:
     left, right, found = (torch.compile(bounds, backend="eager", fullgraph=True) if traced else bounds)(
         SEQUENCES, POSITIONS
     )
-    pattern, sequences = recognise(make(SEQUENCES, POSITIONS))
+    pattern, sequences, _ = recognise(make(SEQUENCES, POSITIONS))
     assert band(left, right) == pattern
     assert (found is None) == (sequences is None)
     assert found is None or torch.equal(found, sequences)
