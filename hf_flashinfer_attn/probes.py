@@ -108,7 +108,7 @@ def probe_cache() -> tuple[Probe, ...]:
     )
 
 
-# What comes out of the import of a package that does not fit its surroundings.
+# Errors an incompatible package may raise on import.
 IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, ValueError, TypeError, KeyError)
 _GNU = r"(?:version|\)) (\d\S*)"
 

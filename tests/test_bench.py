@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from benchmarks import make_tables
 from hf_flashinfer_attn import bench, cli
@@ -67,7 +75,7 @@ def shape_model(shape: str, layers: int = 3) -> PreTrainedModel:
     if hasattr(config, "head_dim"):
         narrow |= {"head_dim": 32, "num_key_value_heads": 1}
     config = type(config)(**{**config.to_dict(), **narrow})
-    return bench.measure.AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    return AutoModel.from_config(config, attn_implementation="sdpa").eval()
 
 
 @pytest.mark.parametrize(

@@ -10,26 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from ..environment import describe_environment
 from ..errors import UnsupportedAttentionError, first_line
-from ..pretrained import reading
 from ..trace import Trace, trace
 from .contenders import BASELINE, CONTENDERS, Contender
 from .errors import BenchError
 from .floors import MachineRates, count_work, measure_rates, synchronise
+from .subjects import OnStep, Subject, load_subjects, shown_name
 from .verify import Verdict, judge, make_reference
-from .workload import SHAPES, PaddedBatch, RequestSet, shape_config, synthetic_batches, text_batches
+from .workload import SHAPES, PaddedBatch, RequestSet, synthetic_batches, text_batches
 
-__all__ = ["BenchReport", "Cell", "OnStep", "Outcome", "Plan", "run_bench", "shown_name"]
-
-OnStep = Callable[[str, str], None]
+__all__ = ["BenchReport", "Cell", "Outcome", "Plan", "run_bench"]
 
 TEXTS_BATCH_SIZE = 64
 
@@ -208,14 +204,6 @@ class _Entry:
     peak: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    name: str
-    model: PreTrainedModel
-    longest: int | None
-    prepared: dict[str, Any]
-
-
 def run_bench(
     plan: Plan,
     *,
@@ -248,7 +236,7 @@ def run_bench(
     on_step("measuring this machine's rates", "")
     name = str(dtype).removeprefix("torch.")
     report = BenchReport(describe_environment(), device.type, name, plan.repeats, measure_rates(device, dtype))
-    for subject in _subjects(plan, device, dtype, on_step):
+    for subject in load_subjects(plan.model, plan.shapes, plan.layers, device, dtype, on_step):
         for lengths, batch_size, batches in _request_batches(plan, subject, device, report.skipped):
             cell = _measure_cell(subject, lengths, batch_size, batches, contenders, report.rates, plan, on_step)
             report.cells.append(cell)
@@ -259,11 +247,6 @@ def run_bench(
     if not report.cells:
         raise BenchError(f"nothing was measured: {'; '.join(report.skipped)}.")
     return report
-
-
-def shown_name(model: str) -> str:
-    """Returns the name of a model for people: of an absolute path its last part; an id of a hub stays whole."""
-    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _choose_device(name: str) -> torch.device:
@@ -310,50 +293,8 @@ def _check(plan: Plan) -> None:
         raise BenchError("layers are for named shapes; a model of yours has its own (--layers with --shape).")
 
 
-def _subjects(plan: Plan, device: torch.device, dtype: torch.dtype, on_step: OnStep) -> Iterator[_Subject]:
-    for name in [plan.model] if plan.model is not None else plan.shapes:
-        on_step(f"{shown_name(name)}: loading", "")
-        model = _load(name, dtype) if plan.model is not None else _random_model(name, plan.layers, device, dtype)
-        model.to(device).eval()
-        if hasattr(model.config, "use_cache"):
-            # Nothing is generated here, and keeping keys and values of all layers would cost memory.
-            model.config.use_cache = False
-        yield _Subject(name, model, _longest(model), {})
-
-
-def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    with reading(name):
-        config = AutoConfig.from_pretrained(name)
-    try:
-        model: PreTrainedModel = AutoModel.from_pretrained(
-            name, config=config, attn_implementation=BASELINE, dtype=dtype
-        )
-    except (OSError, ValueError) as error:
-        raise BenchError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
-    return model
-
-
-def _random_model(name: str, layers: int | None, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    config = shape_config(name, layers)
-    auto = AutoModelForSequenceClassification if config.architectures else AutoModel
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), device:
-        torch.manual_seed(0)
-        model: PreTrainedModel = auto.from_config(config, attn_implementation=BASELINE, dtype=dtype)
-    return model
-
-
-def _longest(model: PreTrainedModel) -> int | None:
-    """How many tokens of one request the model takes."""
-    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            # RoBERTa and its like start to count after the id of padding.
-            longest = module.num_embeddings - module.padding_idx - 1
-    return longest
-
-
 def _request_batches(
-    plan: Plan, subject: _Subject, device: torch.device, skipped: list[str]
+    plan: Plan, subject: Subject, device: torch.device, skipped: list[str]
 ) -> Iterator[tuple[str, int, list[PaddedBatch]]]:
     if plan.texts is not None:
         try:
@@ -386,7 +327,7 @@ def _request_batches(
 
 
 def _measure_cell(
-    subject: _Subject,
+    subject: Subject,
     lengths: str,
     batch_size: int,
     batches: list[PaddedBatch],
@@ -466,7 +407,7 @@ def _attempt(entry: _Entry, device: torch.device, step: Callable[[], None]) -> N
         _free(device)
 
 
-def _warm_up(entry: _Entry, subject: _Subject, batches: Sequence[PaddedBatch], on_batch: Callable[[str], None]) -> None:
+def _warm_up(entry: _Entry, subject: Subject, batches: Sequence[PaddedBatch], on_batch: Callable[[str], None]) -> None:
     contender = entry.contender
     if contender.name not in subject.prepared:
         subject.prepared[contender.name] = contender.prepare_model(subject.model)

@@ -8,7 +8,7 @@ from typing import Any
 
 from .contenders import BASELINE
 from .errors import BenchError
-from .measure import shown_name
+from .subjects import shown_name
 
 __all__ = ["draw_chart", "require_matplotlib"]
 

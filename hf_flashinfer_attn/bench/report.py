@@ -11,7 +11,8 @@ from typing import Any
 
 from ..html_table import html_table
 from .errors import BenchError
-from .measure import BenchReport, Cell, Outcome, shown_name
+from .measure import BenchReport, Cell, Outcome
+from .subjects import shown_name
 
 __all__ = ["COLUMNS_EXPLAINED", "FORMAT", "format_cell", "format_html", "load_reports", "report_figures"]
 
