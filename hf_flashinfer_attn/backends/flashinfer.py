@@ -445,7 +445,7 @@ class _SplitLayout:
         starts, ends = layout.query.offsets[:-1], layout.query.offsets[1:]
         queries = _ranges([*starts, *(end - tail for end, tail in zip(ends, tails))], [*heads, *tails])
         tail_keys = _ranges([end - length for end, length in zip(layout.key.offsets[1:], seen)], seen)
-        keys = torch.cat([torch.arange(layout.key.total_tokens), tail_keys])
+        keys = torch.cat([torch.arange(layout.key.total_tokens, device="cpu"), tail_keys])
         return cls(
             RaggedLayout.from_lengths(heads, layout.key.lengths),
             RaggedLayout.from_lengths(tails, seen),
@@ -484,9 +484,9 @@ def _plan_ahead(layout: RaggedLayout, key: PlanKey, left: int | None, right: int
 
 def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
     """Returns the positions of consecutive ranges, one after another, int64 on the host."""
-    counts = torch.tensor(lengths)
-    first = torch.tensor(starts) - (counts.cumsum(0) - counts)
-    return torch.arange(int(counts.sum())) + first.repeat_interleave(counts)
+    counts = torch.tensor(lengths, device="cpu")
+    first = torch.tensor(starts, device="cpu") - (counts.cumsum(0) - counts)
+    return torch.arange(int(counts.sum()), device="cpu") + first.repeat_interleave(counts)
 
 
 def _pad(tensor: torch.Tensor, size: int) -> torch.Tensor:
