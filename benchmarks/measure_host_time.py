@@ -37,7 +37,7 @@ from hf_flashinfer_attn import GraphOptions
 from hf_flashinfer_attn.bench.contenders import twin
 from hf_flashinfer_attn.bench.workload import REQUEST_SETS, shape_config, synthetic_batches
 from hf_flashinfer_attn.environment import describe_environment
-from hf_flashinfer_attn.unpadding import graphs, model, model_state
+from hf_flashinfer_attn.unpadding import graphs, hooks, model_state
 from hf_flashinfer_attn.unpadding.graphs import graphs_of
 from hf_flashinfer_attn.unpadding.packing import Packing
 
@@ -49,7 +49,7 @@ PLACES = {"cpu": CPU, DEVICE.type: DEVICE}
 ERROR_BOUND = 5e-3
 # By part, where its callers look it up; several functions may make up one.
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "packing": ((model, "_packing_of"), (model, "_packed_inputs"), (model, "offsets_of")),
+    "packing": ((hooks, "_packing_of"), (hooks, "_packed_inputs"), (hooks, "offsets_of")),
     "waiting for the GPU": ((torch.cuda.Event, "synchronize"),),
     "moving": ((Packing, "move"),),
     "is the model the captured one": ((model_state.ModelState, "holds"),),
@@ -107,11 +107,13 @@ class Timers:
     @contextmanager
     def around_parts(self, backbone: PreTrainedModel) -> Iterator[None]:
         # Not around the pooler itself: to graphs, its class would be another's.
-        family_of = model._family
+        family_of = hooks.required_family
         family = family_of(backbone)
         timed = replace(family, pool=self.timed("pooler", family.pool))
         patches = [
-            mock.patch.object(model, "_family", lambda one: timed if family_of(one) is family else family_of(one))
+            mock.patch.object(
+                hooks, "required_family", lambda one: timed if family_of(one) is family else family_of(one)
+            )
         ]
         patches += [
             mock.patch.object(owner, name, self.timed(part, getattr(owner, name)))

@@ -201,6 +201,7 @@ class KeepsPadding(BertSelfAttention):
 @torch.no_grad()
 def test_kept_padded_queries_are_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_logged", set())
+    hf_flashinfer_attn.configure(backend="torch")
     model = BertModel._from_config(BertConfig(**SMALL, vocab_size=50), attn_implementation="flashinfer").eval()
     for module in model.modules():
         if type(module) is BertSelfAttention:
@@ -255,6 +256,7 @@ def embedding_gemma(window: int) -> tuple[type[PreTrainedModel], PreTrainedConfi
 @pytest.mark.parametrize("padded", [True, False])
 @torch.no_grad()
 def test_windows_run_without_a_mask(make: Callable, window: int | None, padded: bool) -> None:
+    hf_flashinfer_attn.configure(backend="torch")
     model_class, config = make(window)
     eager, ours = pair(lambda kind: model_class._from_config(copy.deepcopy(config), attn_implementation=kind))
     if padded:

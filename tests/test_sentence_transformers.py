@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import snippets
 import torch
 import transformers
 from packaging.version import Version
@@ -396,9 +396,9 @@ def test_mobilebert_says_how_to_pad(texts: list[str], tmp_path: Path) -> None:
     torch.testing.assert_close(embeddings, expected, rtol=0, atol=TOLERANCE * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL))
+@pytest.mark.parametrize("block", snippets.python_blocks(DOCS))
 def test_python_block_of_the_docs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(block, str(DOCS), "exec"), {"path": str(demo.model_path())})
+    snippets.run(block)
     told = "GraphStatistics(captured=" if "cuda_graphs" in block else "layouts 1, host copies"
     assert told in capsys.readouterr().out
 
@@ -408,7 +408,7 @@ def test_python_block_of_the_docs(block: str, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def _no_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared_module, "SMALL_FLOPS", 0)
+    monkeypatch.setattr(prepared_module, "SMALL_LOGITS", 0)
 
 
 COMPARED = (
