@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, cast
@@ -263,7 +263,12 @@ def doctor(
     checks: tuple[KernelCheck, ...] = ()
     if check:
         of_model = plan if plan is not None and capability is None else None
-        checks = tuple(_checks(device if backend == "flashinfer" else torch.device("cpu"), of_model, on_step))
+        device_of_checks = device if backend == "flashinfer" else torch.device("cpu")
+        cases = tuple(dict.fromkeys(_cases_here(device_of_checks) if of_model is None else _cases_of(of_model)))
+        checks = tuple(_checks(device_of_checks, cases, on_step))
+        if backend == "flashinfer":
+            on_step("planning each kernel again")
+            sections += (Section("plans", tuple(_probe_plans(device, cases, checks))),)
         if backend == "flashinfer" and any(one.problem is not None for one in checks):
             obstacles.append("a kernel failed its check, see above")
     kernels = () if plan is None else _model_kernels(plan, of_here=capability is None)
@@ -378,20 +383,33 @@ class _Case:
         softcap = "" if self.softcap is None else f", softcap {self.softcap:g}"
         return f"{band(self.left, self.right).name}{softcap}{', bias' if self.biased else ''}"
 
+    def measure(self, device: torch.device) -> KernelError:
+        from .accuracy import measure_kernel_error
 
-def _checks(device: torch.device, plan: ModelPlan | None, on_step: Callable[[str], None]) -> Iterator[KernelCheck]:
-    from .accuracy import measure_kernel_error
+        return measure_kernel_error(
+            self.kernel, self.head_dim, dtype=self.dtype, device=device, left=self.left, right=self.right,
+            softcap=self.softcap, biased=self.biased,
+        )  # fmt: skip
 
-    cases = _cases_here(device) if plan is None else _cases_of(plan)
-    for case in dict.fromkeys(cases):
+
+def _probe_plans(device: torch.device, cases: Sequence[_Case], checks: Sequence[KernelCheck]) -> Iterator[Probe]:
+    """Says how FlashInfer plans for new lengths; kernels that passed their check run once more to find out."""
+    from .backends.wrappers import planning_ways
+
+    passed = {case.kernel: case for case, check in zip(cases, checks) if check.problem is None}
+    for case in passed.values():
+        case.measure(device)
+    for kernel, way in planning_ways().items():
+        yield Probe(kernel, way, way, is_problem=way != "recorded arguments")
+
+
+def _checks(device: torch.device, cases: Sequence[_Case], on_step: Callable[[str], None]) -> Iterator[KernelCheck]:
+    for case in cases:
         name, dtype = case.kernel or "torch", str(case.dtype).removeprefix("torch.")
         on_step(f"checking {name}, {dtype}, head_dim {case.head_dim}, {case.attention}")
         result, problem = None, None
         try:
-            result = measure_kernel_error(
-                case.kernel, case.head_dim, dtype=case.dtype, device=device, left=case.left, right=case.right,
-                softcap=case.softcap, biased=case.biased,
-            )  # fmt: skip
+            result = case.measure(device)
             # Not the other way round: an error may be NaN.
             if not result.ratio <= BUDGET:
                 problem = f"{result.ratio:.2f} times the error of sdpa, expected at most {BUDGET}"

@@ -523,3 +523,5 @@ def test_doctor_on_a_gpu() -> None:
     assert diagnosis.ready, str(diagnosis)
     assert diagnosis.backend == "flashinfer"
     assert {check.problem for check in diagnosis.checks} == {None}
+    (plans,) = (section for section in diagnosis.sections if section.name == "plans")
+    assert {probe.value for probe in plans.probes} == {"recorded arguments"}

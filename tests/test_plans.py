@@ -13,7 +13,7 @@ import torch
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn.backends import wrappers
-from hf_flashinfer_attn.backends.recording import find
+from hf_flashinfer_attn.backends.recorded_calls import find
 from hf_flashinfer_attn.backends.wrappers import (
     GraphWorkspace,
     GraphWrapper,

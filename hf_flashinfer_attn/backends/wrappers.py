@@ -20,7 +20,7 @@ from ..errors import UnsupportedAttentionError
 from ..layout import RaggedLayout, RaggedSide
 from ..trace import record_plan
 from .biased import biased_module_arguments
-from .recording import CallRecorder, Lengths, device_offsets_of, find, learn_planner, recording, share_workspace
+from .recorded_calls import CallRecorder, Lengths, device_offsets_of, find, learn_planner, recording, share_workspace
 
 __all__ = [
     "GraphWorkspace",
