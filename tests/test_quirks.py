@@ -133,6 +133,11 @@ def test_positions_that_were_written_to_are_read_again() -> None:
                     packed = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": keys}
                     close(attention_forward(layer, query, query, query, None, **packed)[0], expected)
             assert trace.layouts == 1
+    # Another model is given the same offsets after they were written to.
+    offsets[1] = others[1] = 3
+    packed = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": others}
+    for layer in pixtral("flashinfer").eval().transformer.layers:
+        close(attention_forward(layer.attention, query, query, query, None, **packed)[0], by_parts([3, 3]))
 
 
 def test_a_subclass_that_reads_neighbours_is_not_packed() -> None:
