@@ -176,6 +176,9 @@ UNKNOWN: list[MaskFunction] = [
     lambda row, head, query, key: (key <= query) & (_IDS[1:4] > 0),
     lambda row, head, query, key: (key <= query) | (key >= query + 3),
     lambda row, head, query, key: key < query,
+    # A distance of 200 wraps around.
+    lambda row, head, query, key: abs((query - key).to(torch.int8)) <= _WINDOW,
+    lambda row, head, query, key: key.to(torch.bool) <= query.to(dtype=torch.bool),
 ]
 
 
