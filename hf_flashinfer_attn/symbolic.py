@@ -196,7 +196,10 @@ class Visible(_Symbol):
 
     @property
     def is_empty(self) -> bool:
-        return self.left is not None and self.right is not None and self.left + self.right < 0
+        # Where positions count, one of the bounds may still count slots.
+        if self.positions is not None or self.left is None or self.right is None:
+            return False
+        return self.left + self.right < 0
 
 
 def _constant(value: object) -> bool | None:
