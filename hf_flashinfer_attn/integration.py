@@ -182,8 +182,11 @@ def attention_forward(
         raise UnsupportedAttentionError(
             "one of cu_seq_lens_q and cu_seq_lens_k without the other", "Pass both, or neither with a padding mask."
         )
-    joins_tokens = is_one_of(type(module), READS_NEIGHBOURS)
-    if cu_seq_lens_q is not None and joins_tokens and getattr(getattr(module, "config", None), "trigram_input", True):
+    if (
+        cu_seq_lens_q is not None
+        and is_one_of(type(module), READS_NEIGHBOURS)
+        and getattr(getattr(module, "config", None), "trigram_input", True)
+    ):
         raise UnsupportedAttentionError(
             f"packed sequences in {type(module).__name__}: the model's embeddings join each token with its neighbours, "
             "which packing takes from other sequences",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 
@@ -41,6 +42,7 @@ READS_NEIGHBOURS = frozenset({"MobileBertSelfAttention"})
 PACKED_IMAGES = frozenset({"PixtralAttention"})
 # Tensors that belong to a layer's own sequence, by what their names contain. Any other tensor may be another sequence.
 _OWN_TENSORS = ("attention_mask", "position", "seqlen", "cache", "past", "freqs", "rotary", "value_embeds", "codebook")
+_ANYTHING = frozenset(map(str, (inspect.Parameter.empty, Any, object, "Any", "object")))
 # Encoders whose layers can take a second sequence, which these models never pass.
 _ENCODER_ONLY_LAYERS = frozenset(
     {
@@ -82,11 +84,11 @@ def _parameter_of_second_sequence(layer: type, is_encoder: bool) -> str | None:
     # `self` and the layer's input come first.
     for parameter in list(inspect.signature(vars(owner)["forward"]).parameters.values())[2:]:
         kind, annotation = parameter.kind, str(parameter.annotation)
-        may_be_tensor = parameter.annotation is parameter.empty or "Tensor" in annotation
+        may_be_tensor = annotation in _ANYTHING or "Tensor" in annotation
         if kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not may_be_tensor:
             continue
         name = parameter.name
-        if name not in ("hidden_states", "mask") and not any(own in name for own in _OWN_TENSORS):
+        if name != "mask" and not any(own in name for own in _OWN_TENSORS):
             return name
     return None
 

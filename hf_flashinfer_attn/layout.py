@@ -418,22 +418,22 @@ def with_versions(layer: object, *tensors: torch.Tensor) -> tuple[torch.Tensor, 
     """Returns copies that count versions of inference tensors that every layer of a forward is given; others as is.
 
     Nothing tells whether an inference tensor was written to. The copies are made once per forward: a layer that is
-    given the same tensors a second time is in another forward.
+    given the same tensors a second time, or one of another model, is in another forward.
 
     Args:
-        layer: That is given the tensors.
+        layer: That is given the tensors; layers of one model share their `config`.
         tensors: Offsets or positions. Offsets of this package are never written to.
     """
     first, *others = tensors
     if not any(tensor.is_inference() for tensor in tensors) or hasattr(first, "_packed_layout"):
         return tensors
     # What is the first tensor itself is not named, so that no cycle keeps it alive.
-    rest = [None if other is first else other for other in others]
+    of = [getattr(layer, "config", object()), *(None if other is first else other for other in others)]
     known: tuple[Any, Any, set[int]] | None = getattr(first, "_with_versions", None)
-    if known is None or id(layer) in known[2] or any(one is not other for one, other in zip(known[1], rest)):
+    if known is None or id(layer) in known[2] or any(one is not other for one, other in zip(known[1], of)):
         with torch.inference_mode(False), torch.no_grad():
             made = {id(tensor): tensor.clone() for tensor in tensors}
-        known = tuple(made[id(tensor)] for tensor in tensors), rest, set()
+        known = tuple(made[id(tensor)] for tensor in tensors), of, set()
         first._with_versions = known  # type: ignore[attr-defined]
     known[2].add(id(layer))
     copies: tuple[torch.Tensor, ...] = known[0]

@@ -26,7 +26,8 @@ class _Symbol:
         raise TypeError(f"a mask function that reads {name!r} of a position is not known")
 
     def to(self, *args: Any, **kwargs: Any) -> _Symbol:
-        return self
+        # To the device of another, as transformers does; another dtype may round or wrap around.
+        return self if args == (None,) and not kwargs else _Symbol()
 
     def new_zeros(self, *args: Any, **kwargs: Any) -> _Symbol:
         return Visible(-1, -1)
@@ -195,7 +196,10 @@ class Visible(_Symbol):
 
     @property
     def is_empty(self) -> bool:
-        return self.left is not None and self.right is not None and self.left + self.right < 0
+        # Where positions count, one of the bounds may still count slots.
+        if self.positions is not None or self.left is None or self.right is None:
+            return False
+        return self.left + self.right < 0
 
 
 def _constant(value: object) -> bool | None:

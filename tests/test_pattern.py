@@ -26,6 +26,7 @@ MaskFunction = Callable[..., torch.Tensor]
 SIZES = [3, 128, 2043, 262_144, 2**31 - 1]
 _WINDOW = 3
 _IDS = torch.arange(9)
+_COUNTED = torch.tensor([[0, 1, 2, 0, 1, 2]])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -176,6 +177,13 @@ UNKNOWN: list[MaskFunction] = [
     lambda row, head, query, key: (key <= query) & (_IDS[1:4] > 0),
     lambda row, head, query, key: (key <= query) | (key >= query + 3),
     lambda row, head, query, key: key < query,
+    # Empty only where both distances are counted alike.
+    lambda row, head, query, key: (
+        ((_COUNTED[row, query] - _COUNTED[row, key] <= -1) & (key < query)) | (query - key <= _WINDOW)
+    ),
+    # A distance of 200 wraps around.
+    lambda row, head, query, key: abs((query - key).to(torch.int8)) <= _WINDOW,
+    lambda row, head, query, key: key.to(torch.bool) <= query.to(dtype=torch.bool),
 ]
 
 

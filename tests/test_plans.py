@@ -292,6 +292,17 @@ def test_pools_of_wrappers_are_bounded(module: StandIn) -> None:
     assert sum(one() is not None for one in made) <= 16 * 4 + 2
 
 
+def test_a_device_keeps_its_pools_while_another_has_many(module: StandIn) -> None:
+    kind, other = wrappers.ModuleKind("fa2", None), torch.device("meta")
+    kept = wrappers._pool_of(kind, other, 0)
+    for stream in range(40):
+        wrappers._pool_of(kind, CPU, stream)
+    assert wrappers._pool_of(kind, other, 0) is kept
+    for stream in range(1, 17):
+        wrappers._pool_of(kind, other, stream)
+    assert kept.is_evicted
+
+
 def test_plans_of_captured_graphs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wrappers, "_captured", set())
     layouts = [RaggedLayout.from_lengths([1]) for _ in range(257)]

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     BartConfig,
     BertConfig,
     BertModel,
+    Cache,
     Gemma3TextConfig,
     Gemma3TextModel,
     MistralConfig,
@@ -133,6 +135,11 @@ def test_positions_that_were_written_to_are_read_again() -> None:
                     packed = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": keys}
                     close(attention_forward(layer, query, query, query, None, **packed)[0], expected)
             assert trace.layouts == 1
+    # Another model is given the same offsets after they were written to.
+    offsets[1] = others[1] = 3
+    packed = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": others}
+    for layer in pixtral("flashinfer").eval().transformer.layers:
+        close(attention_forward(layer.attention, query, query, query, None, **packed)[0], by_parts([3, 3]))
 
 
 def test_a_subclass_that_reads_neighbours_is_not_packed() -> None:
@@ -146,7 +153,7 @@ def test_a_subclass_that_reads_neighbours_is_not_packed() -> None:
 
 def layer_of(parameters: str, base: type = nn.Module) -> nn.Module:
     """A layer of the user's whose forward takes these parameters after its input."""
-    scope = {"torch": torch, "Cache": object, "Tensor": torch.Tensor}
+    scope = {"Any": Any, "Cache": Cache, "Tensor": torch.Tensor}
     exec(f"def forward(self, states, {parameters}): ...", scope)
     layer = type("Mine", (base,), {"forward": scope["forward"]})
     made: nn.Module = layer.__new__(layer)
@@ -168,6 +175,9 @@ def layer_of(parameters: str, base: type = nn.Module) -> nn.Module:
         ("context: Tensor, attention_mask: Tensor", "context"),
         ("something_new: Tensor | None = None", "something_new"),
         ("something_new=None", "something_new"),
+        ("something_new: Any = None", "something_new"),
+        ("something_new: object = None", "something_new"),
+        ("hidden_states: Tensor", "hidden_states"),
         ("shared: dict[str, tuple[Tensor, Tensor]]", "shared"),
     ],
 )

@@ -358,6 +358,7 @@ class WrapperPool:
 # Least recently used first: servers may make a stream for each request.
 _pools: OrderedDict[tuple[ModuleKind, torch.device, int], WrapperPool] = OrderedDict()
 _pools_lock = threading.Lock()
+# On each device.
 _MOST_POOLS = 16
 # Wrappers to be freed as soon as nothing is copied from their pinned memory any more.
 _evicted: deque[Wrapper] = deque()
@@ -374,8 +375,9 @@ def _pool_of(module: ModuleKind, device: torch.device, stream: int) -> WrapperPo
                 _evicted.append(wrapper)
         pool = _pools.get((module, device, stream))
         if pool is None:
-            if len(_pools) >= _MOST_POOLS:
-                _pools.popitem(last=False)[1].evict()
+            on_device = [place for place in _pools if place[1] == device]
+            if len(on_device) >= _MOST_POOLS:
+                _pools.pop(on_device[0]).evict()
             pool = _pools[module, device, stream] = WrapperPool(module, device)
         _pools.move_to_end((module, device, stream))
         return pool
