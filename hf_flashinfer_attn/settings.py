@@ -27,14 +27,14 @@ class Settings:
     Args:
         backend: "auto" takes FlashInfer where there is a CUDA GPU for it and torch elsewhere; a backend asked for by
             name never falls back.
-        strict: Whether a fallback raises an error instead of being logged once: [`BackendUnavailableError`] where
-            FlashInfer cannot run at all, [`UnsupportedAttentionError`] for a call that its kernels do not compute and
-            for a forward that `unpad` leaves padded. With `backend="torch"`, torch is no fallback.
+        strict: Whether a fallback raises an error instead of being logged once: [`BackendUnavailableError`] if
+            FlashInfer cannot run here, [`UnsupportedAttentionError`] if its kernels do not support a call or `unpad`
+            leaves a forward padded. With `backend="torch"`, the torch backend is not a fallback.
         jit: What becomes of attention whose kernel is not compiled yet. "wait" compiles it and says so; "background"
             compiles it in a thread while torch serves, or waits where `backend` or `strict` rule that out; "never"
             compiles nothing: torch serves, or an error is raised where that is ruled out.
-        padded_queries: "drop" computes no attention for padding; "keep" computes it as eager attention does, for models
-            and losses that read padded positions.
+        padded_queries: "drop" skips attention of padding; "keep" computes it as eager attention does, for models and
+            losses that read padded positions.
 
     Raises:
         ValueError: If a value is not known.
@@ -118,7 +118,7 @@ def configure(
         strict: Whether fallbacks raise. Environment variable: `HF_FLASHINFER_ATTN_STRICT`.
         jit: "wait", "background" or "never", while a kernel is not compiled. Environment variable:
             `HF_FLASHINFER_ATTN_JIT`. What could not be compiled is tried again after this call.
-        padded_queries: "drop" or "keep", for attention of padded positions. Environment variable:
+        padded_queries: "drop" or "keep" the attention of padded positions. Environment variable:
             `HF_FLASHINFER_ATTN_PADDED_QUERIES`.
 
     Returns:

@@ -23,9 +23,9 @@ class AttentionCall:
         kernel: Who computed it.
         head_dim: The widest of the query's and the value's, elements.
         padded_head_dim: What it was padded to for the kernel; the same where it was not.
-        reason: Why FlashInfer did not compute the call; None if it did, or if what did was asked for by name or is
-            faster.
-        note: Why the call computed padded query rows as well; None if it did not.
+        reason: Why FlashInfer did not run the call; None if it did, or if another kernel was selected by the settings
+            or is faster.
+        note: Why the call also computed padded queries; None if it did not.
 
     Examples:
         >>> from hf_flashinfer_attn import AttentionCall

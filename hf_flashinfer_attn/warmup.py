@@ -147,7 +147,7 @@ def warmup(
             take; needs a GPU, and a path or id. Graphs live in one process, so that a server captures its own, with
             `capture_graphs`. What lasts is what the check compiles: kernels, of Triton too.
         workers: Compilers to run at a time; by default as many as there are cores and memory for.
-        progress: Whether to show a bar on stderr, or lines where there is no terminal.
+        progress: Whether to show a bar on stderr, or lines if stderr is no terminal.
 
     Returns:
         What was done. Kernels that could not be compiled are in it with the path of the compiler's log.
