@@ -415,19 +415,19 @@ def versions_of(query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> tuple
 
 
 def with_versions(layer: object, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Returns copies of inference tensors that have a version counter; other tensors are returned unchanged.
+    """Returns copies that count versions of inference tensors that every layer of a forward is given; others as is.
 
-    Writes to an inference tensor cannot be detected. The copies are made once per forward and shared by its layers: a
-    layer that gets the same tensors again is in another forward.
+    Nothing tells whether an inference tensor was written to. The copies are made once per forward: a layer that is
+    given the same tensors a second time is in another forward.
 
     Args:
-        layer: The layer that got the tensors.
-        tensors: Offsets or positions. This package's own offsets are never written to, and not copied.
+        layer: That is given the tensors.
+        tensors: Offsets or positions. Offsets of this package are never written to.
     """
     first, *others = tensors
     if not any(tensor.is_inference() for tensor in tensors) or hasattr(first, "_packed_layout"):
         return tensors
-    # None for the first tensor itself, to avoid a reference cycle.
+    # What is the first tensor itself is not named, so that no cycle keeps it alive.
     rest = [None if other is first else other for other in others]
     known: tuple[Any, Any, set[int]] | None = getattr(first, "_with_versions", None)
     if known is None or id(layer) in known[2] or any(one is not other for one, other in zip(known[1], rest)):
