@@ -84,16 +84,16 @@ class ModelKernel:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What `doctor` found; `print(diagnosis)` shows one screen.
+    """Result of `doctor`; `print(diagnosis)` shows one screen.
 
     Args:
         sections: Versions, GPUs, compilers and the kernel cache.
-        device: What attention would run on here: "cuda:0" or "cpu".
-        backend: Which backend would run there: "flashinfer" or "torch"; None where calls would raise.
-        obstacles: Why "flashinfer" would not run on a GPU here, and what to do; empty if it would.
-        plan: What the model would use; None if none was asked about.
-        kernels: Of FlashInfer that it may need.
-        checks: The kernels that were run; empty if that was not asked for.
+        device: Device that attention would run on: "cuda:0" or "cpu".
+        backend: Selected backend, "flashinfer" or "torch"; None if calls would raise an error.
+        obstacles: Why FlashInfer would not run on a GPU here, and the way out; empty if it would.
+        plan: Kernels of the model's layers; None without a model.
+        kernels: FlashInfer kernels that the model may need.
+        checks: Errors of the kernels; empty without `check`.
 
     Examples:
         >>> from hf_flashinfer_attn import Diagnosis
@@ -111,7 +111,7 @@ class Diagnosis:
 
     @property
     def ready(self) -> bool:
-        """Whether "flashinfer" would run on a GPU here."""
+        """Whether FlashInfer would run on a GPU here."""
         return not self.obstacles
 
     def to_dict(self) -> dict[str, object]:

@@ -82,7 +82,7 @@ class ModelPlan:
     """What a model would use; `print(plan)` shows a table.
 
     Args:
-        model_type: Of the config.
+        model_type: Model type of the config.
         class_name: Of the model; that of the config where no model could be built.
         dtype: Of the weights.
         capability: Compute capability of the GPU; None for none, where the torch backend runs.

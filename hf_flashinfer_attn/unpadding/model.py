@@ -181,7 +181,7 @@ def _require_graphs(backbone: PreTrainedModel) -> None:
 
 
 def graph_statistics(model: torch.nn.Module) -> GraphStatistics:
-    """Returns what the CUDA graphs of a model did since `unpad`; of a model with several backbones, of all.
+    """Returns the statistics of a model's CUDA graphs since `unpad`, summed over its backbones.
 
     Args:
         model: What `unpad` was called with.
@@ -200,7 +200,7 @@ def graph_statistics(model: torch.nn.Module) -> GraphStatistics:
 
 
 def repad(model: Module) -> Module:
-    """Undoes `unpad`, in place; harmless where there is nothing to undo.
+    """Undoes `unpad`, in place; has no effect on other models.
 
     Args:
         model: What `unpad` was called with, or a copy.
