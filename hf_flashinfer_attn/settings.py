@@ -31,8 +31,8 @@ class Settings:
             FlashInfer cannot run here, [`UnsupportedAttentionError`] if its kernels do not support a call or `unpad`
             leaves a forward padded. With `backend="torch"`, the torch backend is not a fallback.
         jit: What to do if a kernel is not compiled. "wait" compiles it during the forward; "background" compiles it in
-            a thread while the torch backend runs; "never" runs the torch backend. Where `backend` or `strict` forbid the
-            torch backend, "background" waits and "never" raises an error.
+            a thread while the torch backend runs; "never" runs the torch backend. Where `backend` or `strict` forbid
+            the torch backend, "background" waits and "never" raises an error.
         padded_queries: "drop" skips attention of padding; "keep" computes it as eager attention does, for models and
             losses that read padded positions.
 
