@@ -88,27 +88,27 @@ def _support_page() -> str:
 
 ## What runs where
 
-On a GPU that FlashInfer supports. `backend="torch"`, and a machine without such a GPU, compute the same on the torch
-backend, and what needs a whole mask in dense attention. Where the table says "logged once",
+On a GPU that FlashInfer supports. With `backend="torch"`, and on machines without such a GPU, the torch backend
+computes the same, and dense attention what needs a materialised mask. Where the table says "logged once",
 `configure(strict=True)` raises `UnsupportedAttentionError` instead.
 
 {support.support_table()}
 
 FlashInfer's kernels need a GPU of compute capability: {needed}. They exist for
-head_dim {sizes}; others are padded to the next of these.
+head_dim {sizes}; other sizes are padded to the next of these.
 
-## What `unpad` takes
+## What `unpad` supports
 
-These backbones, and models and heads that contain them. Some of their forwards
+These backbones, and models and heads that contain them. Some forwards
 [stay padded](unpad.md#what-stays-padded), and some run [without CUDA graphs](unpad.md#cuda-graphs).
 
 {support.unpadding_table()}
 
 ## What `unpad` refuses
 
-Any other model is refused, with the list of those that are known. For these the error says why. Without `unpad` they
-run: their attention goes through "flashinfer" where they leave it to transformers, and gets the usual mask where they
-do not.
+`unpad` raises an error for any other model, with a list of the known ones. For the models below the error names the
+reason. They run without `unpad`: their attention uses "flashinfer" where it goes through transformers' interface, and
+otherwise gets the usual mask.
 
 {support.refused_table()}
 """

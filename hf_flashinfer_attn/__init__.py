@@ -9,8 +9,8 @@ Importing this package registers an attention implementation:
 
 import sys
 
-# `python -m hf_flashinfer_attn` and its script: help and wrong usage end here, before imports that take seconds.
-# While Python locates the module of -m, sys.argv[0] is "-m".
+# Started as `python -m hf_flashinfer_attn` or by its script: --help and usage errors end here, before the slow imports.
+# While Python locates the module for -m, sys.argv[0] is "-m".
 if (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__) or (
     sys.argv and sys.argv[0].endswith("hf-flashinfer-attn")
 ):

@@ -35,7 +35,7 @@ class RaggedCall:
         layer: What to call the layer in a trace.
         bias: Added to the logits.
         sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
-        note: What a trace says besides the reason of a fallback.
+        note: Shown in traces, besides the fallback reason.
     """
 
     query: torch.Tensor
@@ -53,11 +53,11 @@ class RaggedCall:
 
 
 def note_of(layout: RaggedLayout, kept_queries: str | None) -> str | None:
-    """Returns why padded query rows are computed, and logs it once; None where they are not.
+    """Logs once why padded queries are computed, and returns the reason; None if they are not.
 
     Args:
-        layout: Of the call.
-        kept_queries: Why they have to be, where there are any.
+        layout: Layout of the call.
+        kept_queries: Why padded queries, if there are any, must be computed.
     """
     if kept_queries is None or not layout.keeps_padded_queries:
         return None

@@ -1,4 +1,4 @@
-"""The command line. Parsing needs the standard library only; each subcommand imports what it runs when it runs."""
+"""The command line. Parsing imports the standard library only; each subcommand imports its own code when it runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_usage(argv: Sequence[str]) -> None:
-    """Parses arguments for their errors alone, before the imports that take seconds, and announces these.
+    """Checks the arguments before the slow imports, and announces those.
 
     Raises:
         SystemExit: On wrong usage (status 2), `--help` and `--version` (status 0).
@@ -88,10 +88,10 @@ def _add_command(commands: Subparsers, name: str, run: _Run, summary: str, more:
 
 
 def _add_demo(commands: Subparsers) -> None:
-    summary = "search Python's documentation with a real model, and compare with sdpa"
+    summary = "search Python's documentation with a real model, and compare it with sdpa"
     parser = _add_command(commands, "demo", _run_demo, summary)
     parser.add_argument(
-        "query", nargs="?", type=_query, metavar="QUERY", help="what to search for (default: a question that fits)"
+        "query", nargs="?", type=_query, metavar="QUERY", help="text to search for (default: a question about Python)"
     )
     parser.add_argument("--top-k", type=_positive, default=5, metavar="K", help="passages to show (default: 5)")
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="rows per forward (default: 64)")
@@ -130,15 +130,17 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
 
 def _add_bench(commands: Subparsers) -> None:
-    summary = "time whole models with us and without, on your texts or on named workloads; outputs are checked first"
+    summary = "benchmark whole models against sdpa, on your texts or a preset workload"
     more = (
-        "Prints a table per model and request set. The exit status is 1 if a contender failed or its outputs were "
-        "wrong; such a one is not timed."
+        "Outputs are verified first; an inaccurate variant is not timed. Prints a table per model and request set. The "
+        "exit status is 1 if a variant failed or its outputs were wrong."
     )
     parser = _add_command(commands, "bench", _run_bench, summary, more)
+    # The generated usage takes 14 lines, above each error.
+    parser.usage = "%(prog)s (--model PATH_OR_ID | --shape NAME,...) [options]"
     what = parser.add_argument_group("what to run")
     models = what.add_mutually_exclusive_group(required=True)
-    models.add_argument("--model", metavar="PATH_OR_ID", help="a model of yours")
+    models.add_argument("--model", metavar="PATH_OR_ID", help="your model")
     models.add_argument(
         "--shape",
         action=_Names,
@@ -146,22 +148,24 @@ def _add_bench(commands: Subparsers) -> None:
         metavar="NAME,...",
         help=f"named shapes with random weights: {', '.join(_SHAPES)}",
     )
-    what.add_argument("--texts", metavar="FILE", help="with --model: what to embed, one text a line")
+    what.add_argument("--texts", metavar="FILE", help="with --model: texts to embed, one per line")
     what.add_argument(
         "--lengths",
         metavar="SET,...",
         help=f"request sets of random tokens: {', '.join(_REQUEST_SETS)}; a length (128); "
-        "lengths that take turns (16+32+128); uniform:LOW:HIGH (default, without --texts: chat)",
+        "alternating lengths (16+32+128); uniform:LOW:HIGH (default, without --texts: chat)",
     )
     what.add_argument(
         "--batch-size", type=_positive, metavar="N", help="rows per forward (default: the request set's, 64)"
     )
     what.add_argument(
-        "--requests", type=_positive, metavar="N", help="at most so many per request set, for small machines"
+        "--requests", type=_positive, metavar="N", help="requests per request set, at most; for small machines"
     )
-    what.add_argument("--layers", type=_positive, metavar="N", help="with --shape: layers, for small machines")
-    what.add_argument("--sort", action="store_true", help="with --texts: the longest first")
-    what.add_argument("--max-length", type=_positive, metavar="N", help="with --texts: cut them at N tokens")
+    what.add_argument(
+        "--layers", type=_positive, metavar="N", help="with --shape: number of layers, for small machines"
+    )
+    what.add_argument("--sort", action="store_true", help="with --texts: longest first")
+    what.add_argument("--max-length", type=_positive, metavar="N", help="with --texts: truncate them to N tokens")
     how = parser.add_argument_group("how to run it")
     how.add_argument(
         "--against",
@@ -169,14 +173,14 @@ def _add_bench(commands: Subparsers) -> None:
         known=_RIVALS,
         default=("sdpa",),
         metavar="NAME,...",
-        help=f"{', '.join(_RIVALS)} (default: sdpa, which always takes part)",
+        help=f"others to compare with: {', '.join(_RIVALS)} (default: sdpa, which always runs)",
     )
     how.add_argument(
         "--ours",
         action=_Names,
         known=_OURS,
         metavar="NAME,...",
-        help=f"{', '.join(_OURS)} (default: all that can run here)",
+        help=f"variants of this package: {', '.join(_OURS)} (default: all that can run here)",
     )
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     how.add_argument(
@@ -185,16 +189,16 @@ def _add_bench(commands: Subparsers) -> None:
         default="auto",
         help="(default: float16 on a GPU, float32 on a CPU)",
     )
-    how.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed passes of each (default: 3)")
+    how.add_argument("--repeats", type=_positive, default=3, metavar="N", help="timed passes per variant (default: 3)")
     how.add_argument(
         "--seconds",
         type=_positive,
         metavar="N",
-        help="per request set and model, after which no further round of passes starts (default: no limit)",
+        help="time limit per model and request set; no new round of passes starts after it (default: none)",
     )
     results = parser.add_argument_group("results")
     results.add_argument(
-        "--json", type=_writable_file, metavar="FILE", help="write everything to FILE, after each table"
+        "--json", type=_writable_file, metavar="FILE", help="write all results to FILE, after each table"
     )
     results.add_argument("--plot", type=_png_file, metavar="FILE.png", help="draw a bar chart")
 
@@ -252,31 +256,31 @@ def _run_bench(arguments: argparse.Namespace) -> int:
 
 
 def _add_warmup(commands: Subparsers) -> None:
-    summary = "compile every kernel that a model may need ahead, for another GPU on a machine without one too"
+    summary = "compile the kernels that a model may need ahead of time, for another GPU too"
     more = (
-        "Needs nvcc and ninja; the model's config is enough. The exit status is 1 if a kernel could not be compiled, "
-        "or a graph not captured."
+        "Needs nvcc and ninja, but with --arch no GPU, and only the model's config. The exit status is 1 if a kernel "
+        "could not be compiled or a graph not captured."
     )
     parser = _add_command(commands, "warmup", _run_warmup, summary, more)
-    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="what to compile for")
+    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model to compile for")
     parser.add_argument(
         "--dtype",
         type=_half_dtypes,
         metavar="NAME,...",
-        help="float16, bfloat16 or both (default: that of the model, or else float16)",
+        help="float16, bfloat16 or both (default: the model's, otherwise float16)",
     )
     parser.add_argument(
-        "--arch", metavar="ARCH", help="compute capability of the GPU, such as 8.0 or 9.0a (default: of this machine's)"
+        "--arch", metavar="ARCH", help="compute capability of the GPU, such as 8.0 or 9.0a (default: this machine's)"
     )
     parser.add_argument(
         "--graphs",
         type=_graph_sizes,
         default=(),
         metavar="ROWSxTOKENS,...",
-        help="also see whether CUDA graphs of batches of these sizes can be captured, and what they cost; needs a GPU",
+        help="also try to capture CUDA graphs of these batch sizes, and report their memory; needs a GPU",
     )
     parser.add_argument(
-        "--workers", type=_positive, metavar="N", help="compilers at a time (default: by cores and memory)"
+        "--workers", type=_positive, metavar="N", help="parallel compilers (default: by cores and memory)"
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
@@ -319,27 +323,27 @@ def _graph_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _add_doctor(commands: Subparsers) -> None:
-    summary = "say whether FlashInfer would run here, what is missing, and what a model would use"
-    more = 'The exit status is 0 if "flashinfer" would run on a GPU here, else 1.'
+    summary = "report whether FlashInfer runs here, what is missing, and which kernels a model would use"
+    more = "The exit status is 0 if FlashInfer would run on a GPU here, otherwise 1."
     parser = _add_command(commands, "doctor", _run_doctor, summary, more)
     parser.add_argument(
-        "--model", metavar="PATH_OR_ID", help="what each layer of a model would use, from its config alone"
+        "--model", metavar="PATH_OR_ID", help="show the kernels of each layer of a model, from its config only"
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="with --model: of its weights (default: that of its config, or else float16)",
+        help="with --model: dtype of its weights (default: that of its config, otherwise float16)",
     )
     parser.add_argument(
         "--arch",
         type=_capability,
         metavar="ARCH",
-        help="with --model: compute capability of another GPU to plan for, such as 9.0 (default: of this machine's)",
+        help="with --model: compute capability of another GPU, such as 9.0 (default: this machine's)",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="run the kernels that would be used here against float64; those that are not compiled yet are compiled",
+        help="compare the kernels used here with float64; compiles kernels that are not compiled yet",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -376,10 +380,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 class _Names(argparse.Action):
-    """A list of known names, separated by commas; given several times, all of them."""
+    """A comma-separated list of known names; repeated options add up."""
 
     def __init__(self, known: tuple[str, ...], **options: Any) -> None:
-        # Optional, so that the error of an option without a value can list the names.
+        # nargs="?", so that the error for a missing value can list the names.
         super().__init__(nargs="?", **options)
         self.known = known
 
@@ -387,13 +391,13 @@ class _Names(argparse.Action):
         names = _names(values or "")
         unknown = [name for name in names if name not in self.known]
         if unknown or not names:
-            wrong = f"{unknown[0]!r} is not known" if unknown else "there is no name"
+            wrong = f"{unknown[0]!r} is not known" if unknown else "no name given"
             parser.error(f"argument {option_string}: {wrong}; expected some of {','.join(self.known)}")
         setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), *names))
 
 
 def _texts(text: str) -> tuple[str, ...]:
-    # Read once, when the command runs: it may be a pipe.
+    # Read once, when the command runs: the file may be a pipe.
     try:
         lines = Path(text).read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -435,7 +439,7 @@ def _png_file(text: str) -> Path:
 
 
 def _writable_file(text: str) -> Path:
-    # Known before a measurement, not after it.
+    # Checked before the measurement, not after it.
     file = Path(text)
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing folder")

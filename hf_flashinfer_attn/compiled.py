@@ -199,7 +199,7 @@ def ragged_attention(
         key_offsets: The same of the keys.
         left: How many keys before its own position a query sees, where there is no handle; None for all.
         right: How many keys after its own position a query sees, where there is no handle; None for all.
-        kept_queries: Why queries stay that the mask calls padding; None if they do not.
+        kept_queries: Why padded queries are computed; None if they are not.
         sm_scale: What logits are multiplied with.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
 
@@ -224,7 +224,7 @@ def ragged_attention(
             "Packed input has no padding: leave the attention_mask out.",
         )
     head_dim = max(query.shape[-1], value.shape[-1])
-    # Read when the graph runs: settings are no part of it.
+    # Read when the graph runs: settings are not part of the graph.
     keeps_on_request = current_settings().padded_queries == "keep"
     request = AttentionRequest(
         pattern=pattern,

@@ -1,9 +1,9 @@
-"""Semantic search over Python's documentation with a real model, checked against sdpa, and on a GPU timed.
+"""Semantic search over Python's documentation with a real model: checked against sdpa, and timed on a GPU.
 
 The model is all-MiniLM-L6-v2, six layers of twelve heads of 32: a head size that FlashInfer's kernels do not have. The
-passages are paragraphs of very different lengths. On a GPU they keep their order, so that batches hold much padding. On
-a CPU nothing is timed, and they are sorted by length so that the comparison takes less time. Nothing is downloaded:
-model and text come from installed packages.
+passages are paragraphs of very different lengths. On a GPU they keep their order, so batches have much padding. On a
+CPU they are sorted by length, which is faster, and nothing is timed. Nothing is downloaded: model and text come from
+installed packages.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of each timed pass over the same tokenised batches; the implementations took turns."""
+    """Seconds of each timed pass over the same tokenised batches; the implementations alternate."""
 
     flashinfer_seconds: tuple[float, ...]
     sdpa_seconds: tuple[float, ...]
@@ -136,7 +136,7 @@ class DemoReport:
         batches: Forwards per pass.
         padded_fraction: Share of the batches' slots that hold padding.
         agreement: Against sdpa.
-        timing: Of both; None on a CPU, where there is no speed to compare.
+        timing: Times of both; None on a CPU.
         environment: See [`describe_environment`].
     """
 
@@ -171,7 +171,7 @@ def run_demo(
     dtype: DTypeName = "auto",
     progress: bool = False,
 ) -> DemoReport:
-    """Embeds passages with "flashinfer", answers a query, checks the embeddings against sdpa, and on a GPU times both.
+    """Embeds passages with "flashinfer", answers a query, checks against sdpa, and times both on a GPU.
 
     Args:
         query: What to search for.
@@ -212,7 +212,7 @@ def run_demo(
     _verify(agreement, weights)
     timing = None
     if target.type == "cuda":
-        # Both models have seen every batch by now: nothing is compiled or tuned in a timed pass.
+        # Both models have run every batch: timed passes include no compilation or tuning.
         timing = _time(model, reference_model, batches, TIMED_ROUNDS, progress)
     return DemoReport(
         query=query,
@@ -528,7 +528,7 @@ def _time(
     progress: bool,
 ) -> Timing:
     seconds: dict[PreTrainedModel, list[float]] = {model: [], reference_model: []}
-    # In turn, so that a slow spell of the machine hits both; each goes first every other time.
+    # Alternating, so that a slow phase of the machine affects both; each goes first every other time.
     turns = [model, reference_model, reference_model, model] * rounds
     for encoder in _progress(turns[: 2 * rounds], "timing both", progress):
         _synchronise(encoder.device)

@@ -58,8 +58,8 @@ class AttentionRequest:
         mask_holes: Whether padding splits a row in which distances matter, or a packed sequence is in pieces.
         window_keeps_padded_queries: Whether distances matter, and padded queries, which have none, are kept.
         causal_padding_is_read: Whether a causal mask has padding whose hidden states the model reads later.
-        padded_queries_need_mask: Whether padded queries are kept on request, and see other keys than those of a
-            ragged row.
+        padded_queries_need_mask: Whether `padded_queries="keep"` is set and padded queries attend to other keys than
+            those of a ragged row.
         mask_shape_differs: Whether the mask was made for other lengths than those of this call.
         mask_modified: Whether the model wrote to the mask's values.
     """
@@ -83,7 +83,7 @@ class AttentionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The path of a call, and why it is not FlashInfer's; `reason` is None where that was asked for by name."""
+    """The path of a call, and why FlashInfer does not run it; `reason` is None if the settings select that path."""
 
     path: Path
     reason: str | None
@@ -121,7 +121,7 @@ RULES: tuple[Rule, ...] = (
     _flag("a window over padding in a layer that keeps padded queries", Path.DENSE, "window_keeps_padded_queries"),
     _flag("causal attention over padding that the model reads later", Path.DENSE, "causal_padding_is_read"),
     _flag(
-        "padded_queries='keep' over padding that is causal, windowed, a whole row or given as a 2D mask",
+        "padded_queries='keep' with causal attention, a window, a row of padding only or a 2D mask",
         Path.DENSE,
         "padded_queries_need_mask",
     ),
@@ -231,7 +231,7 @@ _logged_lock = threading.Lock()
 
 
 def log_once(message: str, key: str | None = None) -> None:
-    """Warns of something the first time that it happens; by `key` where the message holds what may differ."""
+    """Logs a warning once per `key`, by default once per message."""
     key = message if key is None else key
     if key not in _logged:
         with _logged_lock:

@@ -84,16 +84,16 @@ class ModelKernel:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What `doctor` found; `print(diagnosis)` shows one screen.
+    """Result of `doctor`; `print(diagnosis)` shows one screen.
 
     Args:
         sections: Versions, GPUs, compilers and the kernel cache.
-        device: What attention would run on here: "cuda:0" or "cpu".
-        backend: Which backend would run there: "flashinfer" or "torch"; None where calls would raise.
-        obstacles: Why "flashinfer" would not run on a GPU here, and what to do; empty if it would.
-        plan: What the model would use; None if none was asked about.
-        kernels: Of FlashInfer that it may need.
-        checks: The kernels that were run; empty if that was not asked for.
+        device: Device that attention would run on: "cuda:0" or "cpu".
+        backend: Selected backend, "flashinfer" or "torch"; None if calls would raise an error.
+        obstacles: Why FlashInfer would not run on a GPU here, and the way out; empty if it would.
+        plan: Kernels of the model's layers; None without a model.
+        kernels: FlashInfer kernels that the model may need.
+        checks: Errors of the kernels; empty without `check`.
 
     Examples:
         >>> from hf_flashinfer_attn import Diagnosis
@@ -111,7 +111,7 @@ class Diagnosis:
 
     @property
     def ready(self) -> bool:
-        """Whether "flashinfer" would run on a GPU here."""
+        """Whether FlashInfer would run on a GPU here."""
         return not self.obstacles
 
     def to_dict(self) -> dict[str, object]:
@@ -203,10 +203,10 @@ class Diagnosis:
         if self.ready:
             return f'"flashinfer" runs FlashInfer\'s kernels here, on {self.device}'
         if self.backend == "flashinfer":
-            return f'"flashinfer" would be served by FlashInfer on {self.device}, but:'
+            return f'"flashinfer" would run FlashInfer\'s kernels on {self.device}, but:'
         if self.backend is None:
             return '"flashinfer" would raise an error here:'
-        return f'"flashinfer" is served by torch here, on {self.device}:'
+        return f'"flashinfer" runs on the torch backend here, on {self.device}:'
 
 
 def doctor(
@@ -217,18 +217,19 @@ def doctor(
     capability: tuple[int, int] | None = None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Diagnosis:
-    """Looks at this machine, and says whether "flashinfer" would run on a GPU here, and if not, what is missing.
+    """Reports whether FlashInfer would run on a GPU here, and if not, what is missing.
 
     Args:
-        model: A folder, hub id or config, to say also what each of its layers would use. Weights are not read.
-        check: Whether to run the kernels that would be used here, those of the model or else a choice, against float64
-            on fresh random input. Kernels that are not compiled yet are compiled first.
-        dtype: Of the model's weights; that of its config where that is half precision, or else torch.float16.
-        capability: Compute capability of the GPU to plan the model for; that of this machine's by default.
-        on_step: Called with a line of text before each step.
+        model: A folder, Hub id or config, to report also the kernels of its layers. Weights are not read.
+        check: Whether to compare the kernels that would be used here (those of the model, otherwise a selection) with
+            float64 on random input. Kernels that are not compiled yet are compiled first.
+        dtype: Dtype of the model's weights; by default that of its config if it is half precision, otherwise
+            torch.float16.
+        capability: Compute capability of the GPU to plan the model for; by default that of this machine's GPU.
+        on_step: Called with the name of each step.
 
     Returns:
-        What was found; `print(diagnosis)` shows it. Nothing that is missing raises.
+        The findings; `print(diagnosis)` shows them. Missing components are reported, not raised.
 
     Raises:
         FlashInferAttentionError: If the model's config cannot be read.
@@ -284,7 +285,7 @@ def _device_here() -> torch.device:
 
 
 def _backend_here(device: torch.device, sections: tuple[Section, ...]) -> tuple[str | None, list[str]]:
-    """Returns the backend that would run, and what stands in the way of FlashInfer on a GPU."""
+    """Returns the selected backend, and what blocks FlashInfer on a GPU."""
     from .backends.flashinfer import unavailable_reason
 
     probes = {f"{section.name}.{probe.name}": probe for section in sections for probe in section.probes}

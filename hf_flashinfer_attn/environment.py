@@ -1,4 +1,4 @@
-"""Versions that were tested, and what a measurement ran on as plain values for JSON; a failed probe becomes a value."""
+"""Tested versions, and a description of the machine as plain values for JSON; a failed probe becomes a value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .version import __version__
 
 __all__ = ["TESTED", "describe_environment", "versions_tested"]
 
-# Oldest and newest tested version of each distribution; the CI installs these. Newer ones are used all the same.
+# Oldest and newest tested version of each distribution, as installed by CI. Newer versions are allowed.
 TESTED = {
     "transformers": ("5.5.4", "5.24.0"),
     "flashinfer-python": ("0.7.2.post1", "0.7.4"),

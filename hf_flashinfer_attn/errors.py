@@ -6,7 +6,7 @@ __all__ = ["BackendUnavailableError", "FlashInferAttentionError", "UnsupportedAt
 
 
 class FlashInferAttentionError(RuntimeError):
-    """Base class of the errors that are this package's own; wrong arguments are a `ValueError`.
+    """Base class of this package's errors. Invalid arguments raise `ValueError`.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -19,12 +19,12 @@ class FlashInferAttentionError(RuntimeError):
 
 
 class BackendUnavailableError(FlashInferAttentionError):
-    """A backend that was asked for by name cannot run on this machine.
+    """FlashInfer or its kernels cannot run here, and a fallback is not allowed.
 
     Args:
-        backend: Its name.
+        backend: Name of the backend.
         reason: Why it cannot run.
-        way_out: What to do about it.
+        way_out: How to resolve it.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -43,11 +43,11 @@ class BackendUnavailableError(FlashInferAttentionError):
 
 
 class UnsupportedAttentionError(FlashInferAttentionError):
-    """A model asked for attention that the selected backend cannot compute, and falling back was ruled out.
+    """A call is not supported by the selected backend, and a fallback is not possible or not allowed.
 
     Args:
-        feature: What was asked for.
-        way_out: What to do about it.
+        feature: The unsupported feature.
+        way_out: How to resolve it.
 
     Examples:
         >>> import hf_flashinfer_attn

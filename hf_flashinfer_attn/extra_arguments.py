@@ -1,4 +1,4 @@
-"""Arguments of the attention function that it does not name: refused, ignored with a log line, or harmless."""
+"""Unnamed keyword arguments of the attention function: refused, ignored with a log line, or harmless."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CHANGES_RESULT = frozenset(
         "k_descale", "k_scale", "q_descale", "q_scale", "v_descale", "v_scale",
     }
 )  # fmt: skip
-# Arguments of a model's forward that reach its attention layers through **kwargs, and mean nothing to attention.
+# Arguments of a model's forward that reach attention layers through **kwargs and do not affect attention.
 _HARMLESS = frozenset(
     {
         "cache_position", "encoder_attention_mask", "encoder_hidden_states", "input_ids", "inputs_embeds", "labels",
@@ -41,7 +41,7 @@ _HARMLESS = frozenset(
 
 
 def check_extra_arguments(arguments: dict[str, Any]) -> None:
-    """Refuses arguments that would change the result, and names unknown tensors in the log once.
+    """Raises on arguments that would change the result, and logs unknown tensors once.
 
     transformers' sdpa attention ignores both. While torch.compile traces, the log line is written once per graph.
 
@@ -58,7 +58,7 @@ def check_extra_arguments(arguments: dict[str, Any]) -> None:
                 "Use attn_implementation='eager' for this model.",
             )
         if isinstance(value, torch.Tensor):
-            # The sizes of a graph stay open.
+            # Sizes are symbolic in a graph.
             shape = f"{value.ndim} dimensions" if torch.compiler.is_compiling() else f"shape {tuple(value.shape)}"
             _tell_of_unknown(name, shape)
 

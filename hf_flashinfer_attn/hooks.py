@@ -22,8 +22,8 @@ from .errors import UnsupportedAttentionError
 
 __all__ = ["answer_flash_imports", "block_mask", "join_compatible_implementations", "weights_are_collected"]
 
-# They pick a class of their own by name, those of them that still have a table of classes: a KeyError before 5.23, and
-# flash-attn with a mask that is not its since.
+# Models that select an attention class by name, where they still have a table of classes: a KeyError before
+# transformers 5.23, and since then flash-attn's class with a mask made for another.
 _OWN_FLASH_CLASSES = frozenset({"falcon", "gpt_neo", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
 # Have a class for each implementation that they know, in some versions; any other name is a KeyError there. Models of
 # other configs may be in the same files.
@@ -34,8 +34,8 @@ _OWN_CLASSES = frozenset(
         "superglue", "unlimited_ocr_sam_vision_model",
     }
 )  # fmt: skip
-# Compute attention by themselves, until `unpad` exchanges it.
-_EXCHANGED_BY_UNPAD = frozenset({"mpnet"})
+# Models with their own attention code, which `unpad` replaces.
+_REPLACED_BY_UNPAD = frozenset({"mpnet"})
 _MARK = "_knows_flashinfer"
 
 
@@ -106,12 +106,15 @@ def join_compatible_implementations(name: str) -> None:
                 f"{model_type}, whose layers are classes of their own for {', '.join(map(repr, own))}",
                 "Use one of these for this model, or for this part: attn_implementation={'vision_config': 'eager'}.",
             )
-        # Parts that have configs of their own are checked by themselves.
+        # Parts with their own configs are checked separately.
         is_whole = not any(isinstance(part, PreTrainedConfig) for part in vars(self.config).values())
         attends = is_whole and hasattr(self.config, "num_attention_heads")
         if attn_implementation == name and attends and not _may_call_interface(self.__class__):
-            until = ", until unpad(model) exchanges it" if model_type in _EXCHANGED_BY_UNPAD else ""
-            log_once(f"attn_implementation={name!r} does nothing for {model_type}: its attention is its own{until}")
+            way_out = "; unpad(model) replaces it" if model_type in _REPLACED_BY_UNPAD else ""
+            log_once(
+                f"attn_implementation={name!r} has no effect on {model_type}, which computes attention in its own code"
+                f"{way_out}"
+            )
         listed = getattr(self, "_compatible_flash_implementations", None)
         if attn_implementation == name and listed is not None and name not in listed:
             self._compatible_flash_implementations = [*listed, name]
@@ -131,7 +134,7 @@ def _own_classes(model: type, name: str) -> tuple[str, ...]:
 
 @functools.cache
 def _may_call_interface(model: type) -> bool:
-    """Whether a model, or one that is a part of it, may look attention up in transformers' interface."""
+    """Whether a model or a model inside it may use transformers' attention interface."""
     modules = {base.__module__ for base in model.__mro__ if base.__module__.startswith("transformers.models.")}
     return not modules or any(_module_may_call_interface(module, frozenset()) for module in modules)
 
@@ -142,7 +145,7 @@ def _module_may_call_interface(module: str, seen: frozenset[str]) -> bool:
     values = list(vars(sys.modules[module]).values())
     if any(isinstance(value, AttentionInterface) for value in values):
         return True
-    # Auto classes may build any model; classes of other files, and functions that choose one, what is in there.
+    # Auto classes may build any model. Classes and functions from other modules may use what those modules use.
     sources = {getattr(value, "__module__", None) or "" for value in values if callable(value)}
     return any(
         source.startswith("transformers.models.auto.modeling") or _module_may_call_interface(source, seen | {module})

@@ -152,16 +152,16 @@ def attention_forward(
         output_attentions: Whether to return the weights.
         cu_seq_lens_q: Offsets of packed sequences.
         cu_seq_lens_k: The same of the keys.
-        max_length_q: Of the longest packed sequence; not read. Named, or torch.compile would guard on it among kwargs.
-        max_length_k: The same of the keys.
+        max_length_q: Length of the longest packed sequence; unused, but named so that torch.compile adds no guard.
+        max_length_k: The same for the keys.
         position_ids: Tells images apart in Pixtral's vision tower, which gives a flash kernel nothing else to.
         cache: The paged cache of continuous batching, which is refused; or the cache that the layer has updated.
         indices: The keys that a layer of sparse attention chose for each query, integers, shape
             `(batch, q_length, chosen)`.
         block_indices: The same in blocks of keys, shape `(batch, groups, q_length, chosen)`.
         sinks: A logit for each query that takes weight and gives nothing; refused.
-        kwargs: What models hand down to their layers besides. What would change the result is refused; other tensors
-            are ignored, as transformers' sdpa does, and named in the log once.
+        kwargs: Other arguments that models pass to their layers. Those that would change the result raise an error;
+            unknown tensors are ignored, as in transformers' sdpa, and logged once.
 
     Returns:
         The output, shape `(batch, q_length, heads, value_head_dim)`, in padding zero or anything finite; and the

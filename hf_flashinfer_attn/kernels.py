@@ -223,8 +223,8 @@ class Packer:
             value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, the last stride 1.
 
         Returns:
-            Query, key and value, shape `(tokens, heads, size)`. Values of a head_dim below `size` overlap: a head goes
-            on with the next head of its token, and the last one with zeros.
+            Query, key and value, shape `(tokens, heads, size)`. Values with a head_dim below `size` overlap: a head is
+            followed by the next head of its token, the last head by zeros.
         """
         pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr())
         seen = (query.stride(), key.stride(), value.stride())
@@ -247,8 +247,8 @@ class Packer:
         num_queries = batch * query_width if query_slots is None else query_slots.shape[0]
         num_keys = batch * key_width if key_slots is None else key_slots.shape[0]
         size = self._size
-        # What a value has beyond head_dim is cropped: it need not be written, but start where kernels can read 16 bytes
-        # at once. A key needs zeros there: infinity of the next head times the zeros of the query is NaN.
+        # Outputs beyond head_dim are cropped, so values may overlap, if each head starts at a multiple of 16 bytes.
+        # Keys need zeros there: an infinity of the next head times the zeros of the query is NaN.
         width = value_head_dim if value_head_dim % (16 // query.element_size()) == 0 else size
         shape = _PackedShape((num_queries, query_heads, size), (num_keys, key_heads, size), width)
         packed = shape.make(query.dtype, query.device)
@@ -280,7 +280,7 @@ class Packer:
 
 @dataclass(frozen=True, slots=True)
 class _PackedShape:
-    """Shapes of packed queries and of packed keys or values, and how far the heads of values are apart."""
+    """Shapes of packed queries and of packed keys or values, and the head stride of values."""
 
     query: tuple[int, int, int]
     key: tuple[int, int, int]

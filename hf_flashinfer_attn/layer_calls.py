@@ -29,7 +29,7 @@ class LayerCall:
         softcap: What logits are capped to.
         biased: Whether a bias is added to the logits.
         sinks: Whether there are attention sinks.
-        kept_queries: Why padded queries would be computed; None if they would not.
+        kept_queries: Why padded queries would be computed; None if they would not be.
     """
 
     module: torch.nn.Module

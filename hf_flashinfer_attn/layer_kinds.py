@@ -1,4 +1,4 @@
-"""Per-class attention quirks: layers whose padding is read, that pack images, or that take another sequence."""
+"""Per-class attention quirks: layers that read padding, pack images, or attend to another sequence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CAUSAL_BY_MASK = frozenset(
 READS_NEIGHBOURS = frozenset({"MobileBertSelfAttention"})
 # Takes many images as one row, and tells them apart by positions.
 PACKED_IMAGES = frozenset({"PixtralAttention"})
-# Tensors that belong to a layer's own sequence, by what their names contain. Any other tensor may be another sequence.
+# Parts of the names of tensors that belong to a layer's own sequence. Any other tensor may be another sequence.
 _OWN_TENSORS = ("attention_mask", "position", "seqlen", "cache", "past", "freqs", "rotary", "value_embeds", "codebook")
 _ANYTHING = frozenset(map(str, (inspect.Parameter.empty, Any, object, "Any", "object")))
 # Encoders whose layers can take a second sequence, which these models never pass.
@@ -59,7 +59,7 @@ def _names_of(layer: type) -> frozenset[str]:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_one_of(layer: type, names: frozenset[str]) -> bool:
-    """Whether a class, or one that it inherits from, has one of these names; copies of transformers' classes count."""
+    """Whether a class or one of its bases has one of these names, which includes copies of transformers' classes."""
     return not names.isdisjoint(_names_of(layer))
 
 
@@ -77,7 +77,7 @@ def _second_sequence(layer: type, is_encoder: bool) -> str | None:
 
 @functools.cache
 def _parameter_of_second_sequence(layer: type, is_encoder: bool) -> str | None:
-    """Returns the parameter of a layer's forward that may be another sequence; None if all are of its own."""
+    """Returns the parameter of a layer's forward that may be another sequence; None if there is none."""
     owner = next(base for base in layer.__mro__ if "forward" in vars(base))
     if is_encoder and owner.__module__.startswith("transformers.") and owner.__name__ in _ENCODER_ONLY_LAYERS:
         return None
@@ -94,7 +94,7 @@ def _parameter_of_second_sequence(layer: type, is_encoder: bool) -> str | None:
 
 
 def why_padded_queries_stay(module: torch.nn.Module, *, is_causal: bool) -> str | None:
-    """Returns why something valid may depend on queries that the mask calls padding; None if nothing does, for certain.
+    """Returns why padded queries must be computed; None if no valid output can depend on them.
 
     A mask function cannot tell cross-attention to a sequence of equal length from self-attention; a layer that takes
     nothing but its own sequence can only be the latter. And some models read the hidden states of padding later. Where
@@ -102,7 +102,7 @@ def why_padded_queries_stay(module: torch.nn.Module, *, is_causal: bool) -> str 
 
     Args:
         module: The attention layer.
-        is_causal: Whether no query sees a later key: such a query belongs to the sequence of the keys.
+        is_causal: Whether attention is causal: the queries then belong to the sequence of the keys.
     """
     layer = type(module)
     config = getattr(module, "config", None)
@@ -117,8 +117,8 @@ def why_padded_queries_stay(module: torch.nn.Module, *, is_causal: bool) -> str 
         name = _second_sequence(layer, not attends_across)
         if name is None:
             return None
-        why = f"{name} may be another sequence than that of the queries"
-    return f"{layer.__name__} computes query rows of padding as well: {why}"
+        why = f"{name} may be another sequence than the queries"
+    return f"{layer.__name__} also computes padded queries: {why}"
 
 
 def layer_name(module: torch.nn.Module) -> str:

@@ -65,8 +65,8 @@ class LayerRequest:
         sinks: As they were given.
         sm_scale: What logits are multiplied with.
         softcap: What logits are capped to.
-        kept_queries: Why something valid may depend on queries that the mask calls padding; None if nothing does.
-        keep_padded_queries: Whether they stay, for that reason or because the settings say so.
+        kept_queries: Why padded queries must be computed; None if no valid output can depend on them.
+        keep_padded_queries: Whether padded queries are computed, for that reason or by the settings.
     """
 
     request: AttentionRequest
@@ -219,11 +219,11 @@ class LayerRequest:
 
 
 def _padded_queries_need_mask(mask: torch.Tensor | None, pattern: Pattern, has_values: bool) -> bool:
-    """Whether padded queries that are kept need a whole mask to be those of eager attention."""
+    """Whether padded queries need a materialised mask to equal those of eager attention."""
     if mask is None:
         return False
     if not isinstance(mask, RaggedMask):
-        # Nothing tells which queries a 2D mask drops.
+        # A 2D mask does not tell which queries are padding.
         return mask.ndim == 2
     return mask.padded_queries_need_mask if has_values else pattern.is_causal or pattern.is_window
 

@@ -81,7 +81,7 @@ _Place: TypeAlias = tuple[torch.device, int]
 
 
 def _place_of(device: torch.device) -> _Place:
-    """Returns the key of tensors cached on a device: another stream would not wait until they are written."""
+    """Returns the cache key of tensors on a device. It includes the stream: others would not wait for the copy."""
     return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -229,7 +229,7 @@ class RaggedLayout:
 
     @property
     def keeps_padded_queries(self) -> bool:
-        """Whether rows of queries are full where those of their keys hold padding."""
+        """Whether queries include padding that the keys exclude."""
         return self.query.padded_shape == self.key.padded_shape and self.query.is_full and not self.key.is_full
 
     @classmethod

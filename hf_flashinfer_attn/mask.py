@@ -41,7 +41,7 @@ class MaskSpec:
         padding_mask: Valid positions, bool, shape `(batch, >= kv_offset + kv_length)`; None when all are.
         pattern: What the mask function was recognised as.
         packed: The sequence that each position belongs to, shape `(batch, q_length)`; None unless packed.
-        positions: What the band counts in, shape `(batch, q_length)`; None where it counts slots.
+        positions: Positions that the band is measured in, shape `(batch, q_length)`; None if it is measured in indices.
         densify: Makes the additive mask of eager attention, shape `(batch, 1, q_length, kv_length)`.
     """
 
@@ -115,7 +115,7 @@ class _LazyLayout:
         if spec.packed is not None:
             rows = spec.packed
             if spec.positions is not None:
-                # A last column tells whether positions step by one in every sequence, as slots do.
+                # The last column tells whether positions increase by one in every sequence, as indices do.
                 steps = (spec.packed.diff() != 0) | (spec.positions.diff() == 1)
                 rows = torch.cat([spec.packed, steps.all(-1, keepdim=True).to(spec.packed.dtype)], dim=1)
             self._started = LengthsRead(rows)
@@ -163,9 +163,9 @@ class _LazyLayout:
 
     @property
     def padded_queries_need_mask(self) -> bool:
-        """Whether eager attention of padded queries is not that of a ragged row; waits for the copy of the lengths.
+        """Whether eager attention of padded queries differs from that of a ragged row; waits for the row lengths.
 
-        Padding sees padding where it is causal or windowed; a query without any key averages all values.
+        In causal and windowed attention, padding attends to padding; a query without keys averages all values.
         """
         spec = self._spec
         if spec.padding_mask is None or spec.pattern.kind is PatternKind.DENSE:
@@ -348,7 +348,7 @@ class RaggedMask(torch.Tensor):
 
     @property
     def padded_queries_need_mask(self) -> bool:
-        """Whether eager attention of padded queries is not that of a ragged row; waits for the lengths."""
+        """Whether eager attention of padded queries differs from that of a ragged row; waits for the row lengths."""
         return self._lazy_layout.padded_queries_need_mask
 
     @property
@@ -509,7 +509,7 @@ def lazy_mask(
         use_vmap: Whether the mask function needs vmap to be evaluated.
 
     Raises:
-        UnsupportedAttentionError: If the attention mask has another number of rows than the batch.
+        UnsupportedAttentionError: If the attention mask and the batch differ in their number of rows.
     """
     if attention_mask is not None and attention_mask.shape[0] != batch_size:
         raise UnsupportedAttentionError(
@@ -549,7 +549,7 @@ def lazy_mask(
     if packed is not None and (padding_mask is not None or q_length != kv_length):
         pattern, packed = dense_pattern("packed sequences with padding"), None
     tables = [table for table in (packed, positions) if table is not None]
-    # Others wrap around, hold NaN, or mean something else.
+    # Other dtypes may overflow or hold NaN.
     counts = {torch.bool, torch.int32, torch.int64}
     if any(table.shape != (batch_size, q_length) or table.dtype not in counts for table in tables):
         pattern, packed = dense_pattern("packed sequences of another shape than the batch"), None

@@ -53,7 +53,7 @@ class LayerPlan:
         biased: Whether a bias is added to the logits.
         sinks: Whether there are attention sinks.
         reason: Why FlashInfer does not compute it on a GPU that it runs on, or what else there is to know.
-        note: Why padded query rows are computed as well; None if they are not.
+        note: Why padded queries are computed; None if they are not.
     """
 
     layers: str
@@ -82,7 +82,7 @@ class ModelPlan:
     """What a model would use; `print(plan)` shows a table.
 
     Args:
-        model_type: Of the config.
+        model_type: Model type of the config.
         class_name: Of the model; that of the config where no model could be built.
         dtype: Of the weights.
         capability: Compute capability of the GPU; None for none, where the torch backend runs.
@@ -277,7 +277,7 @@ def _reason_against_graphs(model: PreTrainedModel, layers: Iterable[LayerPlan]) 
         if (family := family_of(part)) is None:
             continue
         if not family.packs_ids_alone:
-            return "it is not known how to capture it"
+            return "capturing this model is not supported"
         if (reason := ModelState(part).refusal) is not None:
             return reason
     for layer in layers:

@@ -1,7 +1,7 @@
 """Which attention a transformers mask function asks for: a band around the diagonal, packed sequences, or neither.
 
 Full, causal and sliding-window attention are all bands: a query sees the keys from `left` before to `right` after its
-own position. Mask functions are recognised exactly, by calling them with symbols; any other is dense.
+own position. Mask functions are recognised exactly, by calling them with symbols; all others are dense.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def recognise(mask_function: MaskFunction) -> tuple[Pattern, torch.Tensor | None
         mask_function: As transformers' mask helpers hand it to a mask interface.
 
     Returns:
-        The pattern; for packed sequences, the sequence of each position, shape `(batch, tokens)`; and what the band
-        counts in, of the same shape, where it does not count positions.
+        The pattern; for packed sequences, the sequence index of each position, shape `(batch, tokens)`; and the
+        positions that the band is measured in, of the same shape, if these are not the indices.
     """
     if mask_function is bidirectional_mask_function:
         return FULL, None, None

@@ -104,7 +104,7 @@ class NativeAttention:
         is_causal: Whether no query sees a later key.
         sm_scale: What logits are multiplied with.
         mask: Added to the logits, shape `(batch, 1, 1, kv_length)`; or None.
-        plans_nothing: Whether to call a kernel by name that takes all shapes alike, where torch's switches allow it.
+        plans_nothing: Whether to call a kernel that needs no planning per shape directly, if `sdpa_kernel` allows it.
         record: What a trace says of a call, but for the layer.
     """
 
@@ -125,7 +125,7 @@ class NativeAttention:
     ) -> torch.Tensor:
         """Computes attention; shapes as those of [`PreparedAttention`]. There is neither bias nor sinks."""
         sides, mask = (aligned(query), aligned(key), aligned(value)), self.mask
-        # `sdpa_kernel` may hold in one call and not in the next.
+        # `sdpa_kernel` may differ from call to call.
         if not (self.plans_nothing and _may_call_by_name(mask)):
             output = F.scaled_dot_product_attention(
                 *sides, mask, is_causal=self.is_causal, scale=self.sm_scale, enable_gqa=query.shape[1] != key.shape[1]
@@ -183,9 +183,9 @@ def native(
 
 
 def _plans_shapes(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether torch's choice is cuDNN's kernel if it is switched on, which plans each new shape slowly.
+    """Whether sdpa would select cuDNN's kernel if it is enabled, which is slow to plan each new shape.
 
-    Kernels are called by name there: `sdpa_kernel` would choose one for all threads.
+    Another kernel is then called directly: `sdpa_kernel` would select it for all threads.
     """
     # torch's choice takes empty tensors, which not every kernel does.
     is_empty = 0 in query.shape or 0 in key.shape
@@ -194,7 +194,7 @@ def _plans_shapes(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 def _may_call_by_name(mask: torch.Tensor | None) -> bool:
-    """Whether cuDNN's kernel would run, and the one that replaces it is switched on too."""
+    """Whether cuDNN's kernel and the one that replaces it are both enabled."""
     switches = torch.backends.cuda
     is_on: bool = switches.flash_sdp_enabled() if mask is None else switches.mem_efficient_sdp_enabled()
     return is_on and bool(switches.cudnn_sdp_enabled())
@@ -282,7 +282,7 @@ def prepare(
         biased: Whether a bias will be added to the logits.
         sinks: Whether there will be attention sinks.
         kernel: What to run; by default what `choose_kernel` says.
-        note: For the trace.
+        note: Note for traces.
     """
     device = query.device
     value_head_dim = value.shape[-1]

@@ -33,7 +33,7 @@ class Probe:
         name: What was asked.
         value: The answer, as plain values for JSON; None where there is none.
         shown: The answer as text, or what is wrong.
-        is_problem: Whether it is marked as a problem or a risk.
+        is_problem: Whether to mark it as a problem or a warning.
     """
 
     name: str

@@ -14,7 +14,7 @@ __all__ = ["is_exporting", "recorder", "refuse_export", "refuse_recording"]
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_exporting() -> bool:
-    """Whether torch.export traces; torch 2.11 says so itself in whatever torch.compile traces."""
+    """Whether torch.export is tracing. In torch 2.11 the function also returns True in torch.compile's traces."""
     return torch.compiler.is_exporting()
 
 

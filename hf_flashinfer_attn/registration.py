@@ -13,10 +13,10 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Registers "flashinfer" with transformers; done on import, and harmless to repeat.
+    """Registers "flashinfer" with transformers. The import calls it; further calls have no effect.
 
     Raises:
-        RuntimeError: If this version of transformers has no hooks of the known shape.
+        RuntimeError: If this version of transformers lacks an interface that the registration needs.
 
     Examples:
         >>> import hf_flashinfer_attn

@@ -25,16 +25,16 @@ class Settings:
     """The settings in force.
 
     Args:
-        backend: "auto" takes FlashInfer where there is a CUDA GPU for it and torch elsewhere; a backend asked for by
-            name never falls back.
-        strict: Whether a fallback raises an error instead of being logged once: [`BackendUnavailableError`] where
-            FlashInfer cannot run at all, [`UnsupportedAttentionError`] for a call that its kernels do not compute and
-            for a forward that `unpad` leaves padded. With `backend="torch"`, torch is no fallback.
-        jit: What becomes of attention whose kernel is not compiled yet. "wait" compiles it and says so; "background"
-            compiles it in a thread while torch serves, or waits where `backend` or `strict` rule that out; "never"
-            compiles nothing: torch serves, or an error is raised where that is ruled out.
-        padded_queries: "drop" computes no attention for padding; "keep" computes it as eager attention does, for models
-            and losses that read padded positions.
+        backend: "auto" uses FlashInfer on a supported CUDA GPU and torch elsewhere; "flashinfer" and "torch" never fall
+            back.
+        strict: Whether a fallback raises an error instead of being logged once: [`BackendUnavailableError`] if
+            FlashInfer cannot run here, [`UnsupportedAttentionError`] if its kernels do not support a call or `unpad`
+            leaves a forward padded. With `backend="torch"`, the torch backend is not a fallback.
+        jit: What to do if a kernel is not compiled. "wait" compiles it during the forward; "background" compiles it in
+            a thread while the torch backend runs; "never" runs the torch backend. Where `backend` or `strict` forbid
+            the torch backend, "background" waits and "never" raises an error.
+        padded_queries: "drop" skips attention of padding; "keep" computes it as eager attention does, for models and
+            losses that read padded positions.
 
     Raises:
         ValueError: If a value is not known.
@@ -111,14 +111,14 @@ def configure(
     jit: JitMode | None = None,
     padded_queries: PaddedQueries | None = None,
 ) -> Settings:
-    """Changes the settings of this process; what is not given keeps its value.
+    """Changes the settings of this process; omitted ones keep their values.
 
     Args:
         backend: "auto", "flashinfer" or "torch". Environment variable: `HF_FLASHINFER_ATTN_BACKEND`.
         strict: Whether fallbacks raise. Environment variable: `HF_FLASHINFER_ATTN_STRICT`.
         jit: "wait", "background" or "never", while a kernel is not compiled. Environment variable:
-            `HF_FLASHINFER_ATTN_JIT`. What could not be compiled is tried again after this call.
-        padded_queries: "drop" or "keep", for attention of padded positions. Environment variable:
+            `HF_FLASHINFER_ATTN_JIT`. Failed compilations are retried after this call.
+        padded_queries: "drop" or "keep" the attention of padded positions. Environment variable:
             `HF_FLASHINFER_ATTN_PADDED_QUERIES`.
 
     Returns:

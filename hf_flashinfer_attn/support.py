@@ -27,10 +27,12 @@ _FASTER_ELSEWHERE = (
     "full or causal attention without padding, of a head_dim that would be padded",
     "padded batches of under 67 million logits per layer, for which planning costs more than it saves",
 )
-# Transformers looks for packed sequences only where it makes a causal mask, EmbeddingGemma's included.
-_NOT_NOTICED = ("restarting `position_ids` alone in encoders, and in decoders with `config.is_causal=False`",)
+# transformers detects packed sequences only when it makes a causal mask (EmbeddingGemma's included).
+_NOT_NOTICED = (
+    "packed sequences by restarting `position_ids` alone, in encoders and in decoders with `config.is_causal=False`",
+)
 _REFUSED = (
-    "continuous batching in versions of transformers that ask for `paged\\|flashinfer`, as 5.17 does",
+    "continuous batching with versions of transformers that request `paged\\|flashinfer`, such as 5.17",
     "`torch.export`, `torch.jit.trace` and `make_fx` of attention",
     "planning while a CUDA graph is captured",
     "`cu_seq_lens` together with a padding mask",
@@ -70,7 +72,7 @@ def _besides(family: Family) -> list[str]:
     besides = {
         "packed with `use_cache=False`": family.is_causal,
         "embeddings run padded, before packing; no CUDA graphs": family.embeds_rows,
-        "attention of its own, exchanged for ours; no CUDA graphs": family.own_attention is not None,
+        "its own attention is replaced; no CUDA graphs": family.own_attention is not None,
         "rows with holes stay padded": family.measures_slots,
     }
     return [text for text, applies in besides.items() if applies]

@@ -1,8 +1,8 @@
-"""Exact recognition of mask functions: they are called with symbols in place of positions.
+"""Exact recognition of mask functions, by calling them with symbolic positions.
 
-A comparison of two symbolic positions returns the band that it stands for, and bands of the same packed sequences are
-joined and intersected. Whatever else a function does with a symbol makes its answer unknown. Closures, globals and
-helper functions need not be inspected, so this works inside a graph that torch.compile traces as well.
+A comparison of two symbolic positions returns the band that it stands for; bands of the same packed sequences can be
+joined and intersected. Any other operation on a symbol makes the result unknown. Closures, globals and helper functions
+need no inspection, so this also works while torch.compile traces.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Symbol:
     device = None
 
     def __getattr__(self, name: str) -> Any:
-        # No AttributeError, which `hasattr` would take for an answer.
+        # Not an AttributeError, which `hasattr` would turn into False.
         raise TypeError(f"a mask function that reads {name!r} of a position is not known")
 
     def to(self, *args: Any, **kwargs: Any) -> _Symbol:
@@ -98,13 +98,13 @@ class _Position(_Symbol):
 
 
 class TensorLikePosition(_Position):
-    """A position that passes for a tensor where a mask function looks at types; torch.compile cannot trace it."""
+    """A position that passes `isinstance(position, torch.Tensor)`; torch.compile cannot trace it."""
 
     __class__ = property(lambda self: torch.Tensor)
 
 
 class _Distance(_Symbol):
-    """A query's position less a key's, or the other way round, or the absolute value of either."""
+    """A query's position minus a key's, the reverse, or the absolute value of either."""
 
     def __init__(self, table: torch.Tensor | None, of_query: bool, is_absolute: bool = False) -> None:
         self.table = table
@@ -182,7 +182,7 @@ class Visible(_Symbol):
             return _Symbol()
         if self.is_empty or other.is_empty:
             return other if self.is_empty else self
-        # Two bands around the diagonal, in the same sequences, overlap.
+        # Two bands around the diagonal overlap, so their union is a band.
         if not (self.is_around and other.is_around and self.packed is other.packed):
             return _Symbol()
         if self.positions is not other.positions:
@@ -203,7 +203,7 @@ class Visible(_Symbol):
 
 
 def _constant(value: object) -> bool | None:
-    """Returns the value of `True`, or of a bool tensor without dimensions; None for anything else."""
+    """Returns the value of a bool or of a 0-dimensional bool tensor; None for anything else."""
     if isinstance(value, bool):
         return value
     if type(value) is torch.Tensor and value.ndim == 0 and value.dtype == torch.bool and not value.is_meta:
@@ -255,17 +255,17 @@ class _Lookups(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# What code raises that is called with symbols where it expects tensors.
+# Errors that code may raise when it gets symbols instead of tensors.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _LARGEST = 2**31 - 1
 
 
 def interpret(mask_function: Callable[..., Any], position: type[_Position] = _Position) -> Visible | None:
-    """Returns the keys that a query sees; None if they are not, for certain, a band that holds its own position.
+    """Returns the keys that a query sees; None unless they are certainly a band that includes its own position.
 
     Args:
-        mask_function: As transformers' mask helpers hand it to a mask interface.
-        position: Class of the symbols that stand for positions.
+        mask_function: As passed by transformers' mask helpers.
+        position: Class of the symbolic positions.
 
     Examples:
         >>> from transformers.masking_utils import sliding_window_causal_mask_function

@@ -18,14 +18,14 @@ class AttentionCall:
     """One call of the attention function.
 
     Args:
-        layer: The class of the attention, and the number of its layer where it has one.
+        layer: Class of the attention layer, and its index if it has one.
         pattern: Which keys a query sees, such as "full" or "causal".
-        kernel: Who computed it.
-        head_dim: The widest of the query's and the value's, elements.
-        padded_head_dim: What it was padded to for the kernel; the same where it was not.
-        reason: Why FlashInfer did not compute the call; None if it did, or if what did was asked for by name or is
-            faster.
-        note: Why the call computed padded query rows as well; None if it did not.
+        kernel: Kernel that ran.
+        head_dim: The larger head_dim of query and value.
+        padded_head_dim: head_dim of the kernel, padding included.
+        reason: Why FlashInfer did not run the call; None if it did, or if another kernel was selected by the settings
+            or is faster.
+        note: Why the call also computed padded queries; None if it did not.
 
     Examples:
         >>> from hf_flashinfer_attn import AttentionCall
@@ -45,15 +45,15 @@ class AttentionCall:
 
 @dataclass(slots=True)
 class Trace:
-    """What happened inside a `with hf_flashinfer_attn.trace()` block, in this thread.
+    """Record of a `with hf_flashinfer_attn.trace()` block, in this thread.
 
     `print(trace)` shows a table, and so does a notebook.
 
     Args:
         calls: One record per attention call, in the order of the calls.
-        layouts: Ragged layouts made.
-        host_copies: Device-to-host copies that this package waited for.
-        plans: FlashInfer plans made.
+        layouts: Number of ragged layouts made.
+        host_copies: Number of device-to-host copies that this package waited for.
+        plans: Number of FlashInfer plans made.
 
     Examples:
         >>> from hf_flashinfer_attn import AttentionCall, Trace
@@ -123,7 +123,7 @@ _active: ContextVar[Trace | None] = ContextVar("hf_flashinfer_attn_trace", defau
 
 @contextmanager
 def trace() -> Iterator[Trace]:
-    """Records every attention call of this thread that happens inside the block.
+    """Records every attention call of this thread inside the block.
 
     Yields:
         The [`Trace`], filled while the block runs. Graphs of torch.compile and replayed CUDA graphs add what they ran.

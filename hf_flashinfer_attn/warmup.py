@@ -35,7 +35,7 @@ ARCH_VARIABLE = "FLASHINFER_CUDA_ARCH_LIST"
 
 @dataclass(frozen=True, slots=True)
 class WarmedKernel:
-    """What became of one kernel.
+    """Result for one kernel.
 
     Args:
         module: Which.
@@ -76,16 +76,16 @@ class GraphCheck:
 
 @dataclass(frozen=True, slots=True)
 class WarmupReport:
-    """What `warmup` did; `print(report)` shows it.
+    """Result of `warmup`; `print(report)` shows it.
 
     Args:
-        model_type: Of the config.
-        archs: Of the GPUs that kernels are for, as FlashInfer writes them.
-        directory: Where compiled kernels are kept.
-        kernels: Every one that the model may need.
-        notes: Why the model may need none, or others that are not known ahead.
-        graphs: What came of the check of graphs, if it was asked for.
-        seconds: In all.
+        model_type: Model type of the config.
+        archs: Compute capabilities that kernels were compiled for, in FlashInfer's notation.
+        directory: Folder of the compiled kernels.
+        kernels: All kernels that the model may need.
+        notes: Why the model may need none, or kernels that cannot be predicted.
+        graphs: Result of the check of graphs; None without `graphs`.
+        seconds: Total time.
 
     Examples:
         >>> from pathlib import Path
@@ -110,7 +110,7 @@ class WarmupReport:
 
     @property
     def passed(self) -> bool:
-        """Whether all kernels are there, and all graphs could be captured that were asked for."""
+        """Whether all kernels are compiled and all requested graphs were captured."""
         has_graphs = self.graphs is None or self.graphs.problem is None
         return has_graphs and all(kernel.error is None for kernel in self.kernels)
 
@@ -136,26 +136,26 @@ def warmup(
     workers: int | None = None,
     progress: bool = True,
 ) -> WarmupReport:
-    """Compiles every kernel of FlashInfer that a model may need, which else happens on first use.
+    """Compiles all FlashInfer kernels that a model may need, which otherwise happens on first use.
 
     Args:
-        model: A model, its config, or the path or id of one; weights are read for `graphs` alone.
+        model: A model, its config, its path or its id; weights are only read for `graphs`.
         dtypes: torch.float16, torch.bfloat16 or both; by default that of the model if it is one of these, else float16.
-        arch: Compute capability to compile for, such as "8.0" or "9.0a", in a process of its own and without a GPU;
-            by default those of `FLASHINFER_CUDA_ARCH_LIST`, or of the GPUs of this machine.
-        graphs: Rows and tokens of batches whose CUDA graphs are captured to see that they can be, and what memory they
-            take; needs a GPU, and a path or id. Graphs live in one process, so that a server captures its own, with
-            `capture_graphs`. What lasts is what the check compiles: kernels, of Triton too.
-        workers: Compilers to run at a time; by default as many as there are cores and memory for.
-        progress: Whether to show a bar on stderr, or lines where there is no terminal.
+        arch: Compute capability to compile for, such as "8.0" or "9.0a", in a separate process and without a GPU;
+            by default those in `FLASHINFER_CUDA_ARCH_LIST`, or of this machine's GPUs.
+        graphs: Rows and tokens of batches to capture CUDA graphs of, which checks that it works and reports the memory;
+            needs a GPU, and a path or id. Graphs end with the process: a server captures its own with `capture_graphs`.
+            Compiled kernels, Triton's included, stay in the caches.
+        workers: Parallel compilers; by default by cores and memory.
+        progress: Whether to show a bar on stderr, or lines if stderr is no terminal.
 
     Returns:
-        What was done. Kernels that could not be compiled are in it with the path of the compiler's log.
+        The report. For kernels that could not be compiled it has the path of the compiler's log.
 
     Raises:
         BackendUnavailableError: If there is nothing to compile for, or with: no GPU and no `arch`, no nvcc, no ninja.
         FlashInferAttentionError: If the model or its config cannot be read.
-        ValueError: If `arch`, a dtype or a size of a graph is not one.
+        ValueError: If `arch`, a dtype or a graph size is invalid.
 
     Examples:
         >>> import hf_flashinfer_attn

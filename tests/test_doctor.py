@@ -75,7 +75,7 @@ def test_command_without_a_gpu() -> None:
     lines = ran.stdout.splitlines()
     assert max(map(len, lines)) <= 100
     assert len(lines) <= 45
-    for fact in (*SECTIONS, "backend", TORCH, transformers.__version__, '"flashinfer" is served by torch'):
+    for fact in (*SECTIONS, "backend", TORCH, transformers.__version__, '"flashinfer" runs on the torch backend'):
         assert fact in ran.stdout
     for name in ("nvcc", "ninja", "folder", *(("size", "kernels", "free") if HAS_FLASHINFER else ())):
         assert any(line[2:].startswith(name) for line in lines)

@@ -216,12 +216,12 @@ def test_kept_padded_queries_are_said(caplog: pytest.LogCaptureFixture, monkeypa
     for module in model.modules():
         if type(module) is BertSelfAttention:
             module.__class__ = KeepsPadding
-    said = "KeepsPadding computes query rows of padding as well: memory may be another sequence"
+    said = "KeepsPadding also computes padded queries: memory may be another sequence"
     with caplog.at_level(logging.WARNING, logger="hf_flashinfer_attn"):
         with hf_flashinfer_attn.trace() as trace:
             model(IDS)
         assert trace.notes == ()
-        assert "query rows" not in caplog.text
+        assert "padded queries" not in caplog.text
         with hf_flashinfer_attn.trace() as trace:
             for _ in range(2):
                 model(IDS, attention_mask=MASK)

@@ -798,7 +798,7 @@ def test_a_module_around_a_model() -> None:
 STAYING: list[tuple[dict[str, Any], str]] = [
     ({"output_attentions": True}, "output_attentions=True"),
     ({"attention_mask": torch.ones(4, 1, SLOTS, SLOTS).tril()}, "an attention mask of another shape"),
-    ({"unknown": torch.ones(4, SLOTS)}, "unknown, of which it is not known how to pack it"),
+    ({"unknown": torch.ones(4, SLOTS)}, "unknown, which unpad cannot pack"),
 ]
 each_reason = pytest.mark.parametrize(("arguments", "reason"), STAYING, ids=["output-attentions", "4d", "unknown"])
 
@@ -879,7 +879,7 @@ def test_what_is_neither_a_tensor_nor_a_number_stays_padded(value: object, caplo
     with torch.no_grad(), caplog.at_level(logging.WARNING, "hf_flashinfer_attn"):
         model(**inputs_of("right"), something=value)
     assert set(shapes) == {(4, SLOTS)}
-    assert "something, of which it is not known how to pack it" in caplog.text
+    assert "something, which unpad cannot pack" in caplog.text
 
 
 def test_a_number_of_the_whole_batch_is_passed_on() -> None:

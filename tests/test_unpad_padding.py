@@ -31,7 +31,7 @@ from hf_flashinfer_attn import UnsupportedAttentionError, unpad
 
 PACKED, PADDED = {(1, sum(LENGTHS))}, {(4, SLOTS)}
 LABELS = "labels other than -100 in masked positions"
-POSITIONS = "start_positions and end_positions, whose loss is taken over masked positions too"
+POSITIONS = "start_positions and end_positions, whose loss includes masked positions"
 
 
 def labels_of(inputs: dict[str, Tensor], in_padding: int) -> Tensor:

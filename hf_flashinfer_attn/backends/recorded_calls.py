@@ -1,9 +1,9 @@
-"""Recorded calls of FlashInfer's compiled modules: the one place that knows private names of its wrapper.
+"""Recorded calls of FlashInfer's compiled modules. Only this file uses private names of FlashInfer's wrapper.
 
-`plan()` and `run()` of FlashInfer's wrapper check and assemble two dozen arguments at each call, 0.2 ms and 30 us of
-host time, before they call a compiled module. All forwards of one kind differ in nothing but lengths, and all layers of
-one forward in nothing but tensors. So the module's calls are recorded once, and repeated with what differs exchanged.
-Where an argument is not recognised, the public methods are called instead: slower, never wrong.
+`plan()` and `run()` of FlashInfer's wrapper check and assemble two dozen arguments per call, 0.2 ms and 30 us of host
+time, before they call a compiled module. Forwards of one kind differ only in row lengths, and layers of one forward
+only in tensors. So the module's calls are recorded once and repeated with these arguments replaced. If an argument is
+not recognised, the public methods are called instead, which is slower but correct.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ __all__ = ["CallRecorder", "Lengths", "device_offsets_of", "find", "learn_planne
 
 
 class Lengths(NamedTuple):
-    """What a plan depends on besides constants.
+    """Arguments of a plan that differ between batches.
 
     Args:
-        query_offsets: First token of each row, then their number, int32 on the host, shape `(rows + 1,)`.
-        key_offsets: The same of the keys.
+        query_offsets: Offsets of the rows (cu_seqlens), int32 on the host, shape `(rows + 1,)`.
+        key_offsets: The same for the keys.
         key_lengths: Keys of each row, int32 on the host, shape `(rows,)`.
-        query_lengths: The same of the queries.
-        query_tokens: Queries of all rows.
-        key_tokens: Keys of all rows.
-        rows: How many.
-        longest_query: Queries of the longest row.
-        longest_key: Keys of the row with most keys.
+        query_lengths: The same for the queries.
+        query_tokens: Number of queries.
+        key_tokens: Number of keys.
+        rows: Number of rows.
+        longest_query: Largest number of queries in a row.
+        longest_key: Largest number of keys in a row.
     """
 
     query_offsets: torch.Tensor
@@ -55,7 +55,7 @@ class Lengths(NamedTuple):
 
 
 class CallRecorder:
-    """Forwards to a compiled module and keeps the arguments of the last `plan` and the last `ragged_run`."""
+    """Forwards to a compiled module and records the arguments of the last `plan` and the last `ragged_run`."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -78,14 +78,14 @@ class CallRecorder:
 
 @functools.cache
 def recording(base: type[Any]) -> type[Any]:
-    """Returns a subclass of FlashInfer's wrapper whose compiled module is behind a `CallRecorder`, its `recorder`.
+    """Returns a subclass of FlashInfer's wrapper that calls its compiled module through `recorder`, a `CallRecorder`.
 
-    A release that keeps its module under another name leaves `recorder` None, and nothing is repeated.
+    If a release of FlashInfer renames the attribute of its module, `recorder` stays None and calls are not repeated.
     """
 
     class RecordingWrapper(base):  # type: ignore[misc]
         recorder: CallRecorder | None = None
-        # What `learn_planner` found out, by kernel, whether it adds a bias, and whether it plans for captured graphs.
+        # Results of `learn_planner`, by kernel, whether it adds a bias, and whether it plans for captured graphs.
         planners: ClassVar[dict[tuple[str, bool, bool], tuple[str | None, ...] | str]] = {}
 
         @property
@@ -102,19 +102,19 @@ def recording(base: type[Any]) -> type[Any]:
 
 
 def device_offsets_of(prefill: Any) -> tuple[Any, Any]:
-    """Returns the device tensors that a wrapper's last plan copied its offsets to, as its `run` passes them."""
+    """Returns the device copies of the last plan's offsets, which the wrapper's `run` passes on."""
     return getattr(prefill, "_qo_indptr_buf", None), getattr(prefill, "_kv_indptr_buf", None)
 
 
 def share_workspace(prefill: Any, float_buffer: torch.Tensor, buffer: torch.Tensor, pinned: torch.Tensor) -> None:
-    """Has a wrapper plan into buffers of somebody else's, in place of 16 MiB of its own."""
+    """Makes a wrapper plan into shared buffers instead of 16 MiB of its own."""
     prefill.reset_workspace_buffer(float_buffer, buffer)
     if hasattr(prefill, "_pin_memory_int_workspace_buffer"):
         prefill._pin_memory_int_workspace_buffer = pinned
 
 
 def find(arguments: Sequence[Any], wanted: Sequence[Any]) -> tuple[int, ...] | None:
-    """Returns where each of some objects is among arguments; None unless all are, at places of their own."""
+    """Returns the index of each wanted object among arguments; None unless all are found at distinct indices."""
     places = [next((at for at, found in enumerate(arguments) if found is one), -1) for one in wanted]
     return None if -1 in places or len(set(places)) < len(places) else tuple(places)
 
@@ -135,16 +135,16 @@ def _offsets(lengths: np.ndarray[Any, Any]) -> torch.Tensor:
 def learn_planner(
     plan: Callable[[Lengths], CallRecorder | None], *, fixed_rows: int | None = None
 ) -> tuple[str | None, ...] | str:
-    """Finds out which arguments of a module's `plan` depend on lengths, from plans for different ones.
+    """Finds which arguments of a module's `plan` depend on lengths, by planning for different lengths.
 
     Args:
-        plan: Plans through the public method, and returns what recorded it.
-        fixed_rows: Rows that each plan must have, at least 4, with room for 64 tokens; any number by default.
+        plan: Plans through the public method, and returns the recorder.
+        fixed_rows: Number of rows of each plan, at least 4, for at least 64 tokens; any number by default.
 
     Returns:
-        For each argument the field of `Lengths` that it is, None if it is a constant; or why that is not known.
+        For each argument the name of its field in `Lengths`, None for a constant; or a string, the reason of a failure.
     """
-    # In each of them, no two fields are alike.
+    # No two fields of a probe are equal.
     probes = [
         _probe(queries, keys, fixed_rows or len(queries))
         for queries, keys in (
@@ -155,10 +155,10 @@ def learn_planner(
     for lengths in probes:
         recorder = plan(lengths)
         if recorder is None or recorder.plan_arguments is None:
-            return "its compiled module is not where it was"
+            return "the wrapper's compiled module was not found"
         recorded.append(recorder.plan_arguments)
     if len(set(map(len, recorded))) > 1:
-        return "its planner takes another number of arguments each time"
+        return "the number of its planner's arguments varies"
     fields: list[str | None] = []
     for place, values in enumerate(zip(*recorded)):
         first = values[0]
@@ -166,7 +166,7 @@ def learn_planner(
         if all(value is first or (not is_tensor and _is_equal(value, first)) for value in values):
             fields.append(None)
             continue
-        # Offsets are exchanged by what they hold: what is passed on may be a copy of what was passed.
+        # Tensors are compared by value: FlashInfer may pass on a copy.
         alike = (
             field
             for field in Lengths._fields
@@ -183,6 +183,6 @@ def _is_equal(value: Any, other: Any) -> bool:
         return False
     if not isinstance(value, torch.Tensor):
         return bool(value == other)
-    # Never of a tensor on a GPU, for which the host would wait.
+    # Comparing a GPU tensor would synchronise.
     on_host = value.device.type == other.device.type == "cpu"
     return on_host and value.dtype == other.dtype and torch.equal(value, other)

@@ -1,4 +1,4 @@
-"""FlashInfer's wrappers: their plans, their pools, and the memory that plans of captured graphs share."""
+"""FlashInfer's wrappers: plans, pools, and the memory that plans of captured graphs share."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 Kernel = Literal["fa2", "fa3", "auto"]
 
 
-# Wrappers per kernel and stream that may be made just to let the host run ahead of the GPU, 8 MiB on the device each.
+# Wrappers per kernel and stream, so that the host can run ahead of the GPU; 8 MiB on the device each.
 _RING = 4
 # Only split-KV (switched off) and some Blackwell kernels take memory from it.
 _FLOAT_WORKSPACE_BYTES = {"fa2": 1 << 20, "fa3": 1 << 20, "auto": 128 << 20}
@@ -62,7 +62,7 @@ class PlanKey:
 
 @dataclass(slots=True)
 class _Replay:
-    """A call of a compiled module as the wrapper's `run` made it, without its tensors, which would live as long."""
+    """A recorded call of a compiled module by `run`, without its tensors, which it would keep alive."""
 
     arguments: list[Any]
     tensors: tuple[int, int, int, int]
@@ -71,7 +71,7 @@ class _Replay:
 
 
 def planning_ways() -> dict[str, str]:
-    """Returns how kernels that were planned more than once in this process are planned, by their names."""
+    """Returns, by kernel, how plans after the first are made in this process."""
     if (flashinfer := sys.modules.get("flashinfer")) is None:
         return {}
     ways = {}
@@ -89,14 +89,14 @@ def _recording_class(flashinfer: ModuleType) -> type[Any]:
 class Wrapper:
     """A FlashInfer wrapper with its own plan buffers.
 
-    `plan` fills a pinned buffer and returns while the copy of it to the GPU may still be under way: the next plan must
-    not touch that buffer before `event` has passed.
+    `plan` fills a pinned buffer and returns before its copy to the GPU has finished. The next plan must not write to
+    that buffer before `event` has completed.
     """
 
     def __init__(self, module: ModuleKind, float_workspace: torch.Tensor, **options: Any) -> None:
         import flashinfer
 
-        # "auto" chooses by lengths, anew in every plan, so there is nothing to repeat.
+        # "auto" selects a kernel by lengths in every plan, so calls are not repeated.
         is_auto = module.kernel == "auto"
         wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper if is_auto else _recording_class(flashinfer)
         jit_args = None if module.biased is None else biased_module_arguments(*module.biased)
@@ -121,9 +121,9 @@ class Wrapper:
         record_plan()
 
     def _plan_publicly(self, key: PlanKey, lengths: Lengths) -> CallRecorder | None:
-        """Plans with all of FlashInfer's own checks; offsets are on the host, from where it need not copy them back."""
+        """Plans with FlashInfer's public method; offsets come from the host, so none are copied from the GPU."""
         name = f"{key.kernel}, {str(key.dtype).removeprefix('torch.')}, head_dim {key.head_dim}"
-        # What "auto" takes is known to nobody else, nor whether it is compiled.
+        # Only FlashInfer knows which kernel "auto" selects, and whether it is compiled.
         with jit.watched(name) if key.kernel == "auto" else nullcontext():
             self.prefill.plan(
                 lengths.query_offsets,
@@ -143,7 +143,7 @@ class Wrapper:
         return self._recorder
 
     def _planner(self, key: PlanKey, *, fixed_rows: int | None = None) -> tuple[str | None, ...] | None:
-        """Returns which fields of `Lengths` a planner's arguments are; None where it must be called publicly."""
+        """Returns the field of `Lengths` for each planner argument; None if only the public method can be used."""
         planners = type(self.prefill).planners
         kind = key.kernel, key.biased, fixed_rows is not None
         if kind not in planners:
@@ -152,7 +152,7 @@ class Wrapper:
         return None if isinstance(known, str) else known
 
     def _plan_recorded(self, key: PlanKey, lengths: Lengths, replay: _Replay) -> bool:
-        """Plans with recorded arguments; returns False where that is not known to be right."""
+        """Plans with recorded arguments; returns False if that might be wrong."""
         fields, recorder = self._planner(key), self._recorder
         if fields is None or recorder is None or recorder.plan_arguments is None:
             return False
@@ -177,7 +177,7 @@ class Wrapper:
             recorder.module.ragged_run(*arguments)
             return
         self.prefill.run(query, key, value, out=output)
-        # Another thread's call of the same plan may have come between, which is not found here then.
+        # If another thread ran the same plan meanwhile, these tensors are not found.
         recorded, recorder.run_arguments = recorder.run_arguments or (), None
         tensors = find(recorded, (query, key, value, output))
         fixed = find(recorded, (recorder.plan_result, *device_offsets_of(self.prefill)))
@@ -194,10 +194,10 @@ _PinnedRing = deque[tuple[torch.Tensor, torch.cuda.Event]]
 
 
 class GraphWorkspace:
-    """Memory for the plans of all graphs that are captured from one model and replayed one after another.
+    """Memory for the plans of all graphs of one model, which are replayed one at a time.
 
-    Each kind of attention in the model has a buffer on the device, which every replay's plan fills anew, and a ring of
-    pinned ones, so that the host need not wait for the copy of the last plan.
+    Each kind of attention in the model has a buffer on the device, which every replay's plan overwrites, and a ring of
+    pinned buffers, so that the host need not wait for the copy of the last plan.
     """
 
     _BYTES, _PINNED = 4 << 20, 4
@@ -208,7 +208,7 @@ class GraphWorkspace:
         self._parts: list[tuple[torch.Tensor, _PinnedRing]] = []
 
     def part(self, index: int) -> tuple[torch.Tensor, _PinnedRing]:
-        """Returns the device's buffer and the pinned ones of one kind of attention."""
+        """Returns the device buffer and the pinned buffers of one kind of attention."""
         while len(self._parts) <= index:
             ring = deque(
                 (torch.empty(self._BYTES, dtype=torch.uint8, device="cpu", pin_memory=True), torch.cuda.Event())
@@ -219,7 +219,7 @@ class GraphWorkspace:
 
 
 class GraphWrapper(Wrapper):
-    """A wrapper whose plans ask for the same launches whatever the lengths, so that a captured graph can use them."""
+    """A wrapper whose plans have the same launches for all lengths, so that a captured graph can use them."""
 
     def __init__(self, key: PlanKey, layout: RaggedLayout, index: int) -> None:
         workspace: GraphWorkspace = layout.graph_workspace
@@ -233,16 +233,15 @@ class GraphWrapper(Wrapper):
             kv_indptr_buf=self._offsets,
         )
         buffer, self._ring = workspace.part(index)
-        # Of all plans through the public method, and of the recorded arguments, in which another of the ring takes its
-        # place.
+        # For plans through the public method. In recorded arguments another buffer of the ring replaces it.
         self._pinned, self._pinned_event = self._ring[0]
         share_workspace(self.prefill, workspace.float_buffer, buffer, self._pinned)
         self._fields: tuple[str | None, ...] | None = None
         self._plan_info: list[Any] | None = None
 
     def plan(self, key: PlanKey, layout: RaggedLayout) -> None:
-        # `run` raises where the last plan was for another number of tokens, and later plans must be for no more. The
-        # captured launches are the same for all lengths; before a replay, `plan_again` plans for true ones.
+        # Planned for the maximum: `run` checks the number of tokens, and later plans must not exceed it. The captured
+        # launches are the same for all lengths; `plan_again` plans for the actual lengths before each replay.
         whole = RaggedSide((self._tokens,) + (0,) * (self._rows - 1), (1, self._tokens), None)
         lengths = Lengths.of(RaggedLayout(whole))
         self._pinned_event.synchronize()
@@ -284,8 +283,8 @@ def plan_graph(layout: RaggedLayout, lengths: Sequence[int]) -> None:
     """Plans all attention of a captured graph for other lengths.
 
     Args:
-        layout: What the graph was captured with.
-        lengths: Of the rows; at most as many, with as many tokens in all, as the graph was made for.
+        layout: Layout that the graph was captured with.
+        lengths: Row lengths, within the rows and tokens of the graph.
     """
     rows = len(layout.query.lengths)
     counts = np.zeros(rows, dtype=np.int32)
@@ -301,7 +300,7 @@ def plan_graph(layout: RaggedLayout, lengths: Sequence[int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModuleKind:
-    """What a wrapper can be planned for: any dtype and head_dim of a kernel, but one of the kernel with a bias."""
+    """Key of wrappers: a kernel for all dtypes and head_dims, or, with a bias, for one of each."""
 
     kernel: Kernel
     biased: tuple[torch.dtype, int] | None
@@ -312,7 +311,7 @@ class ModuleKind:
 
 
 class WrapperPool:
-    """Wrappers of one kernel on one stream of one device; a plan holds one for as long as its layout lives."""
+    """Wrappers of one kernel, device and stream. A plan holds its wrapper as long as its layout lives."""
 
     def __init__(self, module: ModuleKind, device: torch.device) -> None:
         self._module = module
@@ -322,8 +321,8 @@ class WrapperPool:
         self.is_evicted = False
 
     def take(self, key: PlanKey) -> Wrapper:
-        # Planned for the same before, or else the one that came back first: the copy of its last plan is the likeliest
-        # to be over. Wrappers come back whenever garbage is collected, so nothing here may be locked.
+        # Prefers a wrapper with the same key, then the one returned first, whose last copy has most likely finished.
+        # Wrappers are returned by finalizers at any time, so this must not take a lock.
         wrapper: Wrapper | None = None
         others: list[Wrapper] = []
         with suppress(IndexError):
@@ -336,7 +335,7 @@ class WrapperPool:
         if wrapper is not None:
             if self._made >= _RING or wrapper.event.query():
                 return wrapper
-            # Rather another wrapper than a wait for the GPU, up to a point.
+            # Up to _RING wrappers, a new one is better than waiting for the GPU.
             self._free.appendleft(wrapper)
         self._made += 1
         return Wrapper(self._module, self._float_workspace)
@@ -355,14 +354,14 @@ class WrapperPool:
                 _evicted.append(self._free.popleft())
 
 
-# Least recently used first: servers may make a stream for each request.
+# Least recently used first; bounded, because servers may make a stream per request.
 _pools: OrderedDict[tuple[ModuleKind, torch.device, int], WrapperPool] = OrderedDict()
 _pools_lock = threading.Lock()
 # On each device.
 _MOST_POOLS = 16
-# Wrappers to be freed as soon as nothing is copied from their pinned memory any more.
+# Wrappers that are freed once the copies from their pinned memory have finished.
 _evicted: deque[Wrapper] = deque()
-# Layouts whose plans captured graphs read, kept for good: see `planned`.
+# Layouts whose plans captured graphs read, never freed: see `planned`.
 _captured: set[RaggedLayout] = set()
 _MOST_CAPTURED = 256
 
@@ -384,10 +383,10 @@ def _pool_of(module: ModuleKind, device: torch.device, stream: int) -> WrapperPo
 
 
 def keep_captured(layout: RaggedLayout) -> None:
-    """Keeps a layout whose plans a captured graph reads until the process ends.
+    """Keeps a layout, whose plans a captured graph reads, until the process ends.
 
     Raises:
-        UnsupportedAttentionError: If 256 are kept already, which take 4 GiB of the GPU and of pinned memory.
+        UnsupportedAttentionError: If 256 are kept already, 4 GiB of GPU and pinned memory.
     """
     if layout not in _captured and len(_captured) >= _MOST_CAPTURED:
         raise UnsupportedAttentionError(
@@ -398,7 +397,7 @@ def keep_captured(layout: RaggedLayout) -> None:
 
 
 def _not_planned(layout: RaggedLayout, key: PlanKey) -> str:
-    """Says where a layout has a plan and where not; streams by their handles, as `cuda_stream` gives them."""
+    """Returns on which streams (`cuda_stream` handles) a layout has a plan, for an error."""
     plans = [plan for plan in list(layout.plans) if isinstance(plan, PlanKey)]
     streams = sorted({f"{plan.stream:#x}" for plan in plans if replace(plan, stream=key.stream) == key})
     missing = f"these lengths have no plan on the capturing stream {key.stream:#x} of {key.device}"
@@ -408,10 +407,10 @@ def _not_planned(layout: RaggedLayout, key: PlanKey) -> str:
 def planned(layout: RaggedLayout, key: PlanKey) -> Wrapper:
     """Returns a wrapper planned for `key` on `layout`, planning at most once per layout.
 
-    A plan that a CUDA graph is captured with must outlive the graph, and nobody tells which graph that is, or when it
-    is gone. It is therefore kept until the process ends, at 8 MiB on the device and 8 MiB pinned for each. Another
-    capture on the same stream takes the same plan while the layout of its shape is cached. So a graph per shape costs
-    one plan each, and capturing anew all the time, with many shapes in between, costs one each time.
+    A plan that a user's CUDA graph captures must outlive the graph, whose end cannot be observed. It is therefore kept
+    until the process ends, at 8 MiB on the device and 8 MiB pinned each. Another capture on the same stream reuses the
+    plan while the layout of its shape is cached. So one graph per shape costs one plan each; repeated captures with
+    many shapes in between cost one plan per capture.
     """
     wrapper: Wrapper | None = layout.plans.get(key)
     if torch.cuda.is_current_stream_capturing():
@@ -420,7 +419,7 @@ def planned(layout: RaggedLayout, key: PlanKey) -> Wrapper:
                 f"planning FlashInfer attention while a CUDA graph is captured: {_not_planned(layout, key)}",
                 "Run the model once on the same shapes, without padding, on the capturing stream before the capture.",
             )
-        # The graph will read this plan at every replay: its buffers must never serve another.
+        # Every replay reads this plan: its buffers must not be reused.
         if layout.graph_workspace is None:
             keep_captured(layout)
     elif wrapper is None and layout.graph_workspace is not None:

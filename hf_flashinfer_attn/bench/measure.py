@@ -214,7 +214,7 @@ def run_bench(
 
     Args:
         plan: What to measure.
-        on_step: Called with each step and with how far it is, such as "batch 3 of 40". It must be quick: it is called
+        on_step: Called with each step and its progress, such as "batch 3 of 40". It must be quick: it is called
             while passes are timed.
         on_cell: Given the report so far, after each cell.
 
@@ -264,7 +264,7 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def _choose_contenders(plan: Plan, device: torch.device, dtype: torch.dtype) -> list[Contender]:
     ours = plan.ours
     if ours is None:
-        # Ours that cannot run here are left out. Contenders given by name get a row with the reason.
+        # Default variants that cannot run here are left out. Contenders given by name get a row with the reason.
         everything = (contender for contender in CONTENDERS.values() if contender.ours)
         ours = tuple(contender.name for contender in everything if contender.refuse(device, dtype) is None)
     chosen = []

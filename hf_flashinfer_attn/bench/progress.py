@@ -1,4 +1,4 @@
-"""Progress: one line that is updated on a terminal or in a notebook, plain lines elsewhere."""
+"""Progress: one updated line on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Progress:
     """Tells what a benchmark is at. Text for stdout goes through `print`, so that it never meets the bar.
 
     Args:
-        bar: Whether to update one line of stderr; by default where stderr is a terminal.
+        bar: Whether to update a single line of stderr; by default if stderr is a terminal.
 
     Examples:
         >>> from hf_flashinfer_attn.bench import Progress
@@ -39,7 +39,7 @@ class Progress:
         self._text, self._shown = "", self._start
 
     def step(self, text: str, detail: str = "") -> None:
-        """Shows a step, and how far it is; a new detail of the same step only now and then."""
+        """Shows a step and its progress; updates within a step are rate-limited."""
         now = time.perf_counter()
         redrawn = self._line is not None or self._bar is not None
         if text == self._text and now - self._shown < (SECONDS_BETWEEN_UPDATES if redrawn else SECONDS_BETWEEN_LINES):

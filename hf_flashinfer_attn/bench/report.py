@@ -1,4 +1,4 @@
-"""A report as text, as plain values for JSON, and back from files."""
+"""Reports as text and as plain values for JSON, and loading them from files."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ _WIDTH = 100
 _COLUMNS = ("", "best", "median", "spread", "tokens/s", "vs sdpa", "of floor", "memory", "error")
 COLUMNS_EXPLAINED = """\
 best, median  time of one pass over all batches
-spread        slowest minus fastest pass, divided by the median
-tokens/s      tokens per second in the best pass, padding not counted
-vs sdpa       sdpa's best time divided by this one; above 1 is faster than sdpa
-of floor      the least time this machine's matrix and copy rates allow, divided by the best time
-memory        peak of torch's CUDA allocator, on a GPU
-error         relative error of a sample of the outputs against a wider dtype"""
+spread        (slowest - fastest pass) / median
+tokens/s      tokens per second in the best pass, without padding
+vs sdpa       sdpa's best time / this best time; above 1 is faster than sdpa
+of floor      lower bound from this machine's matmul and copy rates / best time
+memory        peak GPU memory of torch's allocator (on a GPU only)
+error         relative error of sampled outputs against a wider dtype"""
 
 
 def format_cell(cell: Cell) -> str:
@@ -95,7 +95,7 @@ def format_html(cell: Cell) -> str:
 
 
 def _table(cell: Cell) -> list[list[str]]:
-    """Returns the header and a row for each contender; of one that was not measured its name and the reason."""
+    """Returns the header and a row per contender; for an unmeasured one its name and the reason."""
     rows = [_row(outcome) for outcome in cell.contenders]
     measured = [row for row in rows if len(row) == len(_COLUMNS)]
     columns = [at for at in range(len(_COLUMNS)) if at == 0 or any(row[at] != "-" for row in measured)]

@@ -1,4 +1,4 @@
-"""The models that are measured: loaded, or made with random weights."""
+"""The measured models: loaded, or made with random weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Subject:
     """A model to measure.
 
     Args:
-        name: As the user gave it.
-        model: With sdpa.
-        longest: Tokens of one request that it takes at most; None if it has no limit.
-        prepared: By contender, the model as that one runs it.
+        name: Path, id or shape, as given by the user.
+        model: The model with sdpa.
+        longest: Maximum tokens of a request; None without a limit.
+        prepared: Cache of the model as prepared for each contender, by the contender's name.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Subject:
 
 
 def shown_name(model: str) -> str:
-    """Returns the name of a model for people: of an absolute path its last part; an id of a hub stays whole."""
+    """Returns the displayed name of a model: the last part of an absolute path, otherwise the whole id."""
     return Path(model).name if Path(model).is_absolute() else model
 
 
@@ -52,15 +52,15 @@ def load_subjects(
     dtype: torch.dtype,
     on_step: OnStep,
 ) -> Iterator[Subject]:
-    """Loads a model, or makes those of named shapes, one at a time.
+    """Yields a loaded model, or models of named shapes, one at a time.
 
     Args:
-        model_name: A folder or an id of a hub; None for the shapes.
+        model_name: A folder or Hub id; None for the shapes.
         shapes: Names of `SHAPES`.
-        layers: Instead of the shapes' own number.
-        device: Where to put it.
-        dtype: Of its weights.
-        on_step: Called before each is loaded.
+        layers: Number of layers, instead of the shapes' own.
+        device: Device of the models.
+        dtype: Dtype of the weights.
+        on_step: Called before each model is loaded.
 
     Raises:
         BenchError: If the model cannot be loaded.
@@ -70,7 +70,7 @@ def load_subjects(
         model = _load(name, dtype) if model_name is not None else _random_model(name, layers, device, dtype)
         model.to(device).eval()
         if hasattr(model.config, "use_cache"):
-            # Nothing is generated here, and keeping keys and values of all layers would cost memory.
+            # Nothing is generated here, and a cache of all layers would cost memory.
             model.config.use_cache = False
         yield Subject(name, model, _longest(model), {})
 
@@ -97,10 +97,10 @@ def _random_model(name: str, layers: int | None, device: torch.device, dtype: to
 
 
 def _longest(model: PreTrainedModel) -> int | None:
-    """How many tokens of one request the model takes."""
+    """Returns the maximum tokens of a request; None without a limit."""
     longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            # RoBERTa and its like start to count after the id of padding.
+            # RoBERTa-like models number positions from padding_idx + 1.
             longest = module.num_embeddings - module.padding_idx - 1
     return longest

@@ -85,7 +85,7 @@ def make_reference(
     Args:
         model: With sdpa, in the dtype that is measured.
         batches: Of the whole request set.
-        on_request: Called with how far it is.
+        on_request: Called with the progress, before each request.
     """
     sample = _sample(batches, SAMPLE_REQUESTS if model.base_model is model else SAMPLE_CLASSIFIED)
 

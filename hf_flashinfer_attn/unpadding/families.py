@@ -120,8 +120,8 @@ REFUSED = {
     "deberta": _OWN_ATTENTION,
     "deberta-v2": _OWN_ATTENTION,
     "longformer": _OWN_ATTENTION,
-    "mobilebert": "with trigram_input=True, its embeddings join each token with its neighbours, which packing would "
-    "take from other rows",
+    "mobilebert": "with trigram_input=True, its embeddings join each token with its neighbours, which in packed input "
+    "may belong to other rows",
     "mt5": _POSITION_BIAS,
     "t5": _POSITION_BIAS,
     "umt5": _POSITION_BIAS,
@@ -138,7 +138,7 @@ def family_of(model: torch.nn.Module | None) -> Family | None:
 
 
 def required_family(backbone: torch.nn.Module) -> Family:
-    """Returns how to pack the tokens of a module that is known to be a backbone."""
+    """Returns the family of a backbone, which must have one."""
     family = family_of(backbone)
     assert family is not None
     return family

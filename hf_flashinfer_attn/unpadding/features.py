@@ -54,15 +54,15 @@ def forwards_features(module: Any) -> bool:
 
 
 def stop_flattening(module: Any) -> None:
-    """Has a `Transformer` pad its inputs, unless it was told to flatten them: outputs are then rows, one a text."""
+    """Makes a `Transformer` pad its inputs, one row per text, unless `unpad_inputs=True` was passed."""
     if getattr(module, "unpad_inputs", None) is not True:
         module.can_flatten_inputs = False
 
 
 def resume_flattening(module: Any) -> None:
-    """Has a `Transformer` flatten its inputs if it did before `stop_flattening`."""
+    """Makes a `Transformer` flatten its inputs again, if it did before `stop_flattening`."""
     if hasattr(module, "unpad_inputs"):
-        # The setter finds out again what can be flattened.
+        # The setter determines again whether inputs can be flattened.
         module.unpad_inputs = module.unpad_inputs
 
 

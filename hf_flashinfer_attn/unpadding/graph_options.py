@@ -1,4 +1,4 @@
-"""How CUDA graphs are captured, of which sizes, and what they did."""
+"""Options, sizes and statistics of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _MIN_ROWS, _MIN_TOKENS = 8, 64
 
 @dataclass(frozen=True, slots=True)
 class GraphOptions:
-    """How CUDA graphs are captured.
+    """Options of CUDA graph capture.
 
     Args:
-        max_tokens: Larger batches run without a graph; they are not bound by the host.
-        max_rows: The same by rows.
-        max_memory_gib: GPU memory that graphs share, GiB. A size whose capture needs more runs without a graph; once in
-            1,000 replays, all graphs are dropped and captured anew instead.
-        compile: Whether `torch.compile` fuses what is captured. The first capture then takes up to a minute, once for
-            all sizes; `graph_statistics(model).compile_seconds` says how long.
+        max_tokens: Most tokens of a graph. Larger batches run without one; they are not bound by the host.
+        max_rows: Most rows of a graph.
+        max_memory_gib: GPU memory that all graphs share, in GiB. A size that would exceed it runs without a graph; at
+            most once in 1,000 replays all graphs are dropped and captured anew instead.
+        compile: Whether to capture the model as compiled by `torch.compile`. The first capture then takes up to a
+            minute, once for all sizes; see `graph_statistics(model).compile_seconds`.
 
     Raises:
         ValueError: If a number is not positive, or `compile` is not a bool.
@@ -46,16 +46,16 @@ class GraphOptions:
 
 @dataclass(slots=True)
 class GraphStatistics:
-    """What the graphs of a model did so far.
+    """Statistics of a model's CUDA graphs.
 
     Args:
-        captured: Graphs that were captured.
-        dropped: Graphs that were dropped, for memory or because the model changed.
-        replayed: Forwards that a graph ran.
+        captured: Number of captured graphs.
+        dropped: Number of graphs dropped, for memory or because the model changed.
+        replayed: Number of forwards run by graphs.
         tokens: Tokens in those forwards.
         slots: Tokens in those forwards, filler included.
-        memory_bytes: GPU memory of the pool that graphs are captured into.
-        compile_seconds: Of the first runs of what was compiled, kernels of all sizes so far included.
+        memory_bytes: Size of the graphs' GPU memory pool.
+        compile_seconds: Time of the first runs with `compile=True`, compilation included.
 
     Examples:
         >>> from hf_flashinfer_attn import GraphStatistics
@@ -73,12 +73,12 @@ class GraphStatistics:
 
     @property
     def waste(self) -> float:
-        """The share of filler in all tokens that graphs computed, 0 to 1."""
+        """Share of filler among the tokens that graphs computed, 0 to 1."""
         return 1 - self.tokens / self.slots if self.slots else 0.0
 
     @classmethod
     def total(cls, parts: Iterable[GraphStatistics]) -> GraphStatistics:
-        """Adds up several."""
+        """Returns the sum of several statistics."""
         whole = cls()
         for part in parts:
             for one in fields(cls):
@@ -87,7 +87,7 @@ class GraphStatistics:
 
 
 def token_bucket(tokens: int) -> int:
-    """Returns the size of the graph for so many tokens: 8 sizes per doubling, 16 from 2,048 on.
+    """Rounds a number of tokens up to the size of a graph: 8 sizes per doubling, 16 from 2,048 on.
 
     Examples:
         >>> from hf_flashinfer_attn.unpadding.graph_options import token_bucket
@@ -102,7 +102,7 @@ def token_bucket(tokens: int) -> int:
 
 
 def row_bucket(rows: int) -> int:
-    """Returns the number of rows of the graph for so many: a power of two, since rows of length zero cost little.
+    """Rounds a number of rows up to that of a graph: a power of two, since empty rows cost little.
 
     Examples:
         >>> from hf_flashinfer_attn.unpadding.graph_options import row_bucket

@@ -66,13 +66,13 @@ class _Graph:
     """A captured forward.
 
     Args:
-        graph: What is replayed.
-        layout: Of the packed rows, whose plans are made anew for each replay.
-        tokens: That it computes.
-        output_class: Of what the model returns.
-        has_pooler: Whether that has a `pooler_output`.
-        calls: Of attention, for traces.
-        inputs: What it reads besides what all share.
+        graph: The CUDA graph.
+        layout: Layout of the packed rows; its plans are updated before each replay.
+        tokens: Number of tokens, filler included.
+        output_class: Class of the model's output.
+        has_pooler: Whether the output has a `pooler_output`.
+        calls: Attention calls, for traces.
+        inputs: Inputs, kept alive for the graph.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -86,11 +86,11 @@ class _Graph:
 
 @dataclass(slots=True)
 class _Failure:
-    """A size that could not be captured.
+    """A size whose capture failed.
 
     Args:
-        attempts: So far.
-        wait: Forwards of that size that run without a graph before the next attempt.
+        attempts: Number of failed attempts.
+        wait: Forwards of this size to run without a graph before the next attempt.
     """
 
     attempts: int = 0
@@ -99,7 +99,7 @@ class _Failure:
 
 @dataclass(slots=True)
 class _Memory:
-    """What all graphs of a model share on its device."""
+    """Memory, stream and workspace that all graphs of a model share."""
 
     device: torch.device
     inputs: dict[str, torch.Tensor]
@@ -107,10 +107,10 @@ class _Memory:
     workspace: GraphWorkspace = field(init=False)
     pool: Any = field(init=False)
     stream: torch.cuda.Stream = field(init=False)
-    # When the last replay's results had been read, and on which stream.
+    # Recorded after the last replay's results were copied, and the stream of that copy.
     done: torch.cuda.Event = field(init=False)
     last_stream: int | None = None
-    # Forwards replayed since then.
+    # Replays since the pool was made.
     replayed: int = 0
 
     def __post_init__(self) -> None:
@@ -120,13 +120,13 @@ class _Memory:
         self.done = torch.cuda.Event()
 
     def pool_bytes(self) -> int:
-        """Returns how much memory the pool of the graphs takes, whether a graph uses it or not."""
+        """Returns the size of the graphs' memory pool, unused parts included."""
         return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self.pool))
 
 
-# Forwards that run without a graph after a first failed capture of their size; twice as many after each further one.
+# Forwards of a size that run without a graph after its first failed capture; doubled by each further failure.
 _FIRST_WAIT, _LONGEST_WAIT = 16, 4_096
-# Replays after which graphs whose pool has become too large may be dropped for a new pool.
+# Least number of replays before graphs that fill their pool are dropped for a new pool.
 _REPLAYS_OF_A_POOL = 1_000
 
 
@@ -390,8 +390,8 @@ class GraphedForward:
             memory.stream.synchronize()
             return None
         except RuntimeError as error:
-            # Ours, or torch's of an operation that cannot be captured, or too little memory. If the model itself is at
-            # fault, that shows without a graph.
+            # This package's error, an operation that cannot be captured, or out of memory. An error of the model itself
+            # is raised again without a graph.
             torch.cuda.synchronize(memory.device)
             reason = first_line(error)
             if isinstance(error, UnsupportedAttentionError) and not self._graphs:
@@ -403,7 +403,7 @@ class GraphedForward:
             current.wait_stream(memory.stream)
         taken, most = memory.pool_bytes(), self.options.max_memory_gib
         if taken > most * 2**30 and self._graphs:
-            # Graphs share their memory, and dropping some of them frees none of it.
+            # Graphs share one pool: dropping some of them would free nothing.
             graph.reset()
             reason = f"graphs take {taken / 2**30:.2f} GiB with it, more than max_memory_gib={most}"
             if memory.replayed < _REPLAYS_OF_A_POOL:

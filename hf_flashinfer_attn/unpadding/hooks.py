@@ -1,7 +1,6 @@
-"""Hooks of one forward: what goes into a backbone is packed, what comes out is spread out.
+"""Forward hooks of a backbone: its inputs are packed, its outputs padded again.
 
-Nothing is kept between forwards: what a forward's end has to know about its beginning rides on the offsets that every
-layer is handed.
+There is no state between forwards. The packing is an attribute of the offsets that every layer gets.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ __all__ = ["HANDLES", "leave_features", "move_to_head", "pack", "pack_features_o
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
-# Where a module keeps what removes the hooks of `unpad` from it.
+# Attribute of a module that holds the handles of its `unpad` hooks.
 HANDLES = "_flashinfer_unpadding"
 _NOTE = "_flashinfer_head_note"
 _NUMBERS = ("input_ids", "token_type_ids", "position_ids")
@@ -45,7 +44,7 @@ _READ_ON_THE_HOST = frozenset({*PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
 
 @functools.cache
 def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
-    """Returns the signature of a forward, read once."""
+    """Returns the signature of a forward (cached)."""
     return inspect.signature(forward)
 
 
@@ -53,33 +52,32 @@ def _named(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Returns all arguments of a forward by name."""
     if not args:
         return dict(kwargs)
-    # Not the instance's own forward, which accelerate replaces.
+    # The class's forward: accelerate replaces the instance's.
     bound = signature_of(type(module).forward).bind(module, *args, **kwargs).arguments
     del bound["self"]
     return {**bound.pop("kwargs", {}), **bound}
 
 
 def _device_of(module: PreTrainedModel, default: torch.device) -> torch.device:
-    # Replicas of DataParallel have no parameters. Weights that are loaded layer by layer are on "meta" until accelerate
-    # moves them to their inputs.
+    # Replicas of DataParallel have no parameters. Offloaded weights are on "meta" until accelerate loads them.
     weight = next(module.parameters(), None)
     return default if weight is None or weight.device.type == "meta" else weight.device
 
 
 def _between_graphs(hook: Hook) -> Hook:
-    """Has torch.compile end a graph before a hook, and guard nothing of what the hook looks at."""
+    """Makes torch.compile break the graph before a hook, without guards on what the hook reads."""
     untraced: Hook = torch.compiler.disable(hook, reason="hf_flashinfer_attn.unpad reads row lengths on the host")
     return untraced
 
 
 @dataclass(frozen=True, slots=True)
 class _HeadNote:
-    """What a head's pre-hook tells the backbone, kept on the mask that the head passes on.
+    """Message from a head's pre-hook to the backbone's, an attribute of the mask that the head passes on.
 
     Args:
-        host_mask: The same mask on the CPU; None if it is the caller's own.
-        version: Of the mask when it was made, by which writes to it are noticed.
-        reason: Why the backbone has to stay padded; None if it does not.
+        host_mask: The same mask on the CPU; None if the mask was not moved.
+        version: Version of the mask when it was made, to detect writes.
+        reason: Why the backbone must stay padded; None if it need not.
     """
 
     host_mask: torch.Tensor | None
@@ -91,7 +89,7 @@ class _HeadNote:
 def move_to_head(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Moves labels and masks to a head's device, and leaves on the CPU what is packed or read there."""
+    """Moves labels and masks to a head's device; inputs that are packed or read on the CPU stay there."""
     inputs = _named(module, args, kwargs)
     reason, device = reason_of_head(module, inputs), _device_of(module, torch.device("cpu"))
     if device.type == "cpu" and reason is None:
@@ -103,7 +101,7 @@ def move_to_head(
         if name != "attention_mask" and name not in _READ_ON_THE_HOST and moves:
             inputs[name] = sent(value, device)
         elif name == "attention_mask" and (moves or reason is not None):
-            # Inference tensors count no versions, and a head's writes would go unseen.
+            # Inference tensors have no version counter, so a head's writes would not be detected.
             with torch.inference_mode(False), torch.no_grad():
                 noted = inputs[name] = sent(value, device) if moves else value.clone()
             setattr(noted, _NOTE, _HeadNote(value if moves else None, noted._version, reason))
@@ -111,13 +109,13 @@ def move_to_head(
 
 
 def _note_on(mask: torch.Tensor) -> tuple[torch.Tensor, _HeadNote | None]:
-    """Returns the mask that a head passed on before it was reshaped, and the note of the head's pre-hook on it."""
+    """Returns a mask as it was before a head reshaped it, and the note of the head's pre-hook on it."""
     whole = mask if mask._base is None else mask._base
     return whole, getattr(whole, _NOTE, None)
 
 
 def _read_from(mask: torch.Tensor) -> torch.Tensor:
-    """Returns where to read a mask: what stayed of it on the CPU, though a head reshaped it since, or the mask."""
+    """Returns the CPU copy of a mask, reshaped as the head did, if it is still valid; otherwise the mask."""
     moved, note = _note_on(mask)
     if note is None or note.host_mask is None or note.version != moved._version:
         return mask
@@ -130,11 +128,11 @@ def _read_from(mask: torch.Tensor) -> torch.Tensor:
 def pack(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before a backbone's forward: packs its inputs, or leaves them as they are."""
+    """Pre-hook of a backbone: packs its inputs, or leaves them padded."""
     refuse_recording()
     inputs = _named(module, args, kwargs)
     if is_copied_with(module):
-        # Not the module itself: accelerate moves whatever it can among arguments.
+        # A reference, not the module: accelerate would move the module to a device.
         inputs[CALLER] = weakref.ref(module)
     tokens = next((value for name in PER_TOKEN if (value := inputs.get(name)) is not None), None)
     if tokens is None:
@@ -155,8 +153,8 @@ def pack(
     inputs.update(packing.move(packed, device))
     inputs["attention_mask"] = None
     if required_family(module).is_causal or required_family(module).own_attention is not None:
-        # Told that there is no padding, transformers looks neither for packed sequences in the positions nor, where a
-        # model has not come to the mask helpers yet, for padding in the tokens.
+        # A mask of ones keeps transformers from detecting packed sequences in the positions, and models without mask
+        # helpers from detecting padding in the ids.
         inputs["attention_mask"] = mask_of_ones(1, packing.layout.query.total_tokens, device)
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
@@ -170,15 +168,15 @@ def pack(
 def pack_features_of(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the forward of a module that calls its backbone's past `pack` and `spread`."""
+    """Pre-hook of a module that calls its backbone's forward without the backbone's hooks."""
     if HANDLES not in vars(module.model):
-        # Put there after `unpad`. What wraps the backbone, as torch.compile and PEFT do, calls it with its hooks.
+        # Set after `unpad`. Wrappers such as torch.compile's and PEFT's call the backbone with its hooks.
         return None
 
     def pack_backbone(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Packing | None]:
         _, packed = pack(backbone, (), inputs)
         if (own_attention := required_family(backbone).own_attention) is not None:
-            # Its own hooks are passed by, too.
+            # The hooks of its attention are not called, either.
             own_attention().enter(packed.get("cu_seq_lens_q"))
         return packed, _riding_on(packed)
 
@@ -186,7 +184,7 @@ def pack_features_of(
 
 
 def leave_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-    """After the forward of such a module, whose backbone's own hooks were passed by."""
+    """Forward hook of such a module, for a backbone with its own attention."""
     features: dict[str, Any] = args[0] if args else kwargs["features"]
     family = family_of(module.model)
     if family is not None and family.own_attention is not None:
@@ -202,37 +200,37 @@ def _riding_on(inputs: dict[str, Any]) -> Packing | None:
 def spread(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput
 ) -> ModelOutput | tuple[Any, ...] | None:
-    """After a backbone's forward: puts padding back where it was taken from."""
+    """Forward hook of a backbone: pads its outputs again, with zeros."""
     packing = _riding_on(kwargs)
     if packing is None:
         return None
     last = output["last_hidden_state"]
     padded = packing.spread(last)
     if output.get("hidden_states") is not None:
-        # Models return the last hidden state twice.
+        # The last entry of hidden_states is last_hidden_state itself.
         output["hidden_states"] = tuple(
             padded if states is last else states if states is None else packing.spread(states)
             for states in output["hidden_states"]
         )
     output["last_hidden_state"] = padded
     if output.get("pooler_output") is not None:
-        # Of the packed rows it has seen only the first.
+        # The model's pooler saw only the first packed row.
         output["pooler_output"] = required_family(module).pool(module, padded)
     return output if packing.returns_dict else output.to_tuple()
 
 
 def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> Packing | None:
-    """Returns where the tokens of a padded batch are; None for a batch that is not padded or has to stay so."""
+    """Returns the packing of a padded batch; None for a batch without padding or one that must stay padded."""
     mask = inputs.get("attention_mask")
     returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
     if mask is None:
         ids = inputs.get("input_ids")
-        # Positions that start again tell decoders of packed sequences, where there is no mask.
+        # Without a mask, decoders detect packed sequences by restarting positions.
         if ids is None or ids.ndim != 2 or inputs.get("position_ids") is not None:
             return None
         if not _goes_through_a_graph(module, inputs, device, *ids.shape):
             return None
-        # Without padding there is nothing to gain but a graph.
+        # Without padding, packing is only useful for a graph.
         reason = reason_to_stay(module, {**inputs, "attention_mask": ids})
         return Packing.full(tuple(ids.shape), returns_dict=returns_dict) if reason is None else None
     note = _note_on(mask)[1] if isinstance(mask, torch.Tensor) else None
@@ -248,7 +246,7 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
         if packing.is_full and _goes_through_a_graph(module, inputs, device, *packing.shape):
             return packing
         if packing.is_full:
-            # So that attention does not ask for the lengths again.
+            # So that attention does not read the lengths again.
             inputs["attention_mask"] = mask_of_ones(*packing.shape, device)
             return None
         if packing.layout.query.total_tokens == 0:
@@ -260,19 +258,19 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     return None
 
 
-# A larger batch without padding is bound by the GPU, and torch's own kernels are faster there than a packed forward.
+# Larger batches without padding are bound by the GPU, and torch's kernels are faster than a packed forward.
 _MOST_TOKENS_WITHOUT_PADDING = 8_192
 
 
 def _own_graphs(module: torch.nn.Module) -> GraphedForward | None:
-    """Returns the CUDA graphs of a module; None for a shallow copy or replica, which runs without."""
+    """Returns the CUDA graphs of a module; None for a shallow copy or a replica."""
     return None if is_copied_with(module) else graphs_of(module)
 
 
 def _goes_through_a_graph(
     module: PreTrainedModel, inputs: dict[str, Any], device: torch.device, rows: int, width: int
 ) -> bool:
-    """Whether a batch without padding is packed all the same, for a graph."""
+    """Whether to pack a batch without padding, for a graph."""
     graphs, tokens = _own_graphs(module), rows * width
     return (
         graphs is not None
@@ -283,7 +281,7 @@ def _goes_through_a_graph(
 
 
 def _tell_why(module: PreTrainedModel, mask: object, reason: str) -> None:
-    """Logs why a forward stays padded; with strict=True raises it, if there is padding."""
+    """Logs why a forward stays padded; with strict=True raises an error if there is padding."""
     message = f"unpad leaves {type(module).__name__} padded: {reason}"
     if not current_settings().strict:
         log_once(message)
@@ -305,11 +303,11 @@ def _embed_rows(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
 
 @dataclass(frozen=True, slots=True)
 class _Meanwhile:
-    """What is done while the host would else wait for lengths.
+    """Work done while the lengths are copied to the host.
 
     Args:
-        numbers: Inputs on the mask's device that were packed ahead, by name, shape `(1, room)`.
-        state: Of the model, if it is as it was when graphs were captured.
+        numbers: Inputs on the mask's device, packed before their length is known, by name, shape `(1, room)`.
+        state: The model's state, if it is unchanged since graphs were captured.
     """
 
     numbers: dict[str, torch.Tensor]
@@ -329,14 +327,14 @@ class _Meanwhile:
 
 
 def _name_dropped_ids(module: PreTrainedModel, padded: torch.Tensor | None, packed: torch.Tensor | None) -> None:
-    """Logs that masked positions have other ids than padding, as in ColBERT's queries; on the host only."""
+    """Logs masked ids other than padding, as in ColBERT's queries, if the ids are on the host."""
     pad_id = getattr(module.config, "pad_token_id", None)
     if pad_id is None or padded is None or packed is None or padded.device.type != "cpu" or packed.device.type != "cpu":
         return
     if np.count_nonzero(padded.numpy() != pad_id) > np.count_nonzero(packed.numpy() != pad_id):
         log_once(
             f"unpad of {type(module).__name__} drops masked positions whose ids are not pad_token_id={pad_id}; "
-            "what reads them finds zeros"
+            "their hidden states are zeros"
         )
 
 
@@ -345,7 +343,7 @@ def _is_on(value: torch.Tensor | None, device: torch.device) -> TypeGuard[torch.
 
 
 def _packed_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> dict[str, torch.Tensor]:
-    """Returns the packed inputs per token, shape `(1, total_tokens, ...)`, where the padded ones are."""
+    """Returns the packed per-token inputs, shape `(1, total_tokens, ...)`, on the devices of the padded ones."""
     ahead = {} if packing.meanwhile is None else packing.meanwhile.numbers
     total = packing.layout.query.total_tokens
     packed = {name: value[:, :total] for name, value in ahead.items()}

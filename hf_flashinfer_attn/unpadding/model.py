@@ -1,4 +1,4 @@
-"""`unpad`, `repad` and `capture_graphs`: the hooks and graphs that a model is given, and their removal."""
+"""`unpad`, `repad` and `capture_graphs`: add hooks and graphs to a model, and remove them."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ _AS_IT_IS = "Use the model as it is: its attention skips padding where it goes t
 
 
 def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
-    """Makes a model compute tokens only: padding is dropped before its embeddings and is zero in its outputs.
+    """Makes a model skip padding: it is removed before the embeddings, and zero in the outputs.
 
-    Calls stay as they are, and so do the types and shapes of outputs. A batch without padding runs as before. So does
-    one that packing cannot express, which is logged once with its reason, or raises it after `configure(strict=True)`:
-    `output_attentions=True`, caches (decoders need `use_cache=False`), masks that are not `(batch, slots)`,
-    cross-attention, a window or a relative position bias over padding with holes.
+    Calls, output types and output shapes do not change. Batches without padding run as before, and so do forwards that
+    cannot be packed: the reason is logged once, or raised with `configure(strict=True)`. Examples are
+    `output_attentions=True`, caches (decoders need `use_cache=False`), masks that are not `(batch, length)`,
+    cross-attention, losses over padding, and windows over padding with holes.
 
     Inputs may stay on the CPU while the model is on a GPU: only tokens are copied, and the host does not wait.
 
     Args:
         model: A transformers model with `attn_implementation="flashinfer"`, or any module with such models in it.
-            Changed in place: hooks are added to its backbones, and attention that is MPNet's own changes its class.
-            Weights and configuration stay as they are.
-        cuda_graphs: Whether forwards without gradients, in half precision on a GPU, go through captured CUDA graphs,
-            and with which options. A size is captured when it first comes, or ahead by `capture_graphs`. Models that
-            it is not known how to capture run without, which is logged once.
+            Changed in place: hooks are added to its backbones, and MPNet's attention layers get another class.
+            Weights and config do not change.
+        cuda_graphs: Whether to run forwards without gradients, in half precision on a GPU, as CUDA graphs, or the
+            options for it. A size is captured on first use, or ahead of time by `capture_graphs`. Models that do not
+            support it run without graphs, which is logged once.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: If `model` is no module, such as the path of one.
-        UnsupportedAttentionError: If tokens of the model cannot be packed, or its attention is not ours. The model is
-            then as it was.
+        TypeError: If `model` is not a module, for example a path.
+        UnsupportedAttentionError: If the model cannot be packed, or has another attention implementation. The model is
+            then unchanged.
 
     Examples:
         >>> import torch, hf_flashinfer_attn
@@ -113,23 +113,23 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
 def _install_graphs(backbone: torch.nn.Module, options: GraphOptions) -> None:
     family = required_family(backbone)
     if not family.packs_ids_alone:
-        log_once(f"no CUDA graphs of {type(backbone).__name__}: it is not known how to capture it")
+        log_once(f"no CUDA graphs of {type(backbone).__name__}: capturing this model is not supported")
     else:
         install_graphs(cast(PreTrainedModel, backbone), options)
 
 
 def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *, token_type_ids: bool = False) -> None:
-    """Captures the CUDA graphs of some sizes ahead, so that no forward has to.
+    """Captures the CUDA graphs of given sizes ahead of time.
 
     Args:
-        model: What `unpad` was called with, on a GPU.
-        shapes: Rows and tokens, padding aside, of the batches to come; each takes the graph of the next larger size.
-        token_type_ids: Whether batches will come with them, as from tokenizers of BERT; forwards without take other
-            graphs.
+        model: The model passed to `unpad`, on a GPU.
+        shapes: Rows and tokens (without padding) of the expected batches; each is rounded up to the size of a graph.
+        token_type_ids: Whether batches have `token_type_ids`, as from BERT's tokenizer; forwards without them use
+            other graphs.
 
     Raises:
-        ValueError: If the model is not on a GPU, has no graphs, or none of a size that large, runs without them as it
-            is, or takes no `token_type_ids`.
+        ValueError: If the model is not on a GPU, was not unpadded with `cuda_graphs`, cannot be captured as it is, or
+            takes no `token_type_ids`, or if a size exceeds the options.
 
     Examples:
         >>> import torch, hf_flashinfer_attn
@@ -181,7 +181,7 @@ def _require_graphs(backbone: PreTrainedModel) -> None:
 
 
 def graph_statistics(model: torch.nn.Module) -> GraphStatistics:
-    """Returns what the CUDA graphs of a model did since `unpad`; of a model with several backbones, of all.
+    """Returns the statistics of a model's CUDA graphs since `unpad`, summed over its backbones.
 
     Args:
         model: What `unpad` was called with.
@@ -200,7 +200,7 @@ def graph_statistics(model: torch.nn.Module) -> GraphStatistics:
 
 
 def repad(model: Module) -> Module:
-    """Undoes `unpad`, in place; harmless where there is nothing to undo.
+    """Undoes `unpad`, in place; has no effect on other models.
 
     Args:
         model: What `unpad` was called with, or a copy.

@@ -1,4 +1,4 @@
-"""What captured graphs depend on of a model, besides the values of its weights."""
+"""Fingerprint of a model, to detect changes that invalidate captured graphs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 __all__ = ["ModelState"]
 
-# What `torch.nn.Module` keeps for itself, and a mark that transformers leaves on each; all else is a module's own.
+# Attributes of `torch.nn.Module` itself, and a flag that transformers sets; all others belong to the module.
 _PRIVATE = frozenset({*vars(torch.nn.Module()), "_is_hf_initialized"})
-# Attributes of torch's own layers, most of all attributes there are, that nothing in eval mode is computed from.
+# Attributes of torch's layers that do not affect a forward in eval mode. They are the majority.
 _INERT = frozenset(
     {
         "in_features", "out_features", "num_embeddings", "embedding_dim", "normalized_shape", "elementwise_affine",
@@ -22,11 +22,10 @@ _INERT = frozenset(
 
 
 class ModelState:
-    """What a captured graph depends on of a model besides the values of its weights.
+    """Fingerprint of a model, except for the values of its weights, which may be updated in place.
 
-    Weights may be written to in place. Whatever else is done to a model changes what is compared here: other memory
-    (`to`, `half`), other modules or parameters, hooks, a forward that was replaced, attributes of a layer, train and
-    eval.
+    Any other change is detected: moved or cast weights (`to`, `half`), replaced modules or parameters, hooks, a
+    replaced forward, attributes of a layer, `train` and `eval`.
 
     Args:
         model: A backbone.
@@ -37,16 +36,16 @@ class ModelState:
         self._dicts = [vars(module) for module in modules]
         stores = [one[name] for one in self._dicts for name in ("_parameters", "_buffers", "_modules")]
         self._stores = [store for store in stores if store]
-        # Those of the model itself run around graphs, not in them.
+        # The model's own hooks run outside of graphs.
         inner = modules[1:]
         hooks = [vars(module)[name] for module in inner for name in ("_forward_hooks", "_forward_pre_hooks")]
         self._hooks = [store for store in hooks if store]
-        # What is empty, most of it, and stays so.
+        # Stores that are empty (most are), and must stay so.
         self._empty = [store for store in stores + hooks if not store]
-        # Held, here and below: nothing new may take the place in memory, and with it the identity, of what is gone.
+        # Kept alive, here and below, so that no new object can get the id of a freed one.
         self._held = list(itertools.chain.from_iterable(map(dict.values, self._stores)))
         tensors = [value for value in self._held if isinstance(value, torch.Tensor)]
-        # Others, such as quantized weights, may have neither memory nor strides to be compared.
+        # Other tensor types, such as quantized weights, may have no memory or strides to compare.
         self._tensors = list(filter(_is_plain, tensors))
         self._modules = inner
         attributes = [
@@ -64,25 +63,25 @@ class ModelState:
         self._seen = self._look()
 
     def _refuse(self, inner: list[torch.nn.Module], other: type[torch.Tensor] | None) -> str | None:
-        """Says why no graph can stand for the forward of a model as it is now."""
+        """Returns why the model cannot be captured in its current state; None if it can."""
         if other is not None:
-            return f"weights of type {other.__name__} in it may compute something else each time"
+            return f"weights of type {other.__name__} are not supported"
         if next((value.dtype.itemsize for value in self._tensors if value.is_floating_point()), 0) != 2:
             return "its weights are not in half precision"
         for module in inner:
             kind = type(module)
             if not kind.__module__.startswith(("torch.nn.", "transformers.")):
-                return f"{kind.__module__}.{kind.__qualname__} in it may compute something else each time"
+                return f"{kind.__module__}.{kind.__qualname__} in it is neither in torch.nn nor in transformers"
             if "forward" in vars(module):
                 return f"the forward of a {kind.__name__} in it was replaced"
         for hook in itertools.chain.from_iterable(map(dict.values, self._hooks)):
-            # Transformers leaves its own behind, which do nothing unless hidden states are asked for.
+            # transformers' own hooks do nothing unless hidden states are requested.
             if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
                 return f"a hook on a module in it, {getattr(hook, '__qualname__', hook)}, would not be called"
         return None
 
     def _look(self) -> tuple[Any, ...]:
-        # Once per forward, over hundreds of modules: loops in C.
+        # Runs once per forward over hundreds of modules, so the loops are in C.
         return (
             list(map(torch.Tensor.data_ptr, self._tensors)),
             list(map(torch.Tensor.stride, self._tensors)),
@@ -92,12 +91,12 @@ class ModelState:
             list(itertools.chain.from_iterable(self._hooks)),
             list(map(dict.get, self._dicts, itertools.repeat("training"))),
             list(map(type, self._modules)),
-            # Methods of an instance are attributes, too.
+            # Includes methods set on an instance.
             sum(map(len, self._dicts[1:])),
         )
 
     def holds(self) -> bool:
-        """Whether the model is still as it was."""
+        """Whether the model is unchanged."""
         now = itertools.chain.from_iterable(map(dict.values, self._stores))
         return (
             sum(map(len, self._stores)) == len(self._held)

@@ -1,4 +1,4 @@
-"""Why a forward stays padded, decided before any length is read."""
+"""Reasons why a forward stays padded, checked before row lengths are read."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def implementation_of(module: torch.nn.Module) -> str | None:
 
 
 def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
-    """Says why a forward cannot run on packed tokens, before any length is read."""
+    """Returns why a forward cannot run on packed tokens, without reading row lengths; None if it can."""
     mask = inputs["attention_mask"]
     if implementation_of(module) != NAME:
         return f"attn_implementation={implementation_of(module)!r}, expected {NAME!r}"
     if current_settings().padded_queries == "keep":
         return "configure(padded_queries='keep')"
     if module.training and getattr(module.get_input_embeddings(), "neftune_noise_alpha", None) is not None:
-        return "NEFTune, whose noise is scaled by the slots of a row"
+        return "NEFTune, which scales its noise by the padded row length"
     if is_asked_for("output_attentions", module, inputs):
         return "output_attentions=True"
     if inputs.get("encoder_hidden_states") is not None:
         return "cross-attention"
-    # By class: transformers renamed the argument once, and old names stay for a while.
+    # By class, because transformers renamed the argument and accepts both names for a while.
     if any(isinstance(value, Cache) for value in inputs.values()) or _makes_cache(module, inputs):
         return "a cache of keys and values; pass use_cache=False where none is needed"
     tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
@@ -53,18 +53,18 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
         return reason
     for name, value in inputs.items():
         if name not in _PACKED and not _is_of_whole_batch(value):
-            return f"{name}, of which it is not known how to pack it"
+            return f"{name}, which unpad cannot pack"
     return None
 
 
 def _reason_of_positions(module: PreTrainedModel, inputs: dict[str, Any], mask: torch.Tensor) -> str | None:
-    """Has rows that are longer than a table of learned positions end in an error before anything is launched.
+    """Checks row lengths against the table of learned positions, before anything is launched.
 
     Returns:
-        Why a forward stays padded, in which the model raises its own error; None where positions are in the table.
+        Why a forward stays padded, so that the model raises its own error; None if all positions are in the table.
 
     Raises:
-        IndexError: If the model would look a position up that is not in the table.
+        IndexError: If the model would read beyond the table.
     """
     table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
     size: int | None = getattr(table, "num_embeddings", None)
@@ -72,9 +72,9 @@ def _reason_of_positions(module: PreTrainedModel, inputs: dict[str, Any], mask: 
         return None
     ids, width = inputs.get("input_ids"), mask.shape[1]
     if table.padding_idx is None:
-        # The model compares shapes by itself.
-        return None if width <= size else f"{width} slots in a row, of {size} that the model has positions for"
-    # Tokens are numbered from the id of padding + 1; what the model embeds by itself has no positions yet.
+        # The model itself raises an error.
+        return None if width <= size else f"{width} positions in a row, more than the model's {size}"
+    # Tokens are numbered from padding_idx + 1. Families that embed padded rows have no packed positions yet.
     first = table.padding_idx + 1
     if first + width <= size or (ids is None and required_family(module).embeds_rows):
         return None
@@ -88,29 +88,29 @@ def _reason_of_positions(module: PreTrainedModel, inputs: dict[str, Any], mask: 
 
 
 def reason_of_head(head: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
-    """Says what a head reads in masked positions, where a packed backbone leaves zeros; labels may be anywhere."""
+    """Returns what a head reads in masked positions, which a packed backbone fills with zeros; None for nothing."""
     mask = inputs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None
     if any(inputs.get(name) is not None for name in ("start_positions", "end_positions")):
-        return "start_positions and end_positions, whose loss is taken over masked positions too"
+        return "start_positions and end_positions, whose loss includes masked positions"
     for name, value in inputs.items():
         if "label" in name and isinstance(value, torch.Tensor) and _counts_padding(head, value, mask):
             return f"{name} other than -100 in masked positions"
     if isinstance(head, GenericForSequenceClassification):
         finds_last_token = inputs.get("input_ids") is not None and head.config.pad_token_id is not None
         if not finds_last_token and not LengthsRead((mask[:, -1] != 0).all()).values:
-            return "a head that reads the last position of each row, which is masked in some"
+            return "a head that reads the last position of each row, masked in some"
     return None
 
 
 def _counts_padding(head: PreTrainedModel, labels: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether a loss per token counts a masked position."""
+    """Whether a token loss counts a masked position."""
     if labels.is_floating_point() or labels.shape[:2] != mask.shape:
         return False
     counted = labels.flatten(2).ne(-100).any(2) if labels.ndim > 2 else labels.ne(-100)
     if head.get_output_embeddings() is not None:
-        # Language models that predict the next token read one position before each label.
+        # A causal language model predicts a label from the position before it.
         is_causal = any(family.is_causal for family in map(family_of, head.modules()) if family is not None)
         if is_causal or getattr(head.config, "is_decoder", False):
             counted = torch.nn.functional.pad(counted[:, 1:], (0, 1))
@@ -118,7 +118,7 @@ def _counts_padding(head: PreTrainedModel, labels: torch.Tensor, mask: torch.Ten
 
 
 def _is_of_whole_batch(value: object) -> bool:
-    """Whether an argument has nothing in it that could belong to one row or token."""
+    """Whether an argument applies to the whole batch, not to single rows or tokens."""
     if isinstance(value, torch.Tensor):
         return value.numel() <= 1
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
@@ -134,7 +134,7 @@ def _makes_cache(module: PreTrainedModel, inputs: dict[str, Any]) -> bool:
 
 
 def measure_of_distance(module: PreTrainedModel) -> str | None:
-    """Names what in a model's attention depends on how far apart two tokens are, padding included; None for nothing."""
+    """Returns the part of a model's attention that depends on distances in padded rows; None if there is none."""
     config = module.config
     if required_family(module).measures_slots:
         return "a relative position bias"
