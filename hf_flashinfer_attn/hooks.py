@@ -127,8 +127,9 @@ def join_compatible_implementations(name: str) -> None:
 def _own_classes(model: type, name: str) -> tuple[str, ...]:
     """Returns the names by which a model picks classes of attention, where it knows no other names."""
     # A user's subclass has them where its base is.
-    modules = dict.fromkeys(sys.modules[base.__module__] for base in model.__mro__)
-    tables = [value for module in modules for key, value in vars(module).items() if key.endswith("_ATTENTION_CLASSES")]
+    modules = dict.fromkeys(sys.modules.get(base.__module__) for base in model.__mro__)
+    names = [vars(module) for module in modules if module is not None]
+    tables = [value for known in names for key, value in known.items() if key.endswith("_ATTENTION_CLASSES")]
     return tuple(dict.fromkeys(own for table in tables if name not in table for own in table))
 
 
@@ -142,6 +143,8 @@ def _may_call_interface(model: type) -> bool:
 def _module_may_call_interface(module: str, seen: frozenset[str]) -> bool:
     if not module.startswith("transformers.models.") or module in seen:
         return False
+    if module not in sys.modules:
+        return True
     values = list(vars(sys.modules[module]).values())
     if any(isinstance(value, AttentionInterface) for value in values):
         return True

@@ -1,6 +1,6 @@
 """The FlashInfer backend: head-dim padding, plans and workspaces of its ragged prefill kernels.
 
-FlashInfer is imported on first use, never on import of this module. Facts about it were read from and run on 0.7.2 and 0.7.4.
+FlashInfer is imported on first use, never on import of this module. Facts about it were checked on 0.7.2 and 0.7.4.
 """
 
 from __future__ import annotations
