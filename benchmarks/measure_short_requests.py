@@ -31,7 +31,6 @@ REQUESTS = {
     "short queries": (32, 60, 12.0, 6.0, (3, 40)),
     "single requests": (1, 300, 40.0, 30.0, (4, 200)),
 }
-MOST_PASSES = 3
 
 
 def batches(name: str, most: int) -> list[dict[str, torch.Tensor]]:
@@ -93,7 +92,7 @@ def measure(shape: str, name: str, passes: int, most: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--passes", type=int, default=MOST_PASSES)
+    parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--most-batches", type=int, default=300)
     options = parser.parse_args()
     report: dict[str, Any] = {"environment": describe_environment(), "cells": []}
