@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from .families import family_of
-from .graphs import CALLER
-from .packing import Packing
+from .packing import CALLER, Packing
 
 __all__ = [
     "forwards_features",

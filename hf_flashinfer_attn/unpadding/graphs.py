@@ -31,24 +31,21 @@ from ..mask import is_mask_of_ones, mask_of_ones
 from ..settings import Settings, current_settings
 from ..trace import AttentionCall, is_tracing, record_call, trace
 from .graph_options import GraphOptions, GraphStatistics, row_bucket, token_bucket
-from .model_state import ModelState
-from .packing import RIDER, leave_sizes_open
+from .model_state import ModelState, numerics
+from .packing import CALLER, RIDER, leave_sizes_open
+from .reasons import is_asked_for
 
 __all__ = [
-    "CALLER",
     "GraphedForward",
     "carry_state",
     "graphs_of",
     "install_graphs",
-    "is_asked_for",
     "is_copied_with",
     "uninstall_graphs",
 ]
 
 # Rides on offsets: the state of the model, found to hold while they were made.
 _LOOKED_AT = "_flashinfer_model_state"
-# An argument that tells a forward which module it was called of, by weak reference, where that is not its own.
-CALLER = "_flashinfer_caller"
 # What one thread switches off for the time of a capture, another must not switch on.
 _capture_lock = threading.Lock()
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
@@ -266,7 +263,7 @@ class GraphedForward:
         tokens = layout.query.total_tokens
         names = tuple(name for name in _INPUTS if kwargs.get(name) is not None)
         extras = tuple(sorted((name, value) for name, value in kwargs.items() if name not in _KNOWN))
-        key = (token_bucket(tokens), row_bucket(len(lengths)), names, extras, current_settings(), _numerics())
+        key = (token_bucket(tokens), row_bucket(len(lengths)), names, extras, current_settings(), numerics())
         if torch.cuda.current_device() != device.index:
             # Plans and replays go to the current device.
             with torch.cuda.device(device):
@@ -452,23 +449,6 @@ class GraphedForward:
     def _drop_all(self) -> None:
         self._drop_graphs()
         self._memory, self._state = None, None
-
-
-def is_asked_for(name: str, module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
-    """Whether a forward is asked for something, by its arguments or else by its configuration."""
-    asked = kwargs.get(name)
-    return bool(getattr(module.config, name, False) if asked is None else asked)
-
-
-def _numerics() -> tuple[bool, ...]:
-    """What torch's matrix products depend on besides their operands."""
-    matmul = torch.backends.cuda.matmul
-    return (
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-        getattr(matmul, "allow_fp16_accumulation", False),
-        torch.are_deterministic_algorithms_enabled(),
-    )
 
 
 def is_copied_with(module: torch.nn.Module) -> bool:

@@ -26,9 +26,9 @@ from ..recording import refuse_recording
 from ..settings import current_settings
 from .families import Positions, family_of, required_family
 from .features import pack_features
-from .graphs import CALLER, GraphedForward, carry_state, graphs_of, is_copied_with
+from .graphs import GraphedForward, carry_state, graphs_of, is_copied_with
 from .model_state import ModelState
-from .packing import RIDER, Packing, PackingAhead, leave_sizes_open
+from .packing import CALLER, RIDER, Packing, PackingAhead, leave_sizes_open
 from .reasons import PER_TOKEN, measure_of_distance, reason_of_head, reason_to_stay
 
 __all__ = ["HANDLES", "leave_features", "move_to_head", "pack", "pack_features_of", "signature_of", "spread"]

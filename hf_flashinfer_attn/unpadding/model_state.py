@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ModelState"]
+__all__ = ["ModelState", "numerics"]
 
 # Attributes of `torch.nn.Module` itself, and a flag that transformers sets; all others belong to the module.
 _PRIVATE = frozenset({*vars(torch.nn.Module()), "_is_hf_initialized"})
@@ -109,3 +109,14 @@ class ModelState:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+
+
+def numerics() -> tuple[bool, ...]:
+    """What torch's matrix products depend on besides their operands."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        getattr(matmul, "allow_fp16_accumulation", False),
+        torch.are_deterministic_algorithms_enabled(),
+    )

@@ -12,10 +12,12 @@ import torch
 from ..layout import LengthsRead, RaggedLayout
 from ..movement import TokenMap, sent
 
-__all__ = ["RIDER", "Packing", "PackingAhead", "leave_sizes_open"]
+__all__ = ["CALLER", "RIDER", "Packing", "PackingAhead", "leave_sizes_open"]
 
 # Where a packing rides on the offsets that a backbone is given.
 RIDER = "_flashinfer_packing"
+# An argument that tells a forward which module it was called of, by weak reference, where that is not its own.
+CALLER = "_flashinfer_caller"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,18 @@ from ..integration import NAME
 from ..layout import LengthsRead
 from ..settings import current_settings
 from .families import family_of, required_family
-from .graphs import CALLER, is_asked_for
+from .packing import CALLER
 
-__all__ = ["PER_TOKEN", "implementation_of", "measure_of_distance", "reason_of_head", "reason_to_stay"]
+__all__ = ["PER_TOKEN", "implementation_of", "is_asked_for", "measure_of_distance", "reason_of_head", "reason_to_stay"]
 
 PER_TOKEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
 _PACKED = frozenset({*PER_TOKEN, "attention_mask", CALLER})
+
+
+def is_asked_for(name: str, module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether a forward is asked for something, by its arguments or else by its configuration."""
+    asked = kwargs.get(name)
+    return bool(getattr(module.config, name, False) if asked is None else asked)
 
 
 def implementation_of(module: torch.nn.Module) -> str | None:
