@@ -69,7 +69,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd expects a gradient through a call with these inputs.
 
     Raises:
-        UnsupportedAttentionError: If it expects a tangent, which a kernel that knows none would lose without a word.
+        UnsupportedAttentionError: If it expects a tangent, which the kernel would silently drop.
     """
     if forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors

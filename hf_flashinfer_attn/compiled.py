@@ -49,7 +49,7 @@ def mask_handle(
     right: Optional[int],  # noqa: UP045
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Makes the lazy mask of one forward, as an op; it rides on the tensor that the op returns.
+    """Makes the lazy mask of one forward, as an op; an attribute of the returned tensor holds it.
 
     Args:
         padding_mask: Valid positions, bool, shape `(batch, tokens seen so far)`.
@@ -120,7 +120,7 @@ def _(
 
 
 def mask_of_handle(handle: torch.Tensor) -> RaggedMask:
-    """Returns the lazy mask that rides on what `mask_handle` returned.
+    """Returns the lazy mask of a handle from `mask_handle`.
 
     Raises:
         RuntimeError: If the tensor was copied on its way.

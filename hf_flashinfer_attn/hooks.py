@@ -125,7 +125,7 @@ def join_compatible_implementations(name: str) -> None:
 
 
 def _own_classes(model: type, name: str) -> tuple[str, ...]:
-    """Returns the names by which a model picks classes of attention, where it knows no other names."""
+    """Returns the implementation names that a model's table of attention classes accepts, if ours is not among them."""
     # A user's subclass has them where its base is.
     modules = dict.fromkeys(sys.modules.get(base.__module__) for base in model.__mro__)
     names = [vars(module) for module in modules if module is not None]

@@ -154,7 +154,7 @@ def attention_forward(
         cu_seq_lens_k: The same of the keys.
         max_length_q: Length of the longest packed sequence; unused, but named so that torch.compile adds no guard.
         max_length_k: The same for the keys.
-        position_ids: Tells images apart in Pixtral's vision tower, which gives a flash kernel nothing else to.
+        position_ids: Positions that restart at each image, for Pixtral's vision tower, which passes no cu_seqlens.
         cache: The paged cache of continuous batching, which is refused; or the cache that the layer has updated.
         indices: The keys that a layer of sparse attention chose for each query, integers, shape
             `(batch, q_length, chosen)`.

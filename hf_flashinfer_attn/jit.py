@@ -1,4 +1,4 @@
-"""FlashInfer compiles a kernel on first use: that is said at once, done once per process, and waited for or not.
+"""First-use compilation of FlashInfer's kernels: logged, once per process, in the foreground or the background.
 
 A module is compiled with the build files that FlashInfer writes and in the folder where it looks, so that it finds
 nothing left to do; the compiler's output goes to a log beside it.

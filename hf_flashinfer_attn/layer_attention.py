@@ -40,7 +40,7 @@ def attend(
     _refuse_lengths_in_graph(asked, decision)
     if decision.path is Path.DENSE:
         return _attend_dense(asked, decision)
-    # Before anything is looked up that rides on it, so that the first layer already leaves what the second one finds.
+    # Before the plan lookup, which uses the layout as its owner.
     packed = asked.packed_layout()
     if decision.path is Path.TORCH:
         return _attend_ragged(asked, _layout_of(asked, packed), decision), None

@@ -1,4 +1,4 @@
-"""What a layer asks for with a call: read once, for those who serve it and for those who foretell who would."""
+"""Parsed attention arguments, shared by the runtime and `doctor`."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def _packed_layout(
     query: torch.Tensor,
     key: torch.Tensor,
 ) -> RaggedLayout:
-    """Returns the layout of packed sequences, which rides on what masks share, or else on the offsets."""
+    """Returns the layout of packed sequences, cached on the masks' carrier or on the offsets."""
     if lazy is not None and lazy.has_padding:
         raise UnsupportedAttentionError(
             "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",

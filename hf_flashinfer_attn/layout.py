@@ -311,7 +311,7 @@ def uniform_layout(batch_size: int, query_length: int, key_length: int) -> Ragge
 
 
 def offsets_of(layout: RaggedLayout) -> torch.Tensor:
-    """Returns the offsets of packed sequences on the host, int32, with their layout riding on them.
+    """Returns the offsets of packed sequences on the host, int32, with their layout cached on them.
 
     Layers that are handed these, as `cu_seq_lens_q` and `cu_seq_lens_k` both, read no lengths.
     """
@@ -361,7 +361,7 @@ def packed_layout(
 
     Args:
         carrier: What travels with the forward: what its masks share, a mask, or the offsets themselves; the layout
-            rides on it.
+            is cached on it.
         query_offsets: Integers, shape `(sequences + 1,)`.
         key_offsets: The same of the keys; may be the very same tensor.
         shapes: Rows and slots of the packed queries, and of the packed keys.
@@ -393,7 +393,7 @@ def known_layout(
     key_offsets: torch.Tensor,
     shapes: tuple[tuple[int, int], tuple[int, int]],
 ) -> RaggedLayout | None:
-    """Returns the layout that rides on offsets or on a carrier, if it is still theirs; reads no lengths."""
+    """Returns the layout cached on the offsets or the carrier, if it is still valid; reads no lengths."""
     versions = versions_of(query_offsets, key_offsets)
     for place in (query_offsets, carrier):
         known: _PackedLayout | None = getattr(place, "_packed_layout", None)

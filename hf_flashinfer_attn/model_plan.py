@@ -135,14 +135,18 @@ class ModelPlan:
 
     @property
     def _notes(self) -> list[str]:
-        def answer(name: str, yes: bool, reason: str | None) -> str:
-            return f"{name}: yes" if yes else f"{name}: no, {reason}"
+        def answer(name: str, yes: bool, reason: str | None, where: str = "") -> str:
+            return f"{name}: yes{where}" if yes else f"{name}: no, {reason}"
 
         notes = [] if self.problem is None else [f"attention: not known, {self.problem}"]
         notes.append(answer("unpad", self.unpad, self.unpad_reason))
         # Said once.
         if self.unpad or self.cuda_graphs:
-            notes.append(answer("CUDA graphs", self.cuda_graphs, self.cuda_graphs_reason))
+            notes.append(
+                answer(
+                    "CUDA graphs", self.cuda_graphs, self.cuda_graphs_reason, ", on a GPU" * (self.capability is None)
+                )
+            )
         return notes
 
 
@@ -207,7 +211,7 @@ def plan_of_config(
     unpad_reason = _reason_against_unpad(model)
     calls, problem = _run(model, own_attention=unpad_reason is None)
     if calls is None and dtype != torch.bfloat16:
-        # On no device, torch's products of grouped experts take nothing else; attention is asked for the same.
+        # On the meta device, grouped matrix products of experts accept bfloat16 only; attention does not depend on it.
         other = _build(config, torch.bfloat16)
         calls, _ = _run(other, own_attention=unpad_reason is None)
         if calls is not None:
@@ -320,7 +324,7 @@ def _run(model: PreTrainedModel, *, own_attention: bool) -> tuple[list[LayerCall
 
 
 class _Answers(TorchFunctionMode):
-    """Gives a tensor without values the same one whenever a single one is asked for."""
+    """Answers `.item()` on meta tensors with a constant."""
 
     def __init__(self, answer: bool) -> None:
         super().__init__()
@@ -447,6 +451,11 @@ def _kernels(
     request, pattern = call.request, call.request.pattern
     fallback = fallback_of(request)
     on_gpu = capability is not None and flashinfer.capability_reason(capability) is None
+    is_forbidden = settings.backend == "flashinfer" or settings.strict
+    if settings.backend != "torch" and not on_gpu and is_forbidden:
+        return (), "there is no GPU that FlashInfer supports" if capability is None else flashinfer.capability_reason(
+            capability
+        )
     if capability is None or not on_gpu or settings.backend == "torch":
         if fallback is not None and fallback[0] is Path.DENSE:
             return ("dense",), fallback[1]
@@ -454,7 +463,6 @@ def _kernels(
     if fallback is None and (reason := flashinfer.capability_dtype_reason(request.dtype, capability)) is not None:
         fallback = Path.TORCH, reason
     if fallback is not None:
-        is_forbidden = settings.backend == "flashinfer" or settings.strict
         return () if is_forbidden else (fallback[0].value,), fallback[1]
     reach = float("inf") if pattern.left is None or pattern.right is None else pattern.left + pattern.right + 1
     # From the longest rows to the shortest.

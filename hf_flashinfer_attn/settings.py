@@ -135,7 +135,7 @@ def configure(
         Settings(backend='auto', strict=False, jit='wait', padded_queries='drop')
     """
     global _settings
-    # Another object each time, by which others notice.
+    # A new object each time, so identity checks see the change.
     chosen = replace(current_settings())
     if backend is not None:
         chosen = replace(chosen, backend=backend)

@@ -174,6 +174,19 @@ def test_settings_are_heeded() -> None:
     assert plan_of_config(config, capability=HOPPER).layers[0].kernels == ("torch",)
 
 
+@pytest.mark.parametrize("options", [{"strict": True}, {"backend": "flashinfer"}], ids=str)
+@pytest.mark.parametrize(
+    ("capability", "reason"), [(None, "no GPU that FlashInfer supports"), ((7, 0), "7.5 or newer")]
+)
+def test_what_no_gpu_computes_is_refused_where_a_fallback_is(
+    options: dict[str, Any], capability: tuple[int, int] | None, reason: str
+) -> None:
+    hf_flashinfer_attn.configure(**options)
+    (layer,) = plan_of_config(BertConfig(num_hidden_layers=1), capability=capability).layers
+    assert layer.kernels == ()
+    assert reason in str(layer.reason)
+
+
 def test_windows_that_look_ahead_rule_out_graphs() -> None:
     config = transformers.ModernBertConfig(hidden_size=128, num_attention_heads=2, num_hidden_layers=4)
     plan = plan_of_config(config, capability=HOPPER)

@@ -44,7 +44,7 @@ __all__ = [
     "uninstall_graphs",
 ]
 
-# Rides on offsets: the state of the model, found to hold while they were made.
+# Attribute of cu_seqlens that holds the verified model state.
 _LOOKED_AT = "_flashinfer_model_state"
 # What one thread switches off for the time of a capture, another must not switch on.
 _capture_lock = threading.Lock()
@@ -458,7 +458,7 @@ def is_copied_with(module: torch.nn.Module) -> bool:
 
 
 def _layout_of(ids: torch.Tensor, offsets: Any) -> RaggedLayout | None:
-    """Returns the layout that rides on the offsets of packed ids."""
+    """Returns the layout cached on the cu_seqlens of packed ids."""
     shape = (ids.shape[0], ids.shape[1])
     return known_layout(None, offsets, offsets, (shape, shape)) if ids.shape[0] == 1 else None
 

@@ -14,7 +14,7 @@ from ..movement import TokenMap, sent
 
 __all__ = ["CALLER", "RIDER", "Packing", "PackingAhead", "leave_sizes_open"]
 
-# Where a packing rides on the offsets that a backbone is given.
+# Attribute of cu_seqlens that holds the packing.
 RIDER = "_flashinfer_packing"
 # An argument that tells a forward which module it was called of, by weak reference, where that is not its own.
 CALLER = "_flashinfer_caller"
