@@ -13,8 +13,8 @@ from .version import __version__
 
 __all__ = ["TESTED", "describe_environment", "versions_tested"]
 
-# Oldest and newest tested version of each distribution. CI installs them, but for torch: its oldest ran on a GPU, its newest
-# in `benchmarks/test_newest.sh`. Newer versions are allowed.
+# Oldest and newest tested version of each distribution, installed by CI; torch's oldest was tested on a GPU, its newest
+# by `benchmarks/test_newest.sh`. Newer versions are allowed.
 TESTED = {
     "transformers": ("5.5.4", "5.24.0"),
     "flashinfer-python": ("0.7.2.post1", "0.7.4"),
