@@ -184,7 +184,7 @@ def decide(request: AttentionRequest, settings: Settings) -> Decision:
 
 
 class KernelPendingError(UnsupportedAttentionError):
-    """A graph was to be captured while its kernel is being compiled; it can be later."""
+    """The kernel is still compiling; retry the capture later."""
 
 
 def decide_compiled(module: KernelModule | None, settings: Settings, *, of_graph: bool) -> Decision:

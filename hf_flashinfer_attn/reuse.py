@@ -1,4 +1,4 @@
-"""What the first layers of a forward leave to the others: prepared attention, found on what they share."""
+"""Per-forward plan cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def signature_of(
     is_causal: bool | None,
     softcap: float | None,
 ) -> tuple[Any, ...]:
-    """All that the choice of a path and a plan depends on, besides the mask or layout that keeps what was chosen."""
+    """Cache key of a plan: what it depends on besides the mask or layout that holds the cache."""
     device = query.get_device()
     return (
         # The configuration lives longer than a mask; where there is none, nothing but causality depends on the module.
@@ -36,14 +36,14 @@ def signature_of(
 
 
 class Kept(NamedTuple):
-    """What earlier layers left, and whom it lives with; a tuple, as one is made in every call."""
+    """Cached plans and the object that keeps them alive; a tuple, as one is made in every call."""
 
     owner: object
     store: PreparedStore
 
 
 class _PackedLane(NamedTuple):
-    """What layers of a forward keep for packed sequences, on their mask; shapes are told apart by signatures."""
+    """Plan cache of packed sequences, an attribute of the mask; signatures distinguish shapes."""
 
     query_offsets: torch.Tensor
     key_offsets: torch.Tensor
@@ -70,7 +70,7 @@ def kept_of(
     scaling: float | None,
     softcap: float | None,
 ) -> Kept | None:
-    """Returns where the layers of a forward keep prepared attention; None where each must be looked at."""
+    """Returns the plan cache of a call; None if the call cannot be cached."""
     if torch.cuda.is_current_stream_capturing() or recorder() is not None:
         return None
     # Tensors may be written to between two calls.
@@ -97,7 +97,7 @@ def _kept_of_packed(
     sliding_window: int | None,
     offsets: tuple[torch.Tensor, torch.Tensor],
 ) -> Kept | None:
-    """Returns what layers that attend to packed sequences alike keep; None before their layout is known."""
+    """Returns the plan cache of packed sequences; None before their layout is known."""
     pattern, carrier = None, None
     if isinstance(mask, RaggedMask):
         if mask.was_modified or mask.spec.padding_mask is not None:

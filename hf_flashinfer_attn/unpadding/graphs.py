@@ -46,7 +46,7 @@ __all__ = [
 
 # Attribute of cu_seqlens that holds the verified model state.
 _LOOKED_AT = "_flashinfer_model_state"
-# What one thread switches off for the time of a capture, another must not switch on.
+# Serialises captures: garbage collection is disabled process-wide.
 _capture_lock = threading.Lock()
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
 # What every packed forward is given besides, and does not change what is computed.
@@ -452,7 +452,7 @@ class GraphedForward:
 
 
 def is_copied_with(module: torch.nn.Module) -> bool:
-    """Whether graphs stand for a module's forward that are another's, as in shallow copies and replicas."""
+    """Whether this module's graphs belong to another module, as in shallow copies and replicas."""
     graphs = graphs_of(module)
     return graphs is not None and graphs.module is not module
 
