@@ -459,7 +459,7 @@ def _keeps_everything(mask: RaggedMask, name: str, args: tuple[Any, ...], kwargs
 
 
 def mask_of_ones(batch_size: int, length: int, device: torch.device) -> torch.Tensor:
-    """Returns a padding mask without padding, bool, shape `(batch, length)`, tagged as all True, so that it is never copied to the host."""
+    """Returns a mask of ones, bool, shape `(batch, length)`, tagged so that it is never copied to the host."""
     # Inference tensors count no versions, and a write would go unseen.
     with torch.inference_mode(False):
         mask = torch.ones(batch_size, length, dtype=torch.bool, device=device)
