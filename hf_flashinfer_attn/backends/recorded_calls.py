@@ -53,6 +53,17 @@ class Lengths(NamedTuple):
             key.total_tokens, len(query.lengths), query.max_length, key.max_length,
         )  # fmt: skip
 
+    @classmethod
+    def of_rows(cls, rows: int, lengths: Sequence[int], key_lengths: Sequence[int] | None = None) -> Lengths:
+        """Returns those of a number of rows; rows without a length are empty, and keys are as long by default."""
+        queries, query_offsets = _filled(lengths, rows)
+        keys, key_offsets = (queries, query_offsets) if key_lengths is None else _filled(key_lengths, rows)
+        key_lengths = lengths if key_lengths is None else key_lengths
+        return cls(
+            query_offsets, key_offsets, keys, queries, sum(lengths), sum(key_lengths), rows, max(lengths, default=0),
+            max(key_lengths, default=0),
+        )  # fmt: skip
+
 
 class CallRecorder:
     """Forwards to a compiled module and records the arguments of the last `plan` and the last `ragged_run`."""
@@ -119,17 +130,12 @@ def find(arguments: Sequence[Any], wanted: Sequence[Any]) -> tuple[int, ...] | N
     return None if -1 in places or len(set(places)) < len(places) else tuple(places)
 
 
-def _probe(query_lengths: Sequence[int], key_lengths: Sequence[int], rows: int) -> Lengths:
-    queries, keys = np.zeros(rows, dtype=np.int32), np.zeros(rows, dtype=np.int32)
-    queries[: len(query_lengths)], keys[: len(key_lengths)] = query_lengths, key_lengths
-    return Lengths(
-        _offsets(queries), _offsets(keys), torch.from_numpy(keys), torch.from_numpy(queries), sum(query_lengths),
-        sum(key_lengths), rows, max(query_lengths), max(key_lengths),
-    )  # fmt: skip
-
-
-def _offsets(lengths: np.ndarray[Any, Any]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+def _filled(lengths: Sequence[int], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the lengths and offsets of rows, the last of which may be empty, int32."""
+    counts, offsets = np.zeros(rows, dtype=np.int32), np.zeros(rows + 1, dtype=np.int32)
+    counts[: len(lengths)] = lengths
+    np.cumsum(counts, out=offsets[1:])
+    return torch.from_numpy(counts), torch.from_numpy(offsets)
 
 
 def learn_planner(
@@ -148,7 +154,7 @@ def learn_planner(
     rows = [((3, 11, 5), (4, 12, 9)), ((7, 2, 13, 9), (8, 3, 14, 17)), ((1, 23), (6, 25))]
     if fixed_rows is None:
         rows.append(((4_000, 300), (5_000, 400)))
-    probes = [_probe(queries, keys, fixed_rows or len(queries)) for queries, keys in rows]
+    probes = [Lengths.of_rows(fixed_rows or len(queries), queries, keys) for queries, keys in rows]
     recorded = []
     for lengths in probes:
         recorder = plan(lengths)

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from .. import jit
 from ..errors import UnsupportedAttentionError
-from ..layout import RaggedLayout, RaggedSide
+from ..layout import RaggedLayout
 from ..trace import record_plan
 from .biased import biased_module_arguments
 from .recorded_calls import CallRecorder, Lengths, device_offsets_of, find, learn_planner, recording, share_workspace
@@ -142,18 +141,24 @@ class Wrapper:
             )
         return self._recorder
 
-    def _planner(self, key: PlanKey, *, fixed_rows: int | None = None) -> tuple[str | None, ...] | None:
-        """Returns the field of `Lengths` for each planner argument; None if only the public method can be used."""
+    def _planner(
+        self, key: PlanKey, lengths: Lengths, *, fixed_rows: int | None = None
+    ) -> tuple[str | None, ...] | None:
+        """Returns the field of `Lengths` for each planner argument; None if only the public method can be used.
+
+        Learning them makes plans for other lengths; `lengths` are planned again afterwards.
+        """
         planners = type(self.prefill).planners
         kind = key.kernel, key.biased, fixed_rows is not None
         if kind not in planners:
             planners[kind] = learn_planner(lambda probe: self._plan_publicly(key, probe), fixed_rows=fixed_rows)
+            self._plan_publicly(key, lengths)
         known = planners[kind]
         return None if isinstance(known, str) else known
 
     def _plan_recorded(self, key: PlanKey, lengths: Lengths, replay: _Replay) -> bool:
         """Plans with recorded arguments; returns False if that might be wrong."""
-        fields, recorder = self._planner(key), self._recorder
+        fields, recorder = self._planner(key, lengths), self._recorder
         if fields is None or recorder is None or recorder.plan_arguments is None:
             return False
         replay.arguments[replay.plan] = recorder.module.plan(*_exchanged(recorder.plan_arguments, fields, lengths))
@@ -242,13 +247,11 @@ class GraphWrapper(Wrapper):
     def plan(self, key: PlanKey, layout: RaggedLayout) -> None:
         # Planned for the maximum: `run` checks the number of tokens, and later plans must not exceed it. The captured
         # launches are the same for all lengths; `plan_again` plans for the actual lengths before each replay.
-        whole = RaggedSide((self._tokens,) + (0,) * (self._rows - 1), (1, self._tokens), None)
-        lengths = Lengths.of(RaggedLayout(whole))
+        whole = Lengths.of_rows(self._rows, [self._tokens])
         self._pinned_event.synchronize()
-        self._plan_publicly(key, lengths)
+        self._plan_publicly(key, whole)
         if self._rows >= 4 and self._tokens >= 64:
-            self._fields = self._planner(key, fixed_rows=self._rows)
-            self._plan_publicly(key, lengths)
+            self._fields = self._planner(key, whole, fixed_rows=self._rows)
         self._pinned_event.record(torch.cuda.current_stream(key.device))
         self.key = key
         if self._recorder is not None and self._recorder.plan_result is not None:
@@ -286,14 +289,7 @@ def plan_graph(layout: RaggedLayout, lengths: Sequence[int]) -> None:
         layout: Layout that the graph was captured with.
         lengths: Row lengths, within the rows and tokens of the graph.
     """
-    rows = len(layout.query.lengths)
-    counts = np.zeros(rows, dtype=np.int32)
-    counts[: len(lengths)] = lengths
-    offsets = np.zeros(rows + 1, dtype=np.int32)
-    np.cumsum(counts, out=offsets[1:])
-    cu_seqlens, row_lengths = torch.from_numpy(offsets), torch.from_numpy(counts)
-    tokens, longest = int(offsets[-1]), max(lengths, default=0)
-    planned_for = Lengths(cu_seqlens, cu_seqlens, row_lengths, row_lengths, tokens, tokens, rows, longest, longest)
+    planned_for = Lengths.of_rows(len(layout.query.lengths), lengths)
     for wrapper in layout.plans.values():
         wrapper.plan_again(planned_for)
 

@@ -98,9 +98,10 @@ def move_to_head(
         if not isinstance(value, torch.Tensor):
             continue
         moves = value.device.type == "cpu" != device.type
-        if name != "attention_mask" and name not in _READ_ON_THE_HOST and moves:
-            inputs[name] = sent(value, device)
-        elif name == "attention_mask" and (moves or reason is not None):
+        if name != "attention_mask":
+            if moves and name not in _READ_ON_THE_HOST:
+                inputs[name] = sent(value, device)
+        elif moves or reason is not None:
             # Inference tensors have no version counter, so a head's writes would not be detected.
             with torch.inference_mode(False), torch.no_grad():
                 noted = inputs[name] = sent(value, device) if moves else value.clone()
@@ -264,7 +265,8 @@ _MOST_TOKENS_WITHOUT_PADDING = 8_192
 
 def _own_graphs(module: torch.nn.Module) -> GraphedForward | None:
     """Returns the CUDA graphs of a module; None for a shallow copy or a replica."""
-    return None if is_copied_with(module) else graphs_of(module)
+    graphs = graphs_of(module)
+    return None if graphs is None or graphs.module is not module else graphs
 
 
 def _goes_through_a_graph(
