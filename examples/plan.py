@@ -299,8 +299,12 @@ class Gatherer:
         if kind is not None:
             self._stop.set()
         self._thread.join()
-        if kind is None and self._error is not None:
+        if kind is not None:
+            return
+        if self._error is not None:
             raise RuntimeError(f"{self._plan.output} could not be gathered: {self._error}") from self._error
+        # Only now: a retried task may have written a part again after it was gathered.
+        shutil.rmtree(self._plan.folder)
 
     def _run(self) -> None:
         try:
@@ -330,7 +334,6 @@ class Gatherer:
         assert writer is not None
         writer.close()
         os.replace(temporary, plan.output)
-        shutil.rmtree(plan.folder)
 
 
 def write_report(path: Path | None, plan: Plan, reports: Sequence[PartReport], began: float, workers: int) -> None:

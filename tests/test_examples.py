@@ -264,6 +264,22 @@ def test_a_run_of_other_options_is_not_mixed_in(corpus: Corpus, uninterrupted: p
     assert not output.exists()
 
 
+def test_a_part_that_is_written_again_late_does_no_harm(corpus: Corpus, tmp_path: Path) -> None:
+    options = corpus.options(part_megabytes=1.0, tokens_per_batch=4_096)
+    plan = Plan.make(options, tmp_path / "out.parquet", workers=2)
+    assert plan is not None
+    with Gatherer(plan, progress=False):
+        embed_parts(PartEmbedder(plan, torch.device("cpu")), plan.parts)
+        end = time.monotonic() + 60
+        while not plan.output.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.1)
+        # As by a task that Ray repeats because its worker was killed after it wrote.
+        embed_parts(PartEmbedder(plan, torch.device("cpu")), plan.parts[-1:])
+    check(corpus, plan.output)
+
+
 def test_an_output_that_is_there_is_kept(corpus: Corpus, tmp_path: Path) -> None:
     output, options = tmp_path / "out.parquet", corpus.options(part_megabytes=1.0, tokens_per_batch=4_096)
     plan = Plan.make(options, output, workers=1)
