@@ -19,6 +19,7 @@ if (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__) or (
     check_usage(sys.argv[1:])
 
 from .doctor import Diagnosis, doctor
+from .encoding import encode, encode_iter, predict, rank
 from .errors import BackendUnavailableError, FlashInferAttentionError, UnsupportedAttentionError
 from .registration import register
 from .settings import Settings, configure, current_settings
@@ -43,7 +44,11 @@ __all__ = [
     "configure",
     "current_settings",
     "doctor",
+    "encode",
+    "encode_iter",
     "graph_statistics",
+    "predict",
+    "rank",
     "register",
     "repad",
     "trace",

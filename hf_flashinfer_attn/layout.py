@@ -27,6 +27,7 @@ __all__ = [
     "PreparedStore",
     "RaggedLayout",
     "RaggedSide",
+    "carry_layout",
     "is_of_graph",
     "known_layout",
     "offsets_of",
@@ -317,10 +318,15 @@ def offsets_of(layout: RaggedLayout) -> torch.Tensor:
     """
     # A tensor of its own: the layout must not own what owns the layout.
     offsets = torch.tensor(layout.query.offsets, dtype=torch.int32, device="cpu")
+    carry_layout(offsets, layout)
+    return offsets
+
+
+def carry_layout(offsets: torch.Tensor, layout: RaggedLayout) -> None:
+    """Caches a layout on the offsets of its packed sequences, integers on any device."""
     shapes = (layout.query.padded_shape, layout.key.padded_shape)
     riding = _PackedLayout(None, None, versions_of(offsets, offsets), shapes, layout)
     offsets._packed_layout = riding  # type: ignore[attr-defined]
-    return offsets
 
 
 class PackedCarrier:

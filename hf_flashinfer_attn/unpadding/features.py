@@ -12,6 +12,7 @@ from .families import family_of
 from .packing import CALLER, Packing
 
 __all__ = [
+    "admit_packed_inputs",
     "forwards_features",
     "is_transformer",
     "pack_features",
@@ -90,10 +91,15 @@ def pack_features(
     is_as_before = packed.get("attention_mask") is given.get("attention_mask") and CALLER not in packed
     if packing is None and is_as_before:
         return None
+    admit_packed_inputs(module)
+    return (_SwappedFeatures({**given, **packed}, features, packing),), {}
+
+
+def admit_packed_inputs(module: Any) -> None:
+    """Makes a `Transformer` pass what packed inputs have besides the model's named arguments."""
     if module.model_forward_params is not None:
         # As its `unpad_inputs` does: what is not in there does not reach the model.
         module.model_forward_params |= _ADDED
-    return (_SwappedFeatures({**given, **packed}, features, packing),), {}
 
 
 def spread_features(module: Any, args: tuple[Any, ...], output: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,7 +14,9 @@ from ..settings import current_settings
 from .families import family_of, required_family
 from .packing import CALLER
 
-__all__ = ["PER_TOKEN", "implementation_of", "is_asked_for", "measure_of_distance", "reason_of_head", "reason_to_stay"]
+__all__ = ["PER_TOKEN", "implementation_of", "is_asked_for", "measure_of_distance", "reason_of_head", "reason_to_stay",
+    "require_positions",
+]
 
 PER_TOKEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
 _PACKED = frozenset({*PER_TOKEN, "attention_mask", CALLER})
@@ -84,13 +86,28 @@ def _reason_of_positions(module: PreTrainedModel, inputs: dict[str, Any], mask: 
     first = table.padding_idx + 1
     if first + width <= size or (ids is None and required_family(module).embeds_rows):
         return None
-    longest = width if ids is None else LengthsRead(ids.ne(table.padding_idx).sum(1).max()).values
+    require_positions(
+        module, width if ids is None else LengthsRead(ids.ne(table.padding_idx).sum(1).max()).values
+    )
+    return None
+
+
+def require_positions(module: PreTrainedModel, longest: int) -> None:
+    """Checks the longest row of packed tokens against the table of learned positions.
+
+    Raises:
+        IndexError: If the model would read beyond the table.
+    """
+    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
+    size: int | None = getattr(table, "num_embeddings", None)
+    if table is None or size is None:
+        return
+    first = 0 if table.padding_idx is None else table.padding_idx + 1
     if first + longest > size:
         raise IndexError(
             f"a row of {longest} tokens for {type(module).__name__}, expected at most {size - first}: its table of "
             f"{size} positions starts at {first}. Truncate texts to that length."
         )
-    return None
 
 
 def reason_of_head(head: PreTrainedModel, inputs: dict[str, Any]) -> str | None:

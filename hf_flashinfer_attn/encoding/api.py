@@ -1,0 +1,534 @@
+"""`encode`, `encode_iter`, `predict` and `rank`: strings in, vectors or scores out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..dispatch import log_once
+from ..errors import UnsupportedAttentionError, first_line
+from ..integration import NAME
+from ..unpadding.hooks import HANDLES
+from ..unpadding.model import unpad
+from ..unpadding.reasons import implementation_of
+from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, SentenceEngine, is_instance
+from .pipeline import Budget, run_all
+from .tokens import Text
+
+__all__ = ["encode", "encode_iter", "predict", "rank"]
+
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+Task = Literal["query", "document"]
+# Of the prompts that a model may have for a task, the first one is taken.
+_PROMPTS: dict[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
+TOKENS_PER_BATCH, ROWS_PER_BATCH = 32_768, 1_024
+
+
+def encode(
+    model: torch.nn.Module,
+    inputs: str | Iterable[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    pooling: Pooling | None = None,
+    max_length: int | None = None,
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    task: Task | None = None,
+    batch_size: int = ROWS_PER_BATCH,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    show_progress_bar: bool | None = None,
+    output_value: Literal["sentence_embedding", "token_embeddings"] | None = "sentence_embedding",
+    precision: Precision = "float32",
+    convert_to_numpy: bool = True,
+    convert_to_tensor: bool = False,
+    device: str | torch.device | None = None,
+    normalize_embeddings: bool = False,
+    truncate_dim: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Computes embeddings of texts, with the results of `SentenceTransformer.encode`.
+
+    Texts are tokenised in background threads while the model runs, and batches are cut by their number of tokens. A
+    model with `attn_implementation="flashinfer"` is unpadded in place, as by `unpad(model, cuda_graphs=True)`; `repad`
+    undoes that. Other models run on padded batches.
+
+    Args:
+        model: A `SentenceTransformer`, or a model of transformers together with `tokenizer` and `pooling`.
+        inputs: One text or several, from any iterable.
+        tokenizer: Tokenizer of a model of transformers.
+        pooling: How a model of transformers makes one vector of the last hidden states of a text: "mean" of all
+            tokens, "cls" for the first, "last" for the last one.
+        max_length: For a model of transformers: longer texts are truncated, in tokens. Default: the tokenizer's limit.
+            A `SentenceTransformer` has `max_seq_length`.
+        prompt_name: Name of one of the model's prompts.
+        prompt: What every text begins with; `prompt_name` is then ignored.
+        task: "query" or "document", as in `encode_query` and `encode_document`: chooses the model's prompt, and the
+            route of a model that has several.
+        batch_size: Most texts of a batch.
+        tokens_per_batch: Most tokens of a batch; a text that has more is a batch of its own.
+        show_progress_bar: Whether to show a progress bar with texts per second. Default: if the logger of
+            sentence-transformers shows INFO.
+        output_value: "sentence_embedding"; "token_embeddings" for the vectors of each text's tokens, without
+            padding; None for all features of each text, which are computed by `model.encode` itself.
+        precision: Of sentence embeddings; others than "float32" are quantised by sentence-transformers.
+        convert_to_numpy: Whether to return one array.
+        convert_to_tensor: Whether to return one tensor, on the model's device.
+        device: Device to move the model to first.
+        normalize_embeddings: Whether sentence embeddings get length 1.
+        truncate_dim: Number of dimensions to keep. Default: that of the model.
+        **kwargs: Further arguments of the `preprocess` and `forward` of a `SentenceTransformer`.
+
+    Returns:
+        Sentence embeddings of shape `(texts, dimensions)`, in the order of `inputs` and of the model's dtype (float32
+        for bfloat16 in an array); a list of tensors if `convert_to_numpy` and `convert_to_tensor` are both False, and
+        for token embeddings, of shape `(tokens, dimensions)`. The item itself if `inputs` is one text.
+
+    Raises:
+        TypeError: If `model` is of another kind, or an input is not a string; the message names its index.
+        ValueError: If a text cannot be tokenised, or for an argument that does not fit the model.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> from transformers import AutoModel, AutoTokenizer
+        >>> from hf_flashinfer_attn.demo import model_path
+        >>> path = model_path()  # all-MiniLM-L6-v2
+        >>> model = AutoModel.from_pretrained(path, attn_implementation="flashinfer")
+        >>> tokenizer = AutoTokenizer.from_pretrained(path)
+        >>> texts = ["How do I open a file?", "Open a file with open()."]
+        >>> hf_flashinfer_attn.encode(model, texts, tokenizer=tokenizer, pooling="mean").shape
+        (2, 384)
+    """
+    if output_value is None:
+        if not is_instance(model, "SentenceTransformer"):
+            raise ValueError("output_value=None: expected a SentenceTransformer, whose features are returned.")
+        own = {"prompt_name": _prompt_name(model, prompt_name, prompt, task), "prompt": prompt, "device": device,
+               "show_progress_bar": show_progress_bar, **({} if task is None else {"task": task}), **kwargs}  # fmt: skip
+        texts = inputs if isinstance(inputs, str) else list(_checked_texts(inputs))
+        return cast(Any, model).encode(texts, output_value=None, **own)
+    wants_tokens = _check_output_value(output_value)
+    convert_to_numpy = convert_to_numpy and not convert_to_tensor and not wants_tokens
+    engine = _encode_engine(
+        model, tokenizer=tokenizer, pooling=pooling, max_length=max_length, prompt_name=prompt_name, prompt=prompt,
+        task=task, device=device, normalize=normalize_embeddings, truncate_dim=truncate_dim, wants_tokens=wants_tokens,
+        options=kwargs,
+    )  # fmt: skip
+    quantize = _quantizer(precision)
+    if isinstance(inputs, str):
+        rows: Output = engine.run(engine.prepare([inputs]))
+    else:
+        rows = _run_to_end(
+            engine, _checked_texts(inputs), _count(inputs), Budget(tokens_per_batch, batch_size),
+            to_host=convert_to_numpy, bar=_wants_bar(show_progress_bar),
+        )  # fmt: skip
+    if wants_tokens:
+        return rows[0] if isinstance(inputs, str) else list(rows)
+    found: Any = rows
+    if quantize is not None and len(rows):
+        found = quantize(rows)
+    if convert_to_tensor:
+        found = torch.as_tensor(found) if len(found) else torch.tensor([], device=engine.device)
+    elif convert_to_numpy:
+        found = (found if isinstance(found, np.ndarray) else _to_numpy(found)) if len(found) else np.array([])
+    else:
+        found = list(torch.from_numpy(found) if isinstance(found, np.ndarray) else found)
+    return found[0] if isinstance(inputs, str) else found
+
+
+def encode_iter(
+    model: torch.nn.Module,
+    inputs: Iterable[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    pooling: Pooling | None = None,
+    max_length: int | None = None,
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    task: Task | None = None,
+    batch_size: int = ROWS_PER_BATCH,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    show_progress_bar: bool | None = None,
+    convert_to_tensor: bool = False,
+    device: str | torch.device | None = None,
+    normalize_embeddings: bool = False,
+    truncate_dim: int | None = None,
+    **kwargs: Any,
+) -> Iterator[Any]:
+    """Computes embeddings of a stream of texts, in memory that does not grow with it.
+
+    Some thousand texts are read ahead of the vectors that are returned.
+
+    Args:
+        model: As for `encode`.
+        inputs: Texts; read in the caller's thread while vectors are taken.
+        tokenizer: As for `encode`.
+        pooling: As for `encode`.
+        max_length: As for `encode`.
+        prompt_name: As for `encode`.
+        prompt: As for `encode`.
+        task: As for `encode`.
+        batch_size: As for `encode`.
+        tokens_per_batch: As for `encode`.
+        show_progress_bar: As for `encode`.
+        convert_to_tensor: Whether vectors are tensors on the model's device rather than arrays.
+        device: As for `encode`.
+        normalize_embeddings: As for `encode`.
+        truncate_dim: As for `encode`.
+        **kwargs: As for `encode`.
+
+    Yields:
+        One vector of shape `(dimensions,)` for each text, in their order.
+
+    Raises:
+        TypeError: As for `encode`.
+        ValueError: As for `encode`.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> from transformers import AutoModel, AutoTokenizer
+        >>> from hf_flashinfer_attn.demo import model_path
+        >>> path = model_path()  # all-MiniLM-L6-v2
+        >>> model = AutoModel.from_pretrained(path, attn_implementation="flashinfer")
+        >>> tokenizer = AutoTokenizer.from_pretrained(path)
+        >>> lines = (f"line {number}" for number in range(3))
+        >>> vectors = hf_flashinfer_attn.encode_iter(model, lines, tokenizer=tokenizer, pooling="cls")
+        >>> [vector.shape for vector in vectors]
+        [(384,), (384,), (384,)]
+    """
+    if isinstance(inputs, str):
+        raise TypeError("inputs is a string; expected an iterable of strings, or encode for one text.")
+    engine = _encode_engine(
+        model, tokenizer=tokenizer, pooling=pooling, max_length=max_length, prompt_name=prompt_name, prompt=prompt,
+        task=task, device=device, normalize=normalize_embeddings, truncate_dim=truncate_dim, wants_tokens=False,
+        options=kwargs,
+    )  # fmt: skip
+    outputs = run_all(engine, _checked_texts(inputs), Budget(tokens_per_batch, batch_size), to_host=not convert_to_tensor)
+    return _rows(outputs, _count(inputs), as_arrays=not convert_to_tensor, bar=_wants_bar(show_progress_bar))
+
+
+def _rows(outputs: Iterator[Output], count: int | None, *, as_arrays: bool, bar: bool) -> Iterator[Any]:
+    with closing(cast(Any, outputs)), tqdm(total=count, unit="text", unit_scale=True, disable=not bar) as progress:
+        for output in outputs:
+            # A copy: rows that the caller keeps would keep pinned memory.
+            yield from _to_numpy(output).copy() if as_arrays else output
+            progress.update(len(output))
+
+
+def predict(
+    model: torch.nn.Module,
+    inputs: Any,
+    *,
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    batch_size: int = ROWS_PER_BATCH,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    show_progress_bar: bool | None = None,
+    activation_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    apply_softmax: bool | None = False,
+    convert_to_numpy: bool = True,
+    convert_to_tensor: bool = False,
+    device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Computes scores of pairs of texts, with the results of `CrossEncoder.predict`.
+
+    Pairs are tokenised in background threads while the model runs. A model with `attn_implementation="flashinfer"` is
+    unpadded in place, as by `unpad(model, cuda_graphs=True)`.
+
+    Args:
+        model: A `CrossEncoder`.
+        inputs: One pair of texts or several, from any iterable.
+        prompt_name: Name of one of the model's prompts.
+        prompt: What the first text of every pair begins with; `prompt_name` is then ignored.
+        batch_size: Most pairs of a batch.
+        tokens_per_batch: Most tokens of a batch; a pair that has more is a batch of its own.
+        show_progress_bar: As for `encode`.
+        activation_fn: Applied to the model's logits, in float32. Default: that of the model.
+        apply_softmax: Whether scores of several labels are made to sum to 1.
+        convert_to_numpy: Whether to return an array.
+        convert_to_tensor: Whether to return a tensor, on the model's device.
+        device: Device to move the model to first.
+        **kwargs: Further arguments of the model's `preprocess` and `forward`.
+
+    Returns:
+        Scores, float32, of shape `(pairs,)`, or `(pairs, labels)` for a model of several labels; a list of tensors if
+        `convert_to_numpy` and `convert_to_tensor` are both False. The item itself if `inputs` is one pair.
+
+    Raises:
+        TypeError: If `model` is no `CrossEncoder`, or an input is not a pair of strings; the message names its index.
+        ValueError: If a pair cannot be tokenised.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> from sentence_transformers import CrossEncoder  # doctest: +SKIP
+        >>> model = CrossEncoder(path, model_kwargs={"attn_implementation": "flashinfer"})  # doctest: +SKIP
+        >>> hf_flashinfer_attn.predict(model, [("a question", "an answer")]).shape  # doctest: +SKIP
+        (1,)
+    """
+    if not is_instance(model, "CrossEncoder"):
+        raise TypeError(f"predict({type(model).__name__}): expected a CrossEncoder of sentence-transformers.")
+    encoder = cast(Any, model)
+    _place(model, device)
+    activation = encoder.activation_fn if activation_fn is None else activation_fn
+
+    def score(features: Features) -> torch.Tensor:
+        scores: torch.Tensor = features["scores"].float()
+        scores = activation(scores)
+        if encoder.num_labels == 1 and scores.ndim > 1:
+            scores = scores.squeeze(-1)
+        return scores.softmax(1) if apply_softmax and scores.ndim > 1 else scores
+
+    engine = CrossEngine(encoder, score, prompt=_prompt(model, prompt_name, prompt, None), options=kwargs)
+    is_single = bool(encoder.is_singular_input(inputs))
+    pairs = [inputs] if is_single else inputs
+    scores = _run_to_end(
+        engine, _checked_pairs(pairs), _count(pairs), Budget(tokens_per_batch, batch_size),
+        to_host=convert_to_numpy and not convert_to_tensor, bar=_wants_bar(show_progress_bar),
+    )  # fmt: skip
+    found: Any = scores
+    if convert_to_tensor:
+        found = scores if len(scores) else torch.tensor([], device=engine.device)
+    elif convert_to_numpy:
+        found = _to_numpy(scores) if len(scores) else np.array([])
+    else:
+        found = list(scores)
+    return found[0] if is_single else found
+
+
+def rank(
+    model: torch.nn.Module,
+    query: str,
+    documents: Sequence[str],
+    *,
+    top_k: int | None = None,
+    return_documents: bool = False,
+    **kwargs: Any,
+) -> list[dict[str, Any]]:
+    """Sorts documents by their scores with a query, with the results of `CrossEncoder.rank`.
+
+    Args:
+        model: A `CrossEncoder` of one label.
+        query: The query.
+        documents: The documents.
+        top_k: Number of documents to return. Default: all.
+        return_documents: Whether to return the documents themselves, too.
+        **kwargs: As for `predict`, except for what the scores are converted to.
+
+    Returns:
+        For each document `corpus_id`, its index in `documents`, `score`, and `text` with `return_documents`; best first.
+
+    Raises:
+        TypeError: As for `predict`.
+        ValueError: As for `predict`, or if the model has several labels.
+    """
+    if is_instance(model, "CrossEncoder") and cast(Any, model).num_labels != 1:
+        raise ValueError(f"rank with a model of {cast(Any, model).num_labels} labels; expected one, or use predict.")
+    scores = predict(model, [(query, document) for document in documents], **kwargs).tolist()
+    found = [
+        {"corpus_id": place, "score": score, **({"text": documents[place]} if return_documents else {})}
+        for place, score in enumerate(scores)
+    ]
+    return sorted(found, key=lambda one: one["score"], reverse=True)[:top_k]
+
+
+def _encode_engine(
+    model: torch.nn.Module,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    pooling: Pooling | None,
+    max_length: int | None,
+    prompt_name: str | None,
+    prompt: str | None,
+    task: Task | None,
+    device: str | torch.device | None,
+    normalize: bool,
+    truncate_dim: int | None,
+    wants_tokens: bool,
+    options: Mapping[str, Any],
+) -> Engine:
+    def finish(vectors: torch.Tensor) -> torch.Tensor:
+        vectors = vectors if truncate_dim is None else vectors[..., :truncate_dim]
+        return torch.nn.functional.normalize(vectors, p=2, dim=1) if normalize else vectors
+
+    if is_instance(model, "SentenceTransformer"):
+        own = {"tokenizer": tokenizer, "pooling": pooling, "max_length": max_length}
+        if given := [name for name, value in own.items() if value is not None]:
+            raise ValueError(
+                f"{', '.join(given)} for a SentenceTransformer, which has its own; expected none. Its longest text is "
+                "model.max_seq_length."
+            )
+        sentence_transformer = cast(Any, model)
+        if truncate_dim is None:
+            truncate_dim = sentence_transformer.truncate_dim
+        known = {*sentence_transformer.get_model_kwargs(), "processing_kwargs"} if options else set()
+        if unknown := sorted(options.keys() - known):
+            raise ValueError(f"{', '.join(unknown)}: not an argument of encode, nor of this model ({sorted(known)}).")
+        _place(model, device)
+
+        def select(features: Features, lengths: list[int] | None) -> Output:
+            if not wants_tokens:
+                return finish(features["sentence_embedding"])
+            vectors: torch.Tensor = features["token_embeddings"]
+            if lengths is not None:
+                return list(vectors[0].split(lengths))
+            return [row[mask.bool()] for row, mask in zip(vectors, features["attention_mask"])]
+
+        return SentenceEngine(
+            model, select, prompt=_prompt(model, prompt_name, prompt, task),
+            options={**options, **({} if task is None else {"task": task})},
+        )  # fmt: skip
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"encode({type(model).__name__}): expected a SentenceTransformer or a loaded model of transformers."
+        )
+    if tokenizer is None or pooling is None:
+        missing = "tokenizer" if tokenizer is None else "pooling"
+        raise ValueError(
+            f"encode({type(model).__name__}) without {missing}: expected tokenizer= and pooling= for a model of "
+            f"transformers, of which one is {' or '.join(map(repr, get_args(Pooling)))}."
+        )
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"pooling={pooling!r}: expected {' or '.join(map(repr, get_args(Pooling)))}.")
+    given = [name for name, value in (("prompt_name", prompt_name), ("task", task)) if value is not None]
+    if wants_tokens or given or options:
+        names = [*given, *options, *(["output_value"] if wants_tokens else [])]
+        raise ValueError(f"{', '.join(names)}: expected a SentenceTransformer, not a {type(model).__name__}.")
+    _place(model, device)
+    return PlainEngine(model, tokenizer, pooling, finish, prompt=prompt, max_length=max_length)
+
+
+def _place(model: torch.nn.Module, device: str | torch.device | None) -> None:
+    """Moves a model to a device, and unpads it."""
+    if isinstance(device, (list, tuple)):
+        raise ValueError(f"device={device!r}: expected one device. examples/ has programs for several GPUs.")
+    if device is not None and torch.device(device) != getattr(model, "device", None):
+        model.to(device)
+    first = model if isinstance(model, PreTrainedModel) else next(model.children(), model)
+    inner = getattr(first, "model", first)
+    if HANDLES in vars(inner):
+        return
+    implementation = implementation_of(inner) if hasattr(inner, "config") else None
+    if implementation != NAME:
+        log_once(
+            f"{type(model).__name__} with attn_implementation={implementation!r} runs on padded batches; load it with "
+            f"attn_implementation={NAME!r} to skip padding"
+        )
+        return
+    try:
+        unpad(model, cuda_graphs=True)
+    except UnsupportedAttentionError as error:
+        log_once(f"{type(model).__name__} runs on padded batches: {first_line(error)}")
+
+
+def _prompt_name(
+    model: torch.nn.Module, prompt_name: str | None, prompt: str | None, task: Task | None
+) -> str | None:
+    if task is not None and task not in get_args(Task):
+        raise ValueError(f"task={task!r}: expected 'query', 'document' or None.")
+    if prompt is None and prompt_name is None and task is not None:
+        return next((name for name in _PROMPTS[task] if name in cast(Any, model).prompts), None)
+    return prompt_name
+
+
+def _prompt(model: torch.nn.Module, prompt_name: str | None, prompt: str | None, task: Task | None) -> str | None:
+    """Returns what texts begin with, as sentence-transformers chooses it."""
+    if prompt is not None:
+        return prompt
+    name = _prompt_name(model, prompt_name, prompt, task)
+    prompts: dict[str, str] = getattr(model, "prompts", {})
+    if name is None:
+        return prompts.get(getattr(model, "default_prompt_name", None) or "")
+    if name not in prompts:
+        raise ValueError(f"prompt_name={name!r}: expected one of the model's prompts, {sorted(prompts)}.")
+    return prompts[name]
+
+
+def _check_output_value(output_value: object) -> bool:
+    if output_value not in ("sentence_embedding", "token_embeddings"):
+        raise ValueError(f"output_value={output_value!r}: expected 'sentence_embedding', 'token_embeddings' or None.")
+    return output_value == "token_embeddings"
+
+
+def _quantizer(precision: Precision) -> Callable[[Any], Any] | None:
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, get_args(Precision)))}.")
+    if precision == "float32":
+        return None
+    try:
+        from sentence_transformers.util import quantize_embeddings
+    except ImportError as error:
+        raise ValueError(f"precision={precision!r} needs sentence-transformers, which quantises; install it.") from error
+    return lambda vectors: quantize_embeddings(vectors, precision=precision)
+
+
+def _checked_texts(inputs: Iterable[str]) -> Iterator[Text]:
+    if isinstance(inputs, (Mapping, bytes)):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; expected a string or an iterable of strings.")
+    for index, text in enumerate(inputs):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"text {index} is a {type(text).__name__}; expected a string. The model's own encode takes messages, "
+                "pairs, images and audio."
+            )
+        yield text
+
+
+def _checked_pairs(inputs: Iterable[Any]) -> Iterator[Text]:
+    if isinstance(inputs, (Mapping, bytes, str)):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; expected a pair of strings or an iterable of pairs.")
+    for index, pair in enumerate(inputs):
+        texts = tuple(pair) if isinstance(pair, (list, tuple, np.ndarray)) else ()
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"pair {index} is {pair!r:.100}; expected two strings.")
+        yield texts[0], texts[1]
+
+
+def _count(inputs: object) -> int | None:
+    return len(inputs) if isinstance(inputs, Sized) else None
+
+
+def _wants_bar(show_progress_bar: bool | None) -> bool:
+    if show_progress_bar is not None:
+        return show_progress_bar
+    return logging.getLogger("sentence_transformers").getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+
+
+def _run_to_end(
+    engine: Engine, texts: Iterator[Text], count: int | None, budget: Budget, *, to_host: bool, bar: bool
+) -> Output:
+    """Returns all rows, as one tensor or as a list."""
+    parts: list[torch.Tensor] = []
+    rows: list[torch.Tensor] = []
+    whole: torch.Tensor | None = None
+    done = 0
+    with (
+        closing(cast(Any, run_all(engine, texts, budget, to_host=to_host))) as outputs,
+        tqdm(total=count, unit="text", unit_scale=True, disable=not bar) as progress,
+    ):
+        for output in outputs:
+            if not isinstance(output, torch.Tensor):
+                rows += output
+            elif to_host and count is not None and len(output) < count:
+                # Copied at once, so that pinned memory is used again.
+                if whole is None:
+                    whole = torch.empty(count, *output.shape[1:], dtype=output.dtype)
+                whole[done : done + len(output)] = output
+            else:
+                parts.append(output)
+            done += len(output)
+            progress.update(len(output))
+    if whole is not None:
+        return whole
+    return torch.cat(parts) if parts else rows
+
+
+def _to_numpy(vectors: Any) -> np.ndarray[Any, Any]:
+    vectors = vectors.float() if vectors.dtype == torch.bfloat16 else vectors
+    array: np.ndarray[Any, Any] = vectors.cpu().numpy()
+    return array

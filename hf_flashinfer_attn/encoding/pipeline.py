@@ -1,0 +1,262 @@
+"""Tokenising in background threads while the model runs, in bounded memory, with results in order."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from .engines import Engine, Features, Output
+from .tokens import Text, Tokens
+
+__all__ = ["Budget", "run_all"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# One thread unpacks token ids while the other is in the tokenizers library, which has threads of its own.
+THREADS = 2
+_CHUNKS_AHEAD = 4
+_FIRST_TEXTS, _MAX_TEXTS, _MAX_CHARACTERS = 256, 1_024, 4_000_000
+# Batches launched before the host waits for the first of them.
+_BATCHES_AHEAD = 2
+# Batches over which padded texts are sorted by length.
+_BATCHES_IN_WINDOW = 8
+_CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Size of a batch.
+
+    Args:
+        tokens: Most tokens; a text that has more is a batch of its own.
+        rows: Most texts.
+    """
+
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A batch of some texts of a window, which are in order again when the window is complete.
+
+    Args:
+        inputs: What the engine runs.
+        order: Of a window's last batch: places in the window of all its texts, as they were run; None for the others.
+    """
+
+    inputs: Tokens | Features
+    order: np.ndarray[Any, Any] | None
+
+
+def run_all(engine: Engine, texts: Iterable[Text], budget: Budget, *, to_host: bool) -> Iterator[Output]:
+    """Runs texts through an engine.
+
+    Args:
+        engine: The model.
+        texts: Strings or pairs of strings; consumed as results are.
+        budget: Size of a batch.
+        to_host: Whether to copy outputs of one tensor to the host.
+
+    Yields:
+        Outputs of some texts at a time, in the order of the texts.
+
+    Raises:
+        ValueError: If a text cannot be tokenised.
+    """
+    batches = _token_batches(engine, texts, budget) if engine.makes_tokens else _feature_batches(engine, texts, budget)
+    window: list[Output] = []
+    with closing(batches):
+        for output, order in _run(engine, batches, to_host=to_host):
+            window.append(output)
+            if order is not None:
+                yield _in_order(window, order)
+                window = []
+
+
+def _run(
+    engine: Engine, batches: Iterable[_Batch], *, to_host: bool
+) -> Iterator[tuple[Output, np.ndarray[Any, Any] | None]]:
+    """Runs batches, some of which are under way on the GPU at any time."""
+    under_way: deque[tuple[_Copy, np.ndarray[Any, Any] | None]] = deque()
+    for batch in batches:
+        under_way.append((_Copy(engine.run(batch.inputs), to_host=to_host), batch.order))
+        if len(under_way) > _BATCHES_AHEAD:
+            copy, order = under_way.popleft()
+            yield copy.wait(), order
+    for copy, order in under_way:
+        yield copy.wait(), order
+
+
+class _Copy:
+    """An output, and its copy to the host, which may be under way.
+
+    Args:
+        output: What to copy.
+        to_host: Whether to copy it at all.
+    """
+
+    def __init__(self, output: Output, *, to_host: bool) -> None:
+        self._output = output
+        self._event: torch.cuda.Event | None = None
+        if to_host and isinstance(output, torch.Tensor) and output.is_cuda:
+            self._output = torch.empty_like(output, device="cpu", pin_memory=True)
+            self._output.copy_(output, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(output.device))
+
+    def wait(self) -> Output:
+        """Waits until the output is where it is to be, and returns it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._output
+
+
+def _in_order(window: list[Output], order: np.ndarray[Any, Any]) -> Output:
+    if len(window) == 1 and bool((order == np.arange(len(order))).all()):
+        return window[0]
+    places = np.argsort(order)
+    if all(isinstance(part, torch.Tensor) for part in window):
+        whole = torch.cat([part for part in window if isinstance(part, torch.Tensor)])
+        return whole[torch.from_numpy(places).to(whole.device)]
+    rows = [row for part in window for row in part]
+    return [rows[place] for place in places.tolist()]
+
+
+def _token_batches(engine: Engine, texts: Iterable[Text], budget: Budget) -> Generator[_Batch, None, None]:
+    """Cuts texts into batches of tokens, sorted by length within a window if they are to be padded."""
+    batches_in_window = 1 if engine.packs else _BATCHES_IN_WINDOW
+    window_tokens, window_rows = budget.tokens * batches_in_window, budget.rows * batches_in_window
+
+    def prepare(chunk: _Chunk) -> Tokens:
+        tokens = _prepare(engine, chunk.texts, lambda place: chunk.start + place)
+        assert isinstance(tokens, Tokens)
+        return tokens
+
+    left: list[Tokens] = []
+    with closing(_in_background(prepare, _chunks(texts))) as chunks:
+        for tokens in chunks:
+            left.append(tokens)
+            if sum(len(part.ids) for part in left) < window_tokens and sum(map(len, left)) < window_rows:
+                continue
+            windows, rest = Tokens.join(left).split(window_tokens, window_rows)
+            left = [] if rest is None else [rest]
+            for window in windows:
+                yield from _batches_of(engine, window, budget)
+        if left:
+            yield from _batches_of(engine, Tokens.join(left), budget)
+
+
+def _batches_of(engine: Engine, window: Tokens, budget: Budget) -> Iterator[_Batch]:
+    order = np.arange(len(window))
+    if not engine.packs:
+        order = np.argsort(-window.lengths, kind="stable")
+        window = window.take(order)
+    batches, rest = window.split(budget.tokens, budget.rows)
+    batches += [] if rest is None else [rest]
+    for batch in batches:
+        yield _Batch(batch, order if batch is batches[-1] else None)
+
+
+def _feature_batches(engine: Engine, texts: Iterable[Text], budget: Budget) -> Generator[_Batch, None, None]:
+    """Has the model prepare batches itself, of texts sorted by their characters within a window."""
+
+    def groups() -> Iterator[tuple[_Chunk, np.ndarray[Any, Any], int, int]]:
+        for window in _chunks(texts):
+            sizes = np.array([_characters(text) for text in window.texts])
+            order = np.argsort(-sizes, kind="stable")
+            start = 0
+            while start < len(order):
+                tokens = max(int(sizes[order[start]]) // _CHARACTERS_PER_TOKEN, 1)
+                stop = min(start + max(1, min(budget.rows, budget.tokens // tokens)), len(order))
+                yield _Chunk(window.start, [window.texts[place] for place in order[start:stop]]), order, start, stop
+                start = stop
+
+    def prepare(group: tuple[_Chunk, np.ndarray[Any, Any], int, int]) -> _Batch:
+        chunk, order, start, stop = group
+        features = _prepare(engine, chunk.texts, lambda place: chunk.start + int(order[start + place]))
+        return _Batch(features, order if stop == len(order) else None)
+
+    with closing(_in_background(prepare, groups())) as batches:
+        yield from batches
+
+
+def _prepare(engine: Engine, texts: list[Text], index_of: Callable[[int], int]) -> Tokens | Features:
+    """Tokenises texts in a background thread; an error names the text by its index."""
+    try:
+        return engine.prepare(texts)
+    except (TypeError, ValueError) as error:
+        for place, text in enumerate(texts):
+            try:
+                engine.prepare([text])
+            except (TypeError, ValueError) as own:
+                raise ValueError(f"text {index_of(place)} cannot be tokenised: {_reason(text, own)}") from error
+        raise
+
+
+def _reason(text: Text, error: Exception) -> str:
+    try:
+        "".join(text).encode()
+    except UnicodeEncodeError as unicode_error:
+        return str(unicode_error)
+    return str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Texts that follow each other.
+
+    Args:
+        start: Index of the first text, or of the first text of its window.
+        texts: The texts.
+    """
+
+    start: int
+    texts: list[Text]
+
+
+def _chunks(texts: Iterable[Text]) -> Iterator[_Chunk]:
+    """Cuts texts into chunks, small at first, so that the model starts early."""
+    chunk: list[Text] = []
+    start = characters = 0
+    max_texts = _FIRST_TEXTS
+    for text in texts:
+        chunk.append(text)
+        characters += _characters(text)
+        if len(chunk) >= max_texts or characters >= _MAX_CHARACTERS:
+            yield _Chunk(start, chunk)
+            start += len(chunk)
+            chunk, characters, max_texts = [], 0, min(2 * max_texts, _MAX_TEXTS)
+    if chunk:
+        yield _Chunk(start, chunk)
+
+
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
+def _in_background(function: Callable[[Item], Result], items: Iterator[Item]) -> Generator[Result, None, None]:
+    """Maps a function over items, in order and in threads; a single item stays in this thread."""
+    first = list(itertools.islice(items, 2))
+    if len(first) < 2:
+        yield from map(function, first)
+        return
+    remaining = itertools.chain(first, items)
+    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="hf_flashinfer_attn-tokenise")
+    try:
+        pending = deque(threads.submit(function, item) for item in itertools.islice(remaining, _CHUNKS_AHEAD))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(threads.submit(function, item) for item in itertools.islice(remaining, 1))
+            yield result
+    finally:
+        threads.shutdown(cancel_futures=True)

@@ -1,0 +1,158 @@
+"""Token ids without padding, straight from the tokenizers library."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Text", "TextTokenizer", "Tokens"]
+
+Text: TypeAlias = "str | tuple[str, str]"
+Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of several texts, one text after the other.
+
+    Args:
+        ids: Token ids, int64, shape `(total_tokens,)`.
+        lengths: Tokens of each text, int64, shape `(texts,)`.
+        type_ids: Token type ids, int64, shape `(total_tokens,)`; None if the model takes none or all are zero.
+    """
+
+    ids: Numbers
+    lengths: Numbers
+    type_ids: Numbers | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @classmethod
+    def join(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Joins the tokens of several lists of texts."""
+        if len(parts) == 1:
+            return parts[0]
+        types = [part.type_ids for part in parts if part.type_ids is not None]
+        return cls(
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+            np.concatenate(types) if types else None,
+        )
+
+    def split(self, max_tokens: int, max_rows: int) -> tuple[list[Tokens], Tokens | None]:
+        """Cuts tokens into batches, in order.
+
+        Args:
+            max_tokens: Most tokens of a batch; a text that has more is a batch of its own.
+            max_rows: Most texts of a batch.
+
+        Returns:
+            The batches that no further text would fit into, and what remains.
+        """
+        ends = np.cumsum(self.lengths)
+        batches, start = [], 0
+        while start < len(self):
+            before = int(ends[start - 1]) if start else 0
+            stop = min(int(np.searchsorted(ends, before + max_tokens, side="right")), start + max_rows)
+            stop = max(stop, start + 1)
+            if stop == len(self) and stop < start + max_rows and int(ends[-1]) - before < max_tokens:
+                return batches, self._between(start, stop, before, int(ends[-1]))
+            batches.append(self._between(start, stop, before, int(ends[stop - 1])))
+            start = stop
+        return batches, None
+
+    def _between(self, start: int, stop: int, first: int, last: int) -> Tokens:
+        types = None if self.type_ids is None else self.type_ids[first:last]
+        return Tokens(self.ids[first:last], self.lengths[start:stop], types)
+
+    def take(self, order: Numbers) -> Tokens:
+        """Returns the same texts in another order."""
+        ends = np.cumsum(self.lengths)
+        lengths = self.lengths[order]
+        starts = np.repeat((ends - self.lengths)[order] - (np.cumsum(lengths) - lengths), lengths)
+        places = starts + np.arange(len(self.ids))
+        return Tokens(self.ids[places], lengths, None if self.type_ids is None else self.type_ids[places])
+
+    def pad(self, pad_id: int, pad_type_id: int, *, on_left: bool) -> dict[str, torch.Tensor]:
+        """Returns `input_ids`, `attention_mask` and, if there are any, `token_type_ids`, as a tokenizer would.
+
+        Each is int64, on the CPU, of shape `(texts, longest)`.
+        """
+        slots = np.arange(int(self.lengths.max(initial=0)))
+        lengths = self.lengths[:, None]
+        valid = slots >= len(slots) - lengths if on_left else slots < lengths
+        features = {"input_ids": _spread(self.ids, valid, pad_id), "attention_mask": valid.astype(np.int64)}
+        if self.type_ids is not None:
+            features["token_type_ids"] = _spread(self.type_ids, valid, pad_type_id)
+        return {name: torch.from_numpy(value) for name, value in features.items()}
+
+
+def _spread(values: Numbers, valid: np.ndarray[Any, Any], filler: int) -> Numbers:
+    spread = np.full(valid.shape, filler, np.int64)
+    spread[valid] = values
+    return spread
+
+
+class TextTokenizer:
+    """A private copy of a fast tokenizer, which truncates and does not pad. Threads may share it.
+
+    Args:
+        tokenizer: Tokenizer of the tokenizers library.
+        max_length: Longer texts are truncated, in tokens; None for the tokenizer's own limit.
+        with_type_ids: Whether to return token type ids.
+    """
+
+    # What transformers calls the limit of a tokenizer without one is far above.
+    UNLIMITED = 1_000_000_000
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, with_type_ids: bool) -> None:
+        # transformers writes truncation and padding into the tokenizer it shares with all of its users.
+        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        limit = tokenizer.model_max_length if max_length is None else max_length
+        self._with_type_ids = with_type_ids
+        self.backend.no_padding()
+        if limit <= self.UNLIMITED:
+            self.backend.enable_truncation(limit, direction=tokenizer.truncation_side)
+        else:
+            self.backend.no_truncation()
+
+    @staticmethod
+    def state_of(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
+        """Returns what a copy depends on, as far as that is cheap to compare."""
+        backend = tokenizer.backend_tokenizer
+        return (
+            id(backend), backend.get_vocab_size(True), tokenizer.model_max_length, tokenizer.truncation_side,
+            tokenizer.padding_side, backend.encode_special_tokens, _state(backend.post_processor),
+            _state(backend.pre_tokenizer),
+        )  # fmt: skip
+
+    def __call__(self, texts: Sequence[Text]) -> Tokens:
+        """Tokenises texts, or pairs of texts. Other threads run meanwhile.
+
+        Raises:
+            TypeError: If a text cannot be tokenised, such as one that is not valid Unicode.
+        """
+        encodings = self.backend.encode_batch_fast(list(texts))
+        return Tokens(
+            _flat(map(operator.attrgetter("ids"), encodings)),
+            np.fromiter(map(len, encodings), np.int64, len(encodings)),
+            _flat(map(operator.attrgetter("type_ids"), encodings)) if self._with_type_ids else None,
+        )
+
+
+def _flat(lists: Iterable[list[int]]) -> Numbers:
+    return np.fromiter(itertools.chain.from_iterable(lists), np.int64)
+
+
+def _state(part: Any) -> bytes | None:
+    state: bytes | None = None if part is None else part.__getstate__()
+    return state
