@@ -20,7 +20,6 @@ from ..unpadding.model import unpad
 from ..unpadding.reasons import implementation_of
 from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, SentenceEngine, is_instance
 from .pipeline import Budget, run_all
-from .tokens import Text
 
 __all__ = ["encode", "encode_iter", "predict", "rank"]
 
@@ -105,13 +104,18 @@ def encode(
         >>> hf_flashinfer_attn.encode(model, texts, tokenizer=tokenizer, pooling="mean").shape
         (2, 384)
     """
+    _require_iterable(inputs)
     if output_value is None:
         if not is_instance(model, "SentenceTransformer"):
             raise ValueError("output_value=None: expected a SentenceTransformer, whose features are returned.")
         own = {"prompt_name": _prompt_name(model, prompt_name, prompt, task), "prompt": prompt, "device": device,
                "show_progress_bar": show_progress_bar, **({} if task is None else {"task": task}), **kwargs}  # fmt: skip
-        texts = inputs if isinstance(inputs, str) else list(_checked_texts(inputs))
-        return cast(Any, model).encode(texts, output_value=None, **own)
+        return cast(Any, model).encode(
+            inputs if isinstance(inputs, str) else list(inputs),
+            output_value=None,
+            batch_size=min(batch_size, 32),
+            **own,
+        )
     wants_tokens = _check_output_value(output_value)
     convert_to_numpy = convert_to_numpy and not convert_to_tensor and not wants_tokens
     engine = _encode_engine(
@@ -124,7 +128,7 @@ def encode(
         rows: Output = engine.run(engine.prepare([inputs]))
     else:
         rows = _run_to_end(
-            engine, _checked_texts(inputs), _count(inputs), Budget(tokens_per_batch, batch_size),
+            engine, inputs, _count(inputs), Budget(tokens_per_batch, batch_size),
             to_host=convert_to_numpy, bar=_wants_bar(show_progress_bar),
         )  # fmt: skip
     if wants_tokens:
@@ -201,6 +205,7 @@ def encode_iter(
         >>> [vector.shape for vector in vectors]
         [(384,), (384,), (384,)]
     """
+    _require_iterable(inputs)
     if isinstance(inputs, str):
         raise TypeError("inputs is a string; expected an iterable of strings, or encode for one text.")
     engine = _encode_engine(
@@ -208,7 +213,7 @@ def encode_iter(
         task=task, device=device, normalize=normalize_embeddings, truncate_dim=truncate_dim, wants_tokens=False,
         options=kwargs,
     )  # fmt: skip
-    outputs = run_all(engine, _checked_texts(inputs), Budget(tokens_per_batch, batch_size), to_host=not convert_to_tensor)
+    outputs = run_all(engine, inputs, Budget(tokens_per_batch, batch_size), to_host=not convert_to_tensor)
     return _rows(outputs, _count(inputs), as_arrays=not convert_to_tensor, bar=_wants_bar(show_progress_bar))
 
 
@@ -271,6 +276,7 @@ def predict(
         >>> hf_flashinfer_attn.predict(model, [("a question", "an answer")]).shape  # doctest: +SKIP
         (1,)
     """
+    _require_iterable(inputs)
     if not is_instance(model, "CrossEncoder"):
         raise TypeError(f"predict({type(model).__name__}): expected a CrossEncoder of sentence-transformers.")
     encoder = cast(Any, model)
@@ -288,7 +294,7 @@ def predict(
     is_single = bool(encoder.is_singular_input(inputs))
     pairs = [inputs] if is_single else inputs
     scores = _run_to_end(
-        engine, _checked_pairs(pairs), _count(pairs), Budget(tokens_per_batch, batch_size),
+        engine, pairs, _count(pairs), Budget(tokens_per_batch, batch_size),
         to_host=convert_to_numpy and not convert_to_tensor, bar=_wants_bar(show_progress_bar),
     )  # fmt: skip
     found: Any = scores
@@ -371,13 +377,11 @@ def _encode_engine(
             raise ValueError(f"{', '.join(unknown)}: not an argument of encode, nor of this model ({sorted(known)}).")
         _place(model, device)
 
-        def select(features: Features, lengths: list[int] | None) -> Output:
+        def select(features: Features) -> Output:
             if not wants_tokens:
                 return finish(features["sentence_embedding"])
-            vectors: torch.Tensor = features["token_embeddings"]
-            if lengths is not None:
-                return list(vectors[0].split(lengths))
-            return [row[mask.bool()] for row, mask in zip(vectors, features["attention_mask"])]
+            masks = features["attention_mask"].bool()
+            return [row[mask] for row, mask in zip(features["token_embeddings"], masks)]
 
         return SentenceEngine(
             model, select, prompt=_prompt(model, prompt_name, prompt, task),
@@ -426,9 +430,7 @@ def _place(model: torch.nn.Module, device: str | torch.device | None) -> None:
         log_once(f"{type(model).__name__} runs on padded batches: {first_line(error)}")
 
 
-def _prompt_name(
-    model: torch.nn.Module, prompt_name: str | None, prompt: str | None, task: Task | None
-) -> str | None:
+def _prompt_name(model: torch.nn.Module, prompt_name: str | None, prompt: str | None, task: Task | None) -> str | None:
     if task is not None and task not in get_args(Task):
         raise ValueError(f"task={task!r}: expected 'query', 'document' or None.")
     if prompt is None and prompt_name is None and task is not None:
@@ -463,30 +465,15 @@ def _quantizer(precision: Precision) -> Callable[[Any], Any] | None:
     try:
         from sentence_transformers.util import quantize_embeddings
     except ImportError as error:
-        raise ValueError(f"precision={precision!r} needs sentence-transformers, which quantises; install it.") from error
+        raise ValueError(
+            f"precision={precision!r} needs sentence-transformers, which quantises; install it."
+        ) from error
     return lambda vectors: quantize_embeddings(vectors, precision=precision)
 
 
-def _checked_texts(inputs: Iterable[str]) -> Iterator[Text]:
+def _require_iterable(inputs: object) -> None:
     if isinstance(inputs, (Mapping, bytes)):
-        raise TypeError(f"inputs is a {type(inputs).__name__}; expected a string or an iterable of strings.")
-    for index, text in enumerate(inputs):
-        if not isinstance(text, str):
-            raise TypeError(
-                f"text {index} is a {type(text).__name__}; expected a string. The model's own encode takes messages, "
-                "pairs, images and audio."
-            )
-        yield text
-
-
-def _checked_pairs(inputs: Iterable[Any]) -> Iterator[Text]:
-    if isinstance(inputs, (Mapping, bytes, str)):
-        raise TypeError(f"inputs is a {type(inputs).__name__}; expected a pair of strings or an iterable of pairs.")
-    for index, pair in enumerate(inputs):
-        texts = tuple(pair) if isinstance(pair, (list, tuple, np.ndarray)) else ()
-        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"pair {index} is {pair!r:.100}; expected two strings.")
-        yield texts[0], texts[1]
+        raise TypeError(f"inputs is a {type(inputs).__name__}; expected strings, or pairs of strings for predict.")
 
 
 def _count(inputs: object) -> int | None:
@@ -500,7 +487,7 @@ def _wants_bar(show_progress_bar: bool | None) -> bool:
 
 
 def _run_to_end(
-    engine: Engine, texts: Iterator[Text], count: int | None, budget: Budget, *, to_host: bool, bar: bool
+    engine: Engine, inputs: Iterable[Any], count: int | None, budget: Budget, *, to_host: bool, bar: bool
 ) -> Output:
     """Returns all rows, as one tensor or as a list."""
     parts: list[torch.Tensor] = []
@@ -508,7 +495,7 @@ def _run_to_end(
     whole: torch.Tensor | None = None
     done = 0
     with (
-        closing(cast(Any, run_all(engine, texts, budget, to_host=to_host))) as outputs,
+        closing(cast(Any, run_all(engine, inputs, budget, to_host=to_host))) as outputs,
         tqdm(total=count, unit="text", unit_scale=True, disable=not bar) as progress,
     ):
         for output in outputs:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ from ..unpadding.families import family_of
 from ..unpadding.features import admit_packed_inputs, forwards_features
 from ..unpadding.hooks import HANDLES
 from ..unpadding.packed_inputs import packed_inputs, reason_against_packed_inputs
-from .tokens import Text, TextTokenizer, Tokens
+from .tokens import Text, TextTokenizer, Tokens, TypeIds
 
 __all__ = ["CrossEngine", "Engine", "Features", "Output", "PlainEngine", "Pooling", "SentenceEngine", "is_instance"]
 
@@ -29,9 +30,13 @@ Features: TypeAlias = "dict[str, Any]"
 # Rows of a batch, in order: one tensor of shape `(rows, ...)`, or one tensor for each row.
 Output: TypeAlias = "torch.Tensor | list[torch.Tensor]"
 
-# Larger batches are bound by the GPU: graphs would not make them faster, and each new size costs a capture.
-MAX_GRAPH_TOKENS = 8_192
-_TOKEN_FEATURES = ("input_ids", "attention_mask", "token_type_ids")
+# Features of packed tokens, which are padded for the modules after the transformer or left out.
+_PACKED_FEATURES = frozenset(
+    {
+        "attention_mask", "cu_seq_lens_k", "cu_seq_lens_q", "input_ids", "max_length_k", "max_length_q", "position_ids",
+        "return_dict", "token_embeddings", "token_type_ids", "use_cache",
+    }
+)  # fmt: skip
 _SENTENCES = ("A text.", "Another text, which is longer than the first one.")
 
 
@@ -60,16 +65,14 @@ class _Known:
 
     Args:
         tokenizer_state: State of the tokenizer when this was found out.
-        tokenisers: Copies of the tokenizer, by maximum length and whether they make type ids.
+        tokenisers: Copies of the tokenizer, by maximum length and what type ids they make.
         preparations: By prompt and options; None where the model has to prepare texts itself.
-        packable: Whether the modules after a `Transformer` take packed features, by their ids.
         modules: All modules but the model itself.
     """
 
     tokenizer_state: tuple[object, ...]
-    tokenisers: dict[tuple[int | None, bool], TextTokenizer] = field(default_factory=dict)
+    tokenisers: dict[tuple[int | None, TypeIds], TextTokenizer] = field(default_factory=dict)
     preparations: dict[object, _FastPreparation | None] = field(default_factory=dict)
-    packable: dict[tuple[int, ...], bool] = field(default_factory=dict)
     modules: list[torch.nn.Module] = field(default_factory=list)
 
 
@@ -127,7 +130,7 @@ class Engine(abc.ABC):
     @property
     @abc.abstractmethod
     def packs(self) -> bool:
-        """Whether all modules take packed tokens, so that texts need not be sorted by length."""
+        """Whether batches of `Tokens` are run without padding."""
 
     @abc.abstractmethod
     def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
@@ -137,12 +140,38 @@ class Engine(abc.ABC):
     def _forward(self, batch: Tokens | Features) -> Output:
         """Runs a batch on the current device, in inference mode."""
 
+    def check(self, inputs: Sequence[Any], start: int = 0) -> list[Text]:
+        """Returns inputs as strings or pairs of strings.
+
+        Args:
+            inputs: Some of a call's inputs.
+            start: Index of the first of them.
+
+        Raises:
+            TypeError: For another input, with its index.
+        """
+        if not self.takes_pairs:
+            for place, text in enumerate(inputs):
+                if not isinstance(text, str):
+                    raise TypeError(
+                        f"text {start + place} is a {type(text).__name__}; expected a string. The model's own encode "
+                        "takes messages, pairs, images and audio."
+                    )
+            return list(inputs)
+        pairs: list[Text] = []
+        for place, pair in enumerate(inputs):
+            texts = tuple(pair) if isinstance(pair, (list, tuple, np.ndarray)) else ()
+            if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"pair {start + place} is {pair!r:.100}; expected two strings.")
+            pairs.append((texts[0], texts[1]))
+        return pairs
+
     def prepare(self, texts: Sequence[Text]) -> Tokens | Features:
         """Tokenises texts, with the prompt."""
         return self._prepare_slowly(texts) if self._fast is None else self._fast.tokenise(self._prompted(texts))
 
     def run(self, batch: Tokens | Features) -> Output:
-        """Runs a batch: launched on a GPU, not waited for."""
+        """Runs a batch, longest texts first: launched on a GPU, not waited for."""
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with torch.inference_mode(), on_device:
             return self._forward(batch)
@@ -171,10 +200,13 @@ class Engine(abc.ABC):
         texts = [*_SENTENCES, *(["word " * (limit + 2)] if limit <= TextTokenizer.UNLIMITED else [])]
         inputs: list[Text] = [(text, _SENTENCES[1]) for text in texts] if self.takes_pairs else [*texts]
         own = self._prepare_slowly(inputs)
-        key = (self.max_length, "token_type_ids" in own)
+        types = own.get("token_type_ids")
+        # Zeros are faster to make than to read.
+        key: tuple[int | None, TypeIds]
+        key = self.max_length, "none" if types is None else "own" if self.takes_pairs or types.any() else "zeros"
         tokenisers = self._known.tokenisers
         if key not in tokenisers:
-            tokenisers[key] = TextTokenizer(self._tokenizer, key[0], with_type_ids=key[1])
+            tokenisers[key] = TextTokenizer(self._tokenizer, *key)
         ours = self._pad(tokenisers[key](self._prompted(inputs)))
         constants = {name: value for name, value in own.items() if name not in ours}
         if not any(isinstance(value, torch.Tensor) for value in constants.values()) and all(
@@ -202,46 +234,39 @@ class Engine(abc.ABC):
             name: sent(value, device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
         }
 
-    def _packed(self, backbone: PreTrainedModel, tokens: Tokens) -> Features:
+    def _packed(
+        self, backbone: PreTrainedModel, tokens: Tokens, extras: Mapping[str, np.ndarray[Any, Any]]
+    ) -> Features:
         """Returns the features of a batch, packed, with tensors on the model's device."""
         assert self._fast is not None
-        use_graphs = len(tokens.ids) <= MAX_GRAPH_TOKENS
         return self._fast.constants | packed_inputs(
-            backbone, tokens.ids, tokens.lengths, tokens.type_ids, self.device, use_graphs=use_graphs
+            backbone, tokens.ids, tokens.lengths, tokens.type_ids, self.device, extras
         )
 
 
 class SentenceEngine(Engine):
     """A `SentenceTransformer`.
 
+    Where its transformer can be given packed tokens, the other modules are given the padded token embeddings of some
+    rows of similar length at a time: what they compute is what they compute in `encode`.
+
     Args:
         model: The model.
-        select: Makes rows of the features that the model returns, and of the lengths of the texts in a packed batch.
+        select: Makes rows of the features that the model returns.
         prompt: What every text begins with.
         options: Further arguments of its `preprocess` and `forward`.
     """
 
     def __init__(
-        self,
-        model: Any,
-        select: Callable[[Features, list[int] | None], Output],
-        *,
-        prompt: str | None,
-        options: Mapping[str, Any],
+        self, model: Any, select: Callable[[Features], Output], *, prompt: str | None, options: Mapping[str, Any]
     ) -> None:
-        tokenizer = model.tokenizer
-        super().__init__(
-            model,
-            tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
-            prompt=prompt,
-            options=options,
-        )
+        super().__init__(model, _tokenizer_of(model), prompt=prompt, options=options)
         self._select = select
         self._backbone = self._find_backbone()
 
     @property
     def packs(self) -> bool:
-        return self._backbone is not None and self.makes_tokens
+        return self._backbone is not None
 
     def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
         features: Features = dict(cast(Any, self.model).preprocess(list(texts), prompt=self.prompt, **self.options))
@@ -249,22 +274,42 @@ class SentenceEngine(Engine):
 
     def _forward(self, batch: Tokens | Features) -> Output:
         if self._backbone is None or not isinstance(batch, Tokens):
-            return self._select(self.model(self._padded(batch, self.device), **self.options), None)
-        return self._select(
-            self.model(self._packed(self._backbone, batch), **self.options), batch.lengths.tolist()
-        )
+            return self._select(self.model(self._padded(batch, self.device), **self.options))
+        groups = _groups_of(batch.lengths)
+        extras = {} if len(groups) == 1 and groups[0].is_full else {"slots": np.concatenate([g.slots for g in groups])}
+        features = self._packed(self._backbone, batch, extras)
+        slots = features.pop("slots", None)
+        (name, transformer), *others = self.model.named_children()
+        features = transformer(features, **self._options_of(name, transformer))
+        lengths = features["cu_seq_lens_q"].diff()
+        outputs = []
+        for group in groups:
+            padded = group.pad(features, slots, lengths)
+            for name, module in others:
+                padded = module(padded, **self._options_of(name, module))
+            outputs.append(self._select(padded))
+        if all(isinstance(output, torch.Tensor) for output in outputs):
+            return torch.cat(cast("list[torch.Tensor]", outputs)) if len(outputs) > 1 else outputs[0]
+        return [row for output in outputs for row in output]
+
+    def _options_of(self, name: str, module: torch.nn.Module) -> dict[str, Any]:
+        """Returns the arguments that sentence-transformers passes on to a module."""
+        if not self.options:
+            return {}
+        names = {*(cast(Any, self.model).module_kwargs or {}).get(name, ()), *getattr(module, "forward_kwargs", ())}
+        return {name: value for name, value in self.options.items() if name in names}
 
     def _find_backbone(self) -> PreTrainedModel | None:
         """Returns the model that can be given packed tokens; None if batches have to be padded."""
-        transformer, *others = self.model.children()
-        if not forwards_features(transformer) or self._fast is None:
+        if self._fast is None:
             return None
-        reason = reason_against_packed_inputs(transformer.model)
-        key = tuple(map(id, others))
-        if reason is None and key not in self._known.packable:
-            self._known.packable[key] = self._compare_modules(others)
-        if reason is None and not self._known.packable[key]:
-            reason = "its modules after the transformer need padded rows"
+        transformer, *others = self.model.children()
+        if not forwards_features(transformer):
+            reason: str | None = f"a {type(transformer).__name__} comes first in it"
+        elif any(isinstance(module, torch.nn.ModuleDict) or hasattr(module, "sub_modules") for module in others):
+            reason = "it chooses its modules by task"
+        else:
+            reason = reason_against_packed_inputs(cast(Any, transformer).model)
         if reason is not None:
             log_once(f"batches of {type(self.model).__name__} are padded: {reason}")
             return None
@@ -272,37 +317,80 @@ class SentenceEngine(Engine):
         backbone: PreTrainedModel = transformer.model
         return backbone
 
-    def _compare_modules(self, modules: Sequence[torch.nn.Module]) -> bool:
-        """Whether modules make the same of packed token embeddings as of padded ones."""
-        assert self._fast is not None
-        lengths, device = [3, 1, 2], self.device
-        weight = next(self.model.parameters())
-        valid = (torch.arange(3) < torch.tensor(lengths)[:, None]).to(device)
-        padded = torch.randn(3, 3, cast(Any, self.model)[0].get_embedding_dimension()).to(device, weight.dtype)
-        offsets = torch.tensor([0, 3, 4, 6], device=device)
-        rows = torch.tensor([[0, 0, 0, 1, 2, 2]], device=device)
-        shared = {**self._fast.constants, "prompt_length": 1} if "prompt_length" in self._fast.constants else {}
-        found = []
-        with torch.inference_mode():
-            for features in (
-                {"token_embeddings": padded.masked_fill(~valid[:, :, None], 0), "attention_mask": valid.long()},
-                {
-                    "token_embeddings": padded[valid][None], "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets,
-                    "max_length_q": 3, "max_length_k": 3, "seq_idx": rows,
-                },
-            ):  # fmt: skip
-                features.update(shared)
-                try:
-                    for module in modules:
-                        features = module(features)
-                except (LookupError, RuntimeError, TypeError, ValueError):
-                    return False
-                found.append(features.get("sentence_embedding"))
-        one, other = found
-        if one is None or other is None:
-            return False
-        tolerance = 1e-4 if weight.dtype is torch.float32 else 2e-2
-        return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance)
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows of a packed batch that are padded together.
+
+    Args:
+        rows: Which rows.
+        tokens: Which tokens.
+        width: Tokens of the longest row.
+        lengths: Tokens of each row.
+    """
+
+    rows: slice
+    tokens: slice
+    width: int
+    lengths: np.ndarray[Any, Any]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether rows are of one length."""
+        return bool(len(self.lengths) * self.width == self.tokens.stop - self.tokens.start)
+
+    @property
+    def slots(self) -> np.ndarray[Any, Any]:
+        """Slot of each token among the padded ones, int64, shape `(tokens,)`."""
+        starts = np.arange(len(self.lengths)) * self.width - (np.cumsum(self.lengths) - self.lengths)
+        return np.repeat(starts, self.lengths) + np.arange(self.tokens.stop - self.tokens.start)
+
+    def pad(self, packed: Features, slots: torch.Tensor | None, lengths: torch.Tensor) -> Features:
+        """Pads token embeddings and ids with zeros, on their device.
+
+        Args:
+            packed: Of the whole batch.
+            slots: Of all tokens, shape `(1, total_tokens)`.
+            lengths: Of all rows, int64, shape `(rows,)`.
+        """
+        rows = len(self.lengths)
+        padded = {name: value for name, value in packed.items() if name not in _PACKED_FEATURES}
+        for name in ("token_embeddings", "input_ids", "token_type_ids"):
+            if name not in packed:
+                continue
+            values = packed[name][0, self.tokens]
+            if not self.is_full:
+                assert slots is not None
+                spread = values.new_zeros(rows * self.width, *values.shape[1:])
+                values = spread.index_copy_(0, slots[0, self.tokens], values)
+            padded[name] = values.view(rows, self.width, *values.shape[1:])
+        slot = torch.arange(self.width, device=lengths.device)
+        padded["attention_mask"] = (slot < lengths[self.rows, None]).long()
+        return padded
+
+
+# Rows at most this much longer than others are padded together.
+_MAX_RATIO, _MAX_SHORT = 2, 16
+
+
+def _groups_of(lengths: np.ndarray[Any, Any]) -> list[_Group]:
+    """Cuts rows, longest first, into groups of similar length."""
+    groups = []
+    start = token = 0
+    while start < len(lengths):
+        width = int(lengths[start])
+        shortest = 0 if width <= _MAX_SHORT else -(-width // _MAX_RATIO)
+        stop = int(np.searchsorted(-lengths, -shortest, side="right"))
+        taken = lengths[start:stop]
+        end = token + int(taken.sum())
+        groups.append(_Group(slice(start, stop), slice(token, end), width, taken))
+        start, token = stop, end
+    return groups
+
+
+def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase | None:
+    tokenizer = model.tokenizer
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
 class CrossEngine(Engine):
@@ -320,13 +408,7 @@ class CrossEngine(Engine):
     def __init__(
         self, model: Any, score: Callable[[Features], torch.Tensor], *, prompt: str | None, options: Mapping[str, Any]
     ) -> None:
-        tokenizer = model.tokenizer
-        super().__init__(
-            model,
-            tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
-            prompt=prompt,
-            options=options,
-        )
+        super().__init__(model, _tokenizer_of(model), prompt=prompt, options=options)
         self._score = score
         # Hooks of the head move what it needs, and pack on the host.
         only = list(model.children())
@@ -386,7 +468,7 @@ class PlainEngine(Engine):
     def _forward(self, batch: Tokens | Features) -> Output:
         model = cast(PreTrainedModel, self.model)
         if self.packs and isinstance(batch, Tokens):
-            inputs = self._packed(model, batch)
+            inputs = self._packed(model, batch, {})
             hidden = model(**inputs).last_hidden_state[0]
             return self._finish(self._pool_packed(hidden, inputs["cu_seq_lens_q"]))
         features = self._padded(batch, self.device)

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 # One thread unpacks token ids while the other is in the tokenizers library, which has threads of its own.
 THREADS = 2
 _CHUNKS_AHEAD = 4
-_FIRST_TEXTS, _MAX_TEXTS, _MAX_CHARACTERS = 256, 1_024, 4_000_000
+_FIRST_TEXTS, _MAX_TEXTS = 256, 1_024
 # Batches launched before the host waits for the first of them.
 _BATCHES_AHEAD = 2
 # Batches over which padded texts are sorted by length.
@@ -58,12 +58,12 @@ class _Batch:
     order: np.ndarray[Any, Any] | None
 
 
-def run_all(engine: Engine, texts: Iterable[Text], budget: Budget, *, to_host: bool) -> Iterator[Output]:
+def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: bool) -> Iterator[Output]:
     """Runs texts through an engine.
 
     Args:
         engine: The model.
-        texts: Strings or pairs of strings; consumed as results are.
+        inputs: Strings or pairs of strings; consumed as outputs are.
         budget: Size of a batch.
         to_host: Whether to copy outputs of one tensor to the host.
 
@@ -71,9 +71,12 @@ def run_all(engine: Engine, texts: Iterable[Text], budget: Budget, *, to_host: b
         Outputs of some texts at a time, in the order of the texts.
 
     Raises:
+        TypeError: If an input is neither a string nor, for a model that takes them, a pair of strings.
         ValueError: If a text cannot be tokenised.
     """
-    batches = _token_batches(engine, texts, budget) if engine.makes_tokens else _feature_batches(engine, texts, budget)
+    batches = (
+        _token_batches(engine, inputs, budget) if engine.makes_tokens else _feature_batches(engine, inputs, budget)
+    )
     window: list[Output] = []
     with closing(batches):
         for output, order in _run(engine, batches, to_host=to_host):
@@ -132,8 +135,8 @@ def _in_order(window: list[Output], order: np.ndarray[Any, Any]) -> Output:
     return [rows[place] for place in places.tolist()]
 
 
-def _token_batches(engine: Engine, texts: Iterable[Text], budget: Budget) -> Generator[_Batch, None, None]:
-    """Cuts texts into batches of tokens, sorted by length within a window if they are to be padded."""
+def _token_batches(engine: Engine, inputs: Iterable[Any], budget: Budget) -> Generator[_Batch, None, None]:
+    """Cuts texts into batches of tokens, longest first within a batch, or within several if they are to be padded."""
     batches_in_window = 1 if engine.packs else _BATCHES_IN_WINDOW
     window_tokens, window_rows = budget.tokens * batches_in_window, budget.rows * batches_in_window
 
@@ -143,7 +146,7 @@ def _token_batches(engine: Engine, texts: Iterable[Text], budget: Budget) -> Gen
         return tokens
 
     left: list[Tokens] = []
-    with closing(_in_background(prepare, _chunks(texts))) as chunks:
+    with closing(_in_background(prepare, _chunks(engine, inputs))) as chunks:
         for tokens in chunks:
             left.append(tokens)
             if sum(len(part.ids) for part in left) < window_tokens and sum(map(len, left)) < window_rows:
@@ -157,21 +160,19 @@ def _token_batches(engine: Engine, texts: Iterable[Text], budget: Budget) -> Gen
 
 
 def _batches_of(engine: Engine, window: Tokens, budget: Budget) -> Iterator[_Batch]:
-    order = np.arange(len(window))
-    if not engine.packs:
-        order = np.argsort(-window.lengths, kind="stable")
-        window = window.take(order)
+    order = np.argsort(-window.lengths, kind="stable")
+    window = window.take(order)
     batches, rest = window.split(budget.tokens, budget.rows)
     batches += [] if rest is None else [rest]
     for batch in batches:
         yield _Batch(batch, order if batch is batches[-1] else None)
 
 
-def _feature_batches(engine: Engine, texts: Iterable[Text], budget: Budget) -> Generator[_Batch, None, None]:
+def _feature_batches(engine: Engine, inputs: Iterable[Any], budget: Budget) -> Generator[_Batch, None, None]:
     """Has the model prepare batches itself, of texts sorted by their characters within a window."""
 
     def groups() -> Iterator[tuple[_Chunk, np.ndarray[Any, Any], int, int]]:
-        for window in _chunks(texts):
+        for window in _chunks(engine, inputs):
             sizes = np.array([_characters(text) for text in window.texts])
             order = np.argsort(-sizes, kind="stable")
             start = 0
@@ -224,20 +225,14 @@ class _Chunk:
     texts: list[Text]
 
 
-def _chunks(texts: Iterable[Text]) -> Iterator[_Chunk]:
+def _chunks(engine: Engine, inputs: Iterable[Any]) -> Iterator[_Chunk]:
     """Cuts texts into chunks, small at first, so that the model starts early."""
-    chunk: list[Text] = []
-    start = characters = 0
-    max_texts = _FIRST_TEXTS
-    for text in texts:
-        chunk.append(text)
-        characters += _characters(text)
-        if len(chunk) >= max_texts or characters >= _MAX_CHARACTERS:
-            yield _Chunk(start, chunk)
-            start += len(chunk)
-            chunk, characters, max_texts = [], 0, min(2 * max_texts, _MAX_TEXTS)
-    if chunk:
-        yield _Chunk(start, chunk)
+    stream = iter(inputs)
+    start, size = 0, _FIRST_TEXTS
+    while chunk := list(itertools.islice(stream, size)):
+        yield _Chunk(start, engine.check(chunk, start))
+        start += len(chunk)
+        size = min(2 * size, _MAX_TEXTS)
 
 
 def _characters(text: Text) -> int:

@@ -7,15 +7,16 @@ import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Text", "TextTokenizer", "Tokens"]
+__all__ = ["Text", "TextTokenizer", "Tokens", "TypeIds"]
 
 Text: TypeAlias = "str | tuple[str, str]"
+TypeIds = Literal["none", "zeros", "own"]
 Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
@@ -59,7 +60,8 @@ class Tokens:
             The batches that no further text would fit into, and what remains.
         """
         ends = np.cumsum(self.lengths)
-        batches, start = [], 0
+        batches: list[Tokens] = []
+        start = 0
         while start < len(self):
             before = int(ends[start - 1]) if start else 0
             stop = min(int(np.searchsorted(ends, before + max_tokens, side="right")), start + max_rows)
@@ -108,17 +110,17 @@ class TextTokenizer:
     Args:
         tokenizer: Tokenizer of the tokenizers library.
         max_length: Longer texts are truncated, in tokens; None for the tokenizer's own limit.
-        with_type_ids: Whether to return token type ids.
+        type_ids: Whether to return token type ids: none, zeros, or those of the tokenizer.
     """
 
     # What transformers calls the limit of a tokenizer without one is far above.
     UNLIMITED = 1_000_000_000
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, *, with_type_ids: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, type_ids: TypeIds) -> None:
         # transformers writes truncation and padding into the tokenizer it shares with all of its users.
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         limit = tokenizer.model_max_length if max_length is None else max_length
-        self._with_type_ids = with_type_ids
+        self._type_ids = type_ids
         self.backend.no_padding()
         if limit <= self.UNLIMITED:
             self.backend.enable_truncation(limit, direction=tokenizer.truncation_side)
@@ -141,12 +143,16 @@ class TextTokenizer:
         Raises:
             TypeError: If a text cannot be tokenised, such as one that is not valid Unicode.
         """
-        encodings = self.backend.encode_batch_fast(list(texts))
-        return Tokens(
-            _flat(map(operator.attrgetter("ids"), encodings)),
-            np.fromiter(map(len, encodings), np.int64, len(encodings)),
-            _flat(map(operator.attrgetter("type_ids"), encodings)) if self._with_type_ids else None,
-        )
+        if len(texts) == 1 and isinstance(texts[0], str):
+            # Without the wait for the threads of a batch.
+            encodings = [self.backend.encode(texts[0])]
+        else:
+            encodings = self.backend.encode_batch_fast(texts)
+        ids = _flat(map(operator.attrgetter("ids"), encodings))
+        types = None
+        if self._type_ids != "none":
+            types = np.zeros_like(ids) if self._type_ids == "zeros" else _flat(e.type_ids for e in encodings)
+        return Tokens(ids, np.fromiter(map(len, encodings), np.int64, len(encodings)), types)
 
 
 def _flat(lists: Iterable[list[int]]) -> Numbers:

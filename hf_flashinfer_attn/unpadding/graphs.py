@@ -32,7 +32,7 @@ from ..settings import Settings, current_settings
 from ..trace import AttentionCall, is_tracing, record_call, trace
 from .graph_options import GraphOptions, GraphStatistics, row_bucket, token_bucket
 from .model_state import ModelState, numerics
-from .packing import CALLER, RIDER, Packing, leave_sizes_open
+from .packing import CALLER, RIDER, leave_sizes_open
 from .reasons import is_asked_for
 
 __all__ = [
@@ -53,7 +53,7 @@ _INPUTS = ("input_ids", "token_type_ids", "position_ids")
 _KNOWN = frozenset(
     {
         *_INPUTS, "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache",
-        "return_dict", "output_attentions", "output_hidden_states", "seq_idx",
+        "return_dict", "output_attentions", "output_hidden_states",
     }
 )  # fmt: skip
 
@@ -237,10 +237,7 @@ class GraphedForward:
             return None
         layout, mask = _layout_of(ids, offsets), kwargs.get("attention_mask")
         # Of `unpad`, which pools from padded rows again; a model's own pooler has seen the first packed row alone.
-        packing: Packing | None = getattr(offsets, RIDER, None)
-        if layout is None or packing is None or not packing.use_graphs:
-            return None
-        if not (mask is None or is_mask_of_ones(mask)):
+        if layout is None or not hasattr(offsets, RIDER) or not (mask is None or is_mask_of_ones(mask)):
             return None
         is_accepted = (
             self.takes(module, ids.device, len(layout.query.lengths), ids.shape[1])
@@ -348,7 +345,6 @@ class GraphedForward:
         offsets = offsets_of(layout)
         inputs = {**kwargs, **{name: memory.inputs[name][:, :tokens] for name in names}}
         inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=tokens, max_length_k=tokens)
-        inputs.pop("seq_idx", None)
         if kwargs.get("attention_mask") is not None:
             inputs["attention_mask"] = mask_of_ones(1, tokens, memory.device)
 

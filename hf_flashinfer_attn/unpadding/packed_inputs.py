@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,7 @@ def packed_inputs(
     lengths: np.ndarray[Any, Any],
     type_ids: np.ndarray[Any, Any] | None,
     device: torch.device,
-    *,
-    use_graphs: bool = True,
+    extras: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Makes the keyword arguments of a forward on packed tokens, with one copy to the device.
 
@@ -49,12 +50,12 @@ def packed_inputs(
         lengths: Tokens of each row, int64, shape `(rows,)`.
         type_ids: Token type ids, int64, shape `(total_tokens,)`; None for a model that takes none.
         device: Device of the model.
-        use_graphs: Whether CUDA graphs may run the forward.
+        extras: More numbers of each token, int64, shape `(total_tokens,)`, to copy along.
 
     Returns:
-        `input_ids`, `position_ids`, `token_type_ids` and `seq_idx` (row of each token), int64, shape
-        `(1, total_tokens)`; `cu_seq_lens_q` and `cu_seq_lens_k`, one tensor on the device, int64, shape `(rows + 1,)`;
-        `max_length_q`, `max_length_k` and the flags that the model needs.
+        `input_ids`, `position_ids`, `token_type_ids` and `extras` by their names, int64, shape `(1, total_tokens)`;
+        `cu_seq_lens_q` and `cu_seq_lens_k`, one tensor on the device, int64, shape `(rows + 1,)`; `max_length_q`,
+        `max_length_k` and the flags that the model needs.
 
     Raises:
         IndexError: If a row is longer than the model's table of positions.
@@ -62,18 +63,17 @@ def packed_inputs(
     longest = int(lengths.max())
     require_positions(backbone, longest)
     total, rows = len(ids), len(lengths)
-    names = ["input_ids", "position_ids", "seq_idx", *([] if type_ids is None else ["token_type_ids"])]
+    per_token = {"input_ids": ids, **({} if type_ids is None else {"token_type_ids": type_ids}), **extras}
+    names = ["position_ids", *per_token]
     # Without pinned memory the host would wait for all that was launched before.
     host = torch.empty(len(names) * total + rows + 1, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda")
     numbers = host.numpy()
-    per_token, offsets = numbers[: len(names) * total].reshape(len(names), total), numbers[len(names) * total :]
+    offsets = numbers[len(names) * total :]
     offsets[0] = 0
     np.cumsum(lengths, out=offsets[1:])
-    per_token[0] = ids
-    per_token[1] = _positions(backbone, ids, lengths, offsets)
-    per_token[2] = np.repeat(np.arange(rows), lengths)
-    if type_ids is not None:
-        per_token[3] = type_ids
+    np.concatenate(
+        [_positions(backbone, ids, lengths, offsets), *per_token.values()], out=numbers[: len(names) * total]
+    )
     layout = RaggedLayout.from_lengths(lengths.tolist())
     with torch.inference_mode(False):
         moved = host.to(device, non_blocking=True)
@@ -81,7 +81,7 @@ def packed_inputs(
         cu_seqlens = moved[len(names) * total :]
     inputs: dict[str, Any] = dict(zip(names, sent))
     carry_layout(cu_seqlens, layout)
-    setattr(cu_seqlens, RIDER, Packing((1, total), layout, False, True, {}, use_graphs=use_graphs))
+    setattr(cu_seqlens, RIDER, Packing((1, total), layout, False, True, {}))
     if required_family(backbone).is_causal:
         # Keeps transformers from detecting packed sequences in the positions.
         inputs["attention_mask"] = mask_of_ones(1, total, device)
@@ -99,10 +99,13 @@ def _positions(
     lengths: np.ndarray[Any, Any],
     offsets: np.ndarray[Any, Any],
 ) -> np.ndarray[Any, Any]:
+    positions: np.ndarray[Any, Any]
     starts = np.repeat(offsets[:-1], lengths)
     if required_family(backbone).positions is Positions.SLOTS:
-        return np.arange(len(ids)) - starts
+        positions = np.arange(len(ids)) - starts
+        return positions
     padding_id: int = backbone.embeddings.padding_idx
     is_token = ids != padding_id
     counts = np.concatenate([[0], np.cumsum(is_token)])
-    return (counts[1:] - counts[starts]) * is_token + padding_id
+    positions = (counts[1:] - counts[starts]) * is_token + padding_id
+    return positions

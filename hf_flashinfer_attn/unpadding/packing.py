@@ -32,7 +32,6 @@ class Packing:
         slots: The slot of each token, counted through all rows, integers of shape `(total_tokens,)`, by device; none
             without padding.
         meanwhile: What was done while the host would else have waited.
-        use_graphs: Whether CUDA graphs may run the forward.
     """
 
     shape: tuple[int, int]
@@ -41,7 +40,6 @@ class Packing:
     returns_dict: bool
     slots: dict[torch.device, torch.Tensor]
     meanwhile: Any = None
-    use_graphs: bool = True
 
     @classmethod
     def of(

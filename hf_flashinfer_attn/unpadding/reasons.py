@@ -14,7 +14,13 @@ from ..settings import current_settings
 from .families import family_of, required_family
 from .packing import CALLER
 
-__all__ = ["PER_TOKEN", "implementation_of", "is_asked_for", "measure_of_distance", "reason_of_head", "reason_to_stay",
+__all__ = [
+    "PER_TOKEN",
+    "implementation_of",
+    "is_asked_for",
+    "measure_of_distance",
+    "reason_of_head",
+    "reason_to_stay",
     "require_positions",
 ]
 
@@ -86,9 +92,7 @@ def _reason_of_positions(module: PreTrainedModel, inputs: dict[str, Any], mask: 
     first = table.padding_idx + 1
     if first + width <= size or (ids is None and required_family(module).embeds_rows):
         return None
-    require_positions(
-        module, width if ids is None else LengthsRead(ids.ne(table.padding_idx).sum(1).max()).values
-    )
+    require_positions(module, width if ids is None else LengthsRead(ids.ne(table.padding_idx).sum(1).max()).values)
     return None
 
 
