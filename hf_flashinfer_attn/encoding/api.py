@@ -19,7 +19,7 @@ from ..unpadding.hooks import HANDLES
 from ..unpadding.model import unpad
 from ..unpadding.reasons import implementation_of
 from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, SentenceEngine, is_instance
-from .pipeline import Budget, run_all
+from .pipeline import Array, Budget, run_all
 
 __all__ = ["encode", "encode_iter", "predict", "rank"]
 
@@ -108,8 +108,10 @@ def encode(
     if output_value is None:
         if not is_instance(model, "SentenceTransformer"):
             raise ValueError("output_value=None: expected a SentenceTransformer, whose features are returned.")
-        own = {"prompt_name": _prompt_name(model, prompt_name, prompt, task), "prompt": prompt, "device": device,
-               "show_progress_bar": show_progress_bar, **({} if task is None else {"task": task}), **kwargs}  # fmt: skip
+        own = {
+            "prompt_name": _prompt_name(model, prompt_name, prompt, task), "prompt": prompt, "device": device,
+            "show_progress_bar": show_progress_bar, **({} if task is None else {"task": task}), **kwargs,
+        }  # fmt: skip
         return cast(Any, model).encode(
             inputs if isinstance(inputs, str) else list(inputs),
             output_value=None,
@@ -125,7 +127,7 @@ def encode(
     )  # fmt: skip
     quantize = _quantizer(precision)
     if isinstance(inputs, str):
-        rows: Output = engine.run(engine.prepare([inputs]))
+        rows: Any = engine.run(engine.prepare([inputs]))
     else:
         rows = _run_to_end(
             engine, inputs, _count(inputs), Budget(tokens_per_batch, batch_size),
@@ -214,14 +216,13 @@ def encode_iter(
         options=kwargs,
     )  # fmt: skip
     outputs = run_all(engine, inputs, Budget(tokens_per_batch, batch_size), to_host=not convert_to_tensor)
-    return _rows(outputs, _count(inputs), as_arrays=not convert_to_tensor, bar=_wants_bar(show_progress_bar))
+    return _rows(outputs, _count(inputs), bar=_wants_bar(show_progress_bar))
 
 
-def _rows(outputs: Iterator[Output], count: int | None, *, as_arrays: bool, bar: bool) -> Iterator[Any]:
+def _rows(outputs: Iterator[Output | Array], count: int | None, *, bar: bool) -> Iterator[Any]:
     with closing(cast(Any, outputs)), tqdm(total=count, unit="text", unit_scale=True, disable=not bar) as progress:
         for output in outputs:
-            # A copy: rows that the caller keeps would keep pinned memory.
-            yield from _to_numpy(output).copy() if as_arrays else output
+            yield from output
             progress.update(len(output))
 
 
@@ -327,7 +328,8 @@ def rank(
         **kwargs: As for `predict`, except for what the scores are converted to.
 
     Returns:
-        For each document `corpus_id`, its index in `documents`, `score`, and `text` with `return_documents`; best first.
+        Best first, for each document `corpus_id` (its index in `documents`), `score`, and with `return_documents`
+        `text`.
 
     Raises:
         TypeError: As for `predict`.
@@ -488,34 +490,34 @@ def _wants_bar(show_progress_bar: bool | None) -> bool:
 
 def _run_to_end(
     engine: Engine, inputs: Iterable[Any], count: int | None, budget: Budget, *, to_host: bool, bar: bool
-) -> Output:
-    """Returns all rows, as one tensor or as a list."""
-    parts: list[torch.Tensor] = []
-    rows: list[torch.Tensor] = []
-    whole: torch.Tensor | None = None
+) -> Output | Array:
+    """Returns all rows, as one array or tensor or as a list."""
+    parts: list[Any] = []
+    whole: Array | None = None
     done = 0
     with (
         closing(cast(Any, run_all(engine, inputs, budget, to_host=to_host))) as outputs,
         tqdm(total=count, unit="text", unit_scale=True, disable=not bar) as progress,
     ):
         for output in outputs:
-            if not isinstance(output, torch.Tensor):
-                rows += output
-            elif to_host and count is not None and len(output) < count:
+            if isinstance(output, np.ndarray) and count is not None:
                 # Copied at once, so that pinned memory is used again.
                 if whole is None:
-                    whole = torch.empty(count, *output.shape[1:], dtype=output.dtype)
+                    whole = np.empty((count, *output.shape[1:]), output.dtype)
                 whole[done : done + len(output)] = output
             else:
                 parts.append(output)
             done += len(output)
             progress.update(len(output))
     if whole is not None:
-        return whole
-    return torch.cat(parts) if parts else rows
+        return whole[:done]
+    if parts and isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return np.concatenate(parts) if parts and to_host else [row for part in parts for row in part]
 
 
-def _to_numpy(vectors: Any) -> np.ndarray[Any, Any]:
-    vectors = vectors.float() if vectors.dtype == torch.bfloat16 else vectors
-    array: np.ndarray[Any, Any] = vectors.cpu().numpy()
+def _to_numpy(vectors: Any) -> Array:
+    if isinstance(vectors, np.ndarray):
+        return vectors
+    array: Array = (vectors.float() if vectors.dtype is torch.bfloat16 else vectors).cpu().numpy()
     return array

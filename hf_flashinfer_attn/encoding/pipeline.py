@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ import torch
 from .engines import Engine, Features, Output
 from .tokens import Text, Tokens
 
-__all__ = ["Budget", "run_all"]
+__all__ = ["Array", "Budget", "run_all"]
 
+Array: TypeAlias = "np.ndarray[Any, Any]"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -55,17 +56,17 @@ class _Batch:
     """
 
     inputs: Tokens | Features
-    order: np.ndarray[Any, Any] | None
+    order: Array | None
 
 
-def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: bool) -> Iterator[Output]:
+def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: bool) -> Iterator[Output | Array]:
     """Runs texts through an engine.
 
     Args:
         engine: The model.
         inputs: Strings or pairs of strings; consumed as outputs are.
         budget: Size of a batch.
-        to_host: Whether to copy outputs of one tensor to the host.
+        to_host: Whether to return outputs of one tensor as arrays; float32 for bfloat16.
 
     Yields:
         Outputs of some texts at a time, in the order of the texts.
@@ -77,7 +78,7 @@ def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: b
     batches = (
         _token_batches(engine, inputs, budget) if engine.makes_tokens else _feature_batches(engine, inputs, budget)
     )
-    window: list[Output] = []
+    window: list[Output | Array] = []
     with closing(batches):
         for output, order in _run(engine, batches, to_host=to_host):
             window.append(output)
@@ -86,11 +87,9 @@ def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: b
                 window = []
 
 
-def _run(
-    engine: Engine, batches: Iterable[_Batch], *, to_host: bool
-) -> Iterator[tuple[Output, np.ndarray[Any, Any] | None]]:
+def _run(engine: Engine, batches: Iterable[_Batch], *, to_host: bool) -> Iterator[tuple[Output | Array, Array | None]]:
     """Runs batches, some of which are under way on the GPU at any time."""
-    under_way: deque[tuple[_Copy, np.ndarray[Any, Any] | None]] = deque()
+    under_way: deque[tuple[_Copy, Array | None]] = deque()
     for batch in batches:
         under_way.append((_Copy(engine.run(batch.inputs), to_host=to_host), batch.order))
         if len(under_way) > _BATCHES_AHEAD:
@@ -109,29 +108,35 @@ class _Copy:
     """
 
     def __init__(self, output: Output, *, to_host: bool) -> None:
-        self._output = output
+        self._output, self._to_host = output, to_host
         self._event: torch.cuda.Event | None = None
-        if to_host and isinstance(output, torch.Tensor) and output.is_cuda:
+        if not to_host or not isinstance(output, torch.Tensor):
+            return
+        # There are no arrays of bfloat16.
+        self._output = output = output.float() if output.dtype is torch.bfloat16 else output
+        if output.is_cuda:
             self._output = torch.empty_like(output, device="cpu", pin_memory=True)
             self._output.copy_(output, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(output.device))
 
-    def wait(self) -> Output:
+    def wait(self) -> Output | Array:
         """Waits until the output is where it is to be, and returns it."""
         if self._event is not None:
             self._event.synchronize()
-        return self._output
+        return self._output.numpy() if self._to_host and isinstance(self._output, torch.Tensor) else self._output
 
 
-def _in_order(window: list[Output], order: np.ndarray[Any, Any]) -> Output:
-    if len(window) == 1 and bool((order == np.arange(len(order))).all()):
-        return window[0]
+def _in_order(window: list[Output | Array], order: Array) -> Output | Array:
     places = np.argsort(order)
+    if all(isinstance(part, np.ndarray) for part in window):
+        # Not in torch, whose threads would wake up and take the processors from the tokenizer's.
+        array: Array = np.concatenate(window)[places]
+        return array
     if all(isinstance(part, torch.Tensor) for part in window):
         whole = torch.cat([part for part in window if isinstance(part, torch.Tensor)])
-        return whole[torch.from_numpy(places).to(whole.device)]
-    rows = [row for part in window for row in part]
+        return whole[torch.from_numpy(places).to(whole.device, non_blocking=True)]
+    rows: list[torch.Tensor] = [row for part in window for row in part]
     return [rows[place] for place in places.tolist()]
 
 
@@ -171,7 +176,7 @@ def _batches_of(engine: Engine, window: Tokens, budget: Budget) -> Iterator[_Bat
 def _feature_batches(engine: Engine, inputs: Iterable[Any], budget: Budget) -> Generator[_Batch, None, None]:
     """Has the model prepare batches itself, of texts sorted by their characters within a window."""
 
-    def groups() -> Iterator[tuple[_Chunk, np.ndarray[Any, Any], int, int]]:
+    def groups() -> Iterator[tuple[_Chunk, Array, int, int]]:
         for window in _chunks(engine, inputs):
             sizes = np.array([_characters(text) for text in window.texts])
             order = np.argsort(-sizes, kind="stable")
@@ -182,7 +187,7 @@ def _feature_batches(engine: Engine, inputs: Iterable[Any], budget: Budget) -> G
                 yield _Chunk(window.start, [window.texts[place] for place in order[start:stop]]), order, start, stop
                 start = stop
 
-    def prepare(group: tuple[_Chunk, np.ndarray[Any, Any], int, int]) -> _Batch:
+    def prepare(group: tuple[_Chunk, Array, int, int]) -> _Batch:
         chunk, order, start, stop = group
         features = _prepare(engine, chunk.texts, lambda place: chunk.start + int(order[start + place]))
         return _Batch(features, order if stop == len(order) else None)
