@@ -18,8 +18,10 @@ from ..integration import NAME
 from ..unpadding.hooks import HANDLES
 from ..unpadding.model import unpad
 from ..unpadding.reasons import implementation_of
-from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, SentenceEngine, is_instance
-from .pipeline import Array, Budget, run_all
+from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, is_instance
+from .pipeline import Array, run_all
+from .sentence_engine import SentenceEngine
+from .tokens import Budget
 
 __all__ = ["encode", "encode_iter", "predict", "rank"]
 
@@ -125,9 +127,9 @@ def encode(
         task=task, device=device, normalize=normalize_embeddings, truncate_dim=truncate_dim, wants_tokens=wants_tokens,
         options=kwargs,
     )  # fmt: skip
-    quantize = _quantizer(precision)
+    quantize, budget = _quantizer(precision), Budget(tokens_per_batch, batch_size)
     if isinstance(inputs, str):
-        rows: Any = engine.run(engine.prepare([inputs]))
+        rows: Any = engine.run(engine.prepare(engine.check([inputs]), budget).batches[0])
     else:
         rows = _run_to_end(
             engine, inputs, _count(inputs), Budget(tokens_per_batch, batch_size),
