@@ -32,8 +32,8 @@ import hf_flashinfer_attn
 from hf_flashinfer_attn.demo import model_path
 from hf_flashinfer_attn.encoding import pipeline
 from hf_flashinfer_attn.encoding.api import ROWS_PER_BATCH, TOKENS_PER_BATCH
-from hf_flashinfer_attn.encoding.engines import SentenceEngine
-from hf_flashinfer_attn.encoding.tokens import TextTokenizer, Tokens
+from hf_flashinfer_attn.encoding.sentence_engine import SentenceEngine
+from hf_flashinfer_attn.encoding.tokens import Budget, TextTokenizer
 from hf_flashinfer_attn.environment import describe_environment
 
 SHAPES = {
@@ -41,6 +41,8 @@ SHAPES = {
     "12x768": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 MAX_LENGTH, QUERIES = 256, 200
+# About as many as fill a batch.
+TEXTS = 600
 QUESTION = "which values are considered false, and how is that defined for a class?"
 
 
@@ -100,16 +102,7 @@ def tokenizer_alone(tokenise: TextTokenizer, texts: Sequence[str]) -> None:
             pass
 
 
-def batches_of(engine: SentenceEngine, texts: Sequence[str]) -> list[Tokens]:
-    """Tokenises texts into the batches of `encode`, longest text first."""
-    tokens = engine.prepare(texts)
-    assert isinstance(tokens, Tokens)
-    batches, rest = tokens.split(TOKENS_PER_BATCH, ROWS_PER_BATCH)
-    batches += [] if rest is None else [rest]
-    return [batch.take(np.argsort(-batch.lengths, kind="stable")) for batch in batches]
-
-
-def forward_alone(engine: SentenceEngine, batches: Sequence[Tokens]) -> None:
+def forward_alone(engine: SentenceEngine, batches: Sequence[Any]) -> None:
     for batch in batches:
         engine.run(batch)
     if torch.cuda.is_available():
@@ -146,8 +139,12 @@ def measure_encoding(report: Report, path: str, cell: str, options: argparse.Nam
     engine = SentenceEngine(ours, lambda features: features["sentence_embedding"], prompt=None, options={})
     tokenise = engine.fast_tokenizer
     report.add(cell, tokenizer_seconds=seconds_of(lambda: tokenizer_alone(tokenise, texts), options.passes))
-    batches = batches_of(engine, texts)
-    report.add(cell, batches=len(batches), tokens=sum(len(batch.ids) for batch in batches))
+    windows = [
+        engine.prepare(texts[start : start + TEXTS], Budget(TOKENS_PER_BATCH, ROWS_PER_BATCH))
+        for start in range(0, len(texts), TEXTS)
+    ]
+    batches = [batch for window in windows for batch in window.batches]
+    report.add(cell, batches=len(batches), tokens=sum(window.tokens for window in windows))
     report.add(cell, forward_seconds=seconds_of(lambda: forward_alone(engine, batches), options.passes))
     queries = paragraphs(QUERIES, seed=1)
     queries = [" ".join(query.split()[:12]) for query in queries]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -13,11 +12,39 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Text", "TextTokenizer", "Tokens", "TypeIds"]
+__all__ = ["Budget", "Numbers", "Text", "TextTokenizer", "Tokens", "TypeIds"]
 
 Text: TypeAlias = "str | tuple[str, str]"
 TypeIds = Literal["none", "zeros", "own"]
 Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+
+
+# Options of the tokenizers library's models besides their vocabulary.
+_MODEL_OPTIONS = (
+    "byte_fallback", "continuing_subword_prefix", "dropout", "end_of_word_suffix", "fuse_unk", "ignore_merges",
+    "max_input_chars_per_word", "unk_token",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Size of a batch.
+
+    Args:
+        tokens: Most tokens; a text that has more is a batch of its own.
+        rows: Most texts.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    tokens: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("tokens_per_batch", self.tokens), ("batch_size", self.rows)):
+            if not value > 0:
+                raise ValueError(f"{name}={value!r}: expected a number above 0.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +54,7 @@ class Tokens:
     Args:
         ids: Token ids, int64, shape `(total_tokens,)`.
         lengths: Tokens of each text, int64, shape `(texts,)`.
-        type_ids: Token type ids, int64, shape `(total_tokens,)`; None if the model takes none or all are zero.
+        type_ids: Token type ids, int64, shape `(total_tokens,)`; None if the model takes none.
     """
 
     ids: Numbers
@@ -37,52 +64,20 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @classmethod
-    def join(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Joins the tokens of several lists of texts."""
-        if len(parts) == 1:
-            return parts[0]
-        types = [part.type_ids for part in parts if part.type_ids is not None]
-        return cls(
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.lengths for part in parts]),
-            np.concatenate(types) if types else None,
-        )
-
-    def split(self, max_tokens: int, max_rows: int) -> tuple[list[Tokens], Tokens | None]:
-        """Cuts tokens into batches, in order.
-
-        Args:
-            max_tokens: Most tokens of a batch; a text that has more is a batch of its own.
-            max_rows: Most texts of a batch.
-
-        Returns:
-            The batches that no further text would fit into, and what remains.
-        """
+    def split(self, budget: Budget) -> list[Tokens]:
+        """Cuts tokens into batches, in order."""
         ends = np.cumsum(self.lengths)
         batches: list[Tokens] = []
         start = 0
         while start < len(self):
-            before = int(ends[start - 1]) if start else 0
-            stop = min(int(np.searchsorted(ends, before + max_tokens, side="right")), start + max_rows)
-            stop = max(stop, start + 1)
-            if stop == len(self) and stop < start + max_rows and int(ends[-1]) - before < max_tokens:
-                return batches, self._between(start, stop, before, int(ends[-1]))
-            batches.append(self._between(start, stop, before, int(ends[stop - 1])))
+            first = int(ends[start - 1]) if start else 0
+            fitting = int(np.searchsorted(ends, first + budget.tokens, side="right"))
+            stop = max(min(fitting, start + budget.rows), start + 1)
+            tokens = slice(first, int(ends[stop - 1]))
+            types = None if self.type_ids is None else self.type_ids[tokens]
+            batches.append(Tokens(self.ids[tokens], self.lengths[start:stop], types))
             start = stop
-        return batches, None
-
-    def _between(self, start: int, stop: int, first: int, last: int) -> Tokens:
-        types = None if self.type_ids is None else self.type_ids[first:last]
-        return Tokens(self.ids[first:last], self.lengths[start:stop], types)
-
-    def take(self, order: Numbers) -> Tokens:
-        """Returns the same texts in another order."""
-        ends = np.cumsum(self.lengths)
-        lengths = self.lengths[order]
-        starts = np.repeat((ends - self.lengths)[order] - (np.cumsum(lengths) - lengths), lengths)
-        places = starts + np.arange(len(self.ids))
-        return Tokens(self.ids[places], lengths, None if self.type_ids is None else self.type_ids[places])
+        return batches
 
     def pad(self, pad_id: int, pad_type_id: int, *, on_left: bool) -> dict[str, torch.Tensor]:
         """Returns `input_ids`, `attention_mask` and, if there are any, `token_type_ids`, as a tokenizer would.
@@ -117,7 +112,7 @@ class TextTokenizer:
     UNLIMITED = 1_000_000_000
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, type_ids: TypeIds) -> None:
-        # transformers writes truncation and padding into the tokenizer it shares with all of its users.
+        # transformers writes truncation and padding into the tokenizer that it shares with all of its users.
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         limit = tokenizer.model_max_length if max_length is None else max_length
         self._type_ids = type_ids
@@ -129,16 +124,21 @@ class TextTokenizer:
 
     @staticmethod
     def state_of(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
-        """Returns what a copy depends on, as far as that is cheap to compare."""
+        """Returns what a copy depends on, the vocabulary by its size alone."""
         backend = tokenizer.backend_tokenizer
+        parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
         return (
-            id(backend), backend.get_vocab_size(True), tokenizer.model_max_length, tokenizer.truncation_side,
-            tokenizer.padding_side, backend.encode_special_tokens, _state(backend.post_processor),
-            _state(backend.pre_tokenizer),
+            id(backend), backend.get_vocab_size(True), len(backend.get_added_tokens_decoder()),
+            tokenizer.model_max_length, tokenizer.truncation_side, backend.encode_special_tokens,
+            tuple(None if part is None else part.__getstate__() for part in parts),
+            tuple(getattr(backend.model, name, None) for name in _MODEL_OPTIONS),
         )  # fmt: skip
 
-    def __call__(self, texts: Sequence[Text]) -> Tokens:
+    def __call__(self, texts: Sequence[Text]) -> tuple[Tokens, Numbers]:
         """Tokenises texts, or pairs of texts. Other threads run meanwhile.
+
+        Returns:
+            Tokens, the longest text first, and the index of each text, int64, shape `(texts,)`.
 
         Raises:
             TypeError: If a text cannot be tokenised, such as one that is not valid Unicode.
@@ -148,17 +148,17 @@ class TextTokenizer:
             encodings = [self.backend.encode(texts[0])]
         else:
             encodings = self.backend.encode_batch_fast(texts)
-        ids = _flat(map(operator.attrgetter("ids"), encodings))
+        lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
+        order = np.argsort(-lengths, kind="stable")
+        encodings, lengths = [encodings[place] for place in order.tolist()], lengths[order]
+        ids = _flat((encoding.ids for encoding in encodings), int(lengths.sum()))
         types = None
-        if self._type_ids != "none":
-            types = np.zeros_like(ids) if self._type_ids == "zeros" else _flat(e.type_ids for e in encodings)
-        return Tokens(ids, np.fromiter(map(len, encodings), np.int64, len(encodings)), types)
+        if self._type_ids == "zeros":
+            types = np.zeros_like(ids)
+        elif self._type_ids == "own":
+            types = _flat((encoding.type_ids for encoding in encodings), len(ids))
+        return Tokens(ids, lengths, types), order
 
 
-def _flat(lists: Iterable[list[int]]) -> Numbers:
-    return np.fromiter(itertools.chain.from_iterable(lists), np.int64)
-
-
-def _state(part: Any) -> bytes | None:
-    state: bytes | None = None if part is None else part.__getstate__()
-    return state
+def _flat(lists: Iterable[list[int]], count: int) -> Numbers:
+    return np.fromiter(itertools.chain.from_iterable(lists), np.int64, count)

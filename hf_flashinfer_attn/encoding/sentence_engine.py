@@ -1,0 +1,200 @@
+"""`SentenceTransformer`: packed tokens in its transformer, padded rows in its other modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from ..dispatch import log_once
+from ..unpadding.features import admit_packed_inputs, forwards_features
+from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
+from ..unpadding.reasons import is_asked_for
+from .engines import Batch, Features, Output, SentenceTransformersEngine, tokenizer_of
+from .tokens import Numbers, Tokens
+
+__all__ = ["SentenceEngine"]
+
+# Features of packed tokens, which are padded for the modules after the transformer or left out.
+_PACKED_FEATURES = frozenset(
+    {
+        "attention_mask", "cu_seq_lens_k", "cu_seq_lens_q", "input_ids", "max_length_k", "max_length_q", "position_ids",
+        "return_dict", "token_embeddings", "token_type_ids", "use_cache",
+    }
+)  # fmt: skip
+# Rows are padded together if the longest has at most this many times the tokens of the shortest, or few tokens.
+_MAX_RATIO, _MAX_SHORT = 4, 16
+
+
+class SentenceEngine(SentenceTransformersEngine):
+    """A `SentenceTransformer`.
+
+    Where its transformer can be given packed tokens, the other modules are given the padded token embeddings of some
+    rows of similar length at a time: what they compute is what they compute in `encode`.
+
+    Args:
+        model: The model.
+        select: Makes rows of the features that the model returns.
+        prompt: What every text begins with.
+        options: Further arguments of its `preprocess` and `forward`.
+    """
+
+    def __init__(
+        self, model: Any, select: Callable[[Features], Output], *, prompt: str | None, options: Mapping[str, Any]
+    ) -> None:
+        super().__init__(model, tokenizer_of(model), prompt=prompt, options=options)
+        self._select = select
+        self._backbone = self._find_backbone()
+
+    @property
+    def sorts(self) -> int:
+        return 8 if self._backbone is None else 1
+
+    def _batch_of(self, tokens: Tokens) -> Batch:
+        backbone = self._backbone
+        # What modules make of a text without tokens depends on the padding.
+        if backbone is None or not tokens.lengths.all():
+            return super()._batch_of(tokens)
+        groups = _groups_of(tokens.lengths, self._padding())
+        has_padding = not all(group.is_full for group in groups)
+        slots = np.concatenate([group.slots for group in groups]) if has_padding else None
+        packed = PackedTokens(backbone, self.device, tokens.lengths, tokens.ids, tokens.type_ids, slots)
+        return _PackedBatch(packed, groups)
+
+    def _forward(self, batch: Batch) -> Output:
+        if not isinstance(batch, _PackedBatch):
+            return self._select(self.model(self._moved(batch, self.device), **self.options))
+        assert self._fast is not None
+        (name, transformer), *others = self.model.named_children()
+        inputs = self._fast.constants | batch.tokens.inputs()
+        slots = inputs.pop("slots", None)
+        features = transformer(inputs, **self._options_of(name, transformer))
+        lengths = features["cu_seq_lens_q"].diff()
+        outputs = []
+        for group in batch.groups:
+            padded = group.pad(features, slots, lengths)
+            for name, module in others:
+                padded = module(padded, **self._options_of(name, module))
+            outputs.append(self._select(padded))
+        if all(isinstance(output, torch.Tensor) for output in outputs):
+            return torch.cat(cast("list[torch.Tensor]", outputs)) if len(outputs) > 1 else outputs[0]
+        return [row for output in outputs for row in output]
+
+    def _options_of(self, name: str, module: torch.nn.Module) -> dict[str, Any]:
+        """Returns the arguments that sentence-transformers passes on to a module."""
+        if not self.options:
+            return {}
+        names = {*(cast(Any, self.model).module_kwargs or {}).get(name, ()), *getattr(module, "forward_kwargs", ())}
+        return {name: value for name, value in self.options.items() if name in names}
+
+    def _find_backbone(self) -> PreTrainedModel | None:
+        """Returns the model that can be given packed tokens; None if batches have to be padded."""
+        if self._fast is None:
+            return None
+        transformer, *others = self.model.children()
+        reason: str | None = None
+        if not _runs_as_written(self.model):
+            reason = "its own forward was replaced or has hooks"
+        elif not forwards_features(transformer):
+            reason = f"a {type(transformer).__name__} comes first in it"
+        elif any(hasattr(module, "sub_modules") for module in others):
+            reason = "it chooses its modules by task"
+        elif is_asked_for("output_hidden_states", cast(Any, transformer).model, {}):
+            reason = "output_hidden_states=True"
+        else:
+            reason = reason_against_packed_inputs(cast(Any, transformer).model)
+        if reason is not None:
+            log_once(f"batches of {type(self.model).__name__} are padded: {reason}")
+            return None
+        admit_packed_inputs(transformer)
+        backbone: PreTrainedModel = transformer.model
+        return backbone
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows of a packed batch that are padded together.
+
+    Args:
+        rows: Which rows.
+        tokens: Which tokens.
+        width: Tokens of the longest row.
+        lengths: Tokens of each row.
+        padding: Id and type id of padding, and whether it is on the left.
+    """
+
+    rows: slice
+    tokens: slice
+    width: int
+    lengths: Numbers
+    padding: tuple[int, int, bool]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether rows are of one length."""
+        return bool(len(self.lengths) * self.width == self.tokens.stop - self.tokens.start)
+
+    @property
+    def slots(self) -> Numbers:
+        """Slot of each row's first token among those of the group, int64, shape `(rows,)`."""
+        starts: Numbers = np.arange(len(self.lengths)) * self.width
+        return starts + (self.width - self.lengths) if self.padding[2] else starts
+
+    def pad(self, packed: Features, slots: torch.Tensor | None, lengths: torch.Tensor) -> Features:
+        """Pads token embeddings, with zeros, and ids, on their device.
+
+        Args:
+            packed: Features of the whole batch.
+            slots: Slot of each token in its group, int64, shape `(1, total_tokens)`; None if no group has padding.
+            lengths: Tokens of all rows, int64, shape `(rows,)`.
+        """
+        rows = len(self.lengths)
+        padded = {name: value for name, value in packed.items() if name not in _PACKED_FEATURES}
+        pad_id, pad_type_id, on_left = self.padding
+        for name, filler in (("token_embeddings", 0), ("input_ids", pad_id), ("token_type_ids", pad_type_id)):
+            if name not in packed:
+                continue
+            values = packed[name][0, self.tokens]
+            if not self.is_full:
+                assert slots is not None
+                spread = values.new_full((rows * self.width, *values.shape[1:]), filler)
+                values = spread.index_copy_(0, slots[0, self.tokens], values)
+            padded[name] = values.view(rows, self.width, *values.shape[1:])
+        slot = torch.arange(self.width, device=lengths.device)
+        row_lengths = lengths[self.rows, None]
+        padded["attention_mask"] = (slot >= self.width - row_lengths if on_left else slot < row_lengths).long()
+        return padded
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedBatch:
+    """Packed tokens, and which of their rows are padded together after the transformer."""
+
+    tokens: PackedTokens
+    groups: list[_Group]
+
+
+def _groups_of(lengths: Numbers, padding: tuple[int, int, bool]) -> list[_Group]:
+    """Cuts rows, longest first, into groups of similar length."""
+    groups = []
+    start = token = 0
+    while start < len(lengths):
+        width = int(lengths[start])
+        shortest = 0 if width <= _MAX_SHORT else -(-width // _MAX_RATIO)
+        stop = int(np.searchsorted(-lengths, -shortest, side="right"))
+        taken = lengths[start:stop]
+        end = token + int(taken.sum())
+        groups.append(_Group(slice(start, stop), slice(token, end), width, taken, padding))
+        start, token = stop, end
+    return groups
+
+
+def _runs_as_written(model: torch.nn.Module) -> bool:
+    """Whether a call of the model runs the forward of sentence-transformers, and nothing besides."""
+    is_own = type(model).forward.__module__.startswith("sentence_transformers.") and "forward" not in vars(model)
+    has_hooks = model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl is not None
+    return is_own and not has_hooks
