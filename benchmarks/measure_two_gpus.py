@@ -9,8 +9,9 @@ by row; the bytes of all others are compared with it. The model has random weigh
 made here; nothing is downloaded. A short run before the others compiles kernels.
 
 `embedding_seconds` is the time from the first row read to the last one written, over all workers, with models loaded;
-Ray Data is told to wait for all actors before it starts. `launched_seconds` is the time of the whole program. The JSON
-is written after each run. `passed` needs equal bytes, no lost row, and a speed-up of 1.8 with both programs.
+Ray Data is told to wait for all actors before it starts. `warm_rows_per_second` leaves out the first part of each
+worker, which captures most CUDA graphs. `launched_seconds` is the time of the whole program. The JSON is written after
+each run. `passed` needs equal bytes, no lost row, and a speed-up of 1.8 in `rows_per_second` with both programs.
 """
 
 from __future__ import annotations
@@ -88,6 +89,19 @@ def kill_an_actor(process: subprocess.Popen[bytes], parts: Path, after: int) -> 
     raise RuntimeError(f"no actor was killed: {process.args!r} ended, or had no actor at a part")
 
 
+def summary(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summarises the parts of one process, in the order in which they ended."""
+    first, last = parts[0], parts[-1]
+    rows = sum(one["rows"] for one in parts)
+    return {
+        "process": first["worker"], "parts": len(parts), "rows": rows,
+        "seconds": last["ended"] - min(one["started"] for one in parts),
+        "encode_seconds": sum(one["encode_seconds"] for one in parts),
+        "first_encode_seconds": first["encode_seconds"],
+        "warm_rows_per_second": (rows - first["rows"]) / (last["ended"] - first["ended"]) if len(parts) > 1 else 0.0,
+    }  # fmt: skip
+
+
 def run(command: list[str], output: Path, arguments: list[str], *, cpu: bool, kill_after: int = 0) -> dict[str, Any]:
     """Runs a program, and summarises its report."""
     report = output.with_suffix(".json")
@@ -108,15 +122,11 @@ def run(command: list[str], output: Path, arguments: list[str], *, cpu: bool, ki
     found |= {name: value for name, value in json.loads(report.read_text()).items() if name != "options"}
     parts = found.pop("part_reports")
     found["rows_per_second"] = found["embedded_rows"] / found["embedding_seconds"]
-    found["processes"] = [
-        {
-            "process": worker, "parts": len(mine), "rows": sum(one["rows"] for one in mine),
-            "seconds": max(one["ended"] for one in mine) - min(one["started"] for one in mine),
-            "encode_seconds": sum(one["encode_seconds"] for one in mine),
-        }
-        for worker in sorted({one["worker"] for one in parts})
-        for mine in [[one for one in parts if one["worker"] == worker]]
-    ]  # fmt: skip
+    by_process = [
+        [one for one in parts if one["worker"] == worker] for worker in sorted({one["worker"] for one in parts})
+    ]
+    found["processes"] = [summary(sorted(mine, key=lambda one: one["ended"])) for mine in by_process]
+    found["warm_rows_per_second"] = sum(one["warm_rows_per_second"] for one in found["processes"])
     found["sha256"] = hashlib.sha256(output.read_bytes()).hexdigest()
     return found if killed is None else {**found, "killed": killed}
 
@@ -190,10 +200,9 @@ def measure(folder: Path, options: argparse.Namespace, report: dict[str, Any]) -
         report["runs"].append(found)
         print(json.dumps(found), flush=True)
         write()
-    seconds = {
-        (one["program"], one["workers"]): one["embedding_seconds"] for one in report["runs"] if "killed" not in one
-    }
-    report["speedup"] = {program: seconds[program, 1] / seconds[program, 2] for program in PROGRAMS}
+    runs = {(one["program"], one["workers"]): one for one in report["runs"] if "killed" not in one}
+    for name, rate in (("speedup", "rows_per_second"), ("warm_speedup", "warm_rows_per_second")):
+        report[name] = {program: runs[program, 2][rate] / runs[program, 1][rate] for program in PROGRAMS}
     report["equal_bytes"] = all(one["equal_bytes"] for one in report["runs"][1:])
     right = report["equal_bytes"] and all(report["output"].values())
     report["passed"] = bool(right and min(report["speedup"].values()) >= TARGET)
@@ -222,7 +231,7 @@ def main() -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         measure(Path(folder), options, report)
-    print(json.dumps({name: report[name] for name in ("output", "equal_bytes", "speedup", "passed")}))
+    print(json.dumps({name: report[name] for name in ("output", "equal_bytes", "speedup", "warm_speedup", "passed")}))
     return 0 if report["passed"] else 1
 
 
