@@ -73,7 +73,7 @@ class SentenceEngine(SentenceTransformersEngine):
         inputs = self._fast.constants | batch.tokens.inputs()
         slots = inputs.pop("slots", None)
         features = transformer(inputs, **self._options_of(name, transformer))
-        lengths = features["cu_seq_lens_q"].diff()
+        lengths = None if slots is None else features["cu_seq_lens_q"].diff()
         outputs = []
         for group in batch.groups:
             padded = group.pad(features, slots, lengths)
@@ -144,29 +144,33 @@ class _Group:
         starts: Numbers = np.arange(len(self.lengths)) * self.width
         return starts + (self.width - self.lengths) if self.padding[2] else starts
 
-    def pad(self, packed: Features, slots: torch.Tensor | None, lengths: torch.Tensor) -> Features:
+    def pad(self, packed: Features, slots: torch.Tensor | None, lengths: torch.Tensor | None) -> Features:
         """Pads token embeddings, with zeros, and ids, on their device.
 
         Args:
             packed: Features of the whole batch.
             slots: Slot of each token in its group, int64, shape `(1, total_tokens)`; None if no group has padding.
-            lengths: Tokens of all rows, int64, shape `(rows,)`.
+            lengths: Tokens of all rows, int64, shape `(rows,)`; None if no group has padding.
         """
-        rows = len(self.lengths)
         padded = {name: value for name, value in packed.items() if name not in _PACKED_FEATURES}
         pad_id, pad_type_id, on_left = self.padding
+        shape = len(self.lengths), self.width
         for name, filler in (("token_embeddings", 0), ("input_ids", pad_id), ("token_type_ids", pad_type_id)):
             if name not in packed:
                 continue
             values = packed[name][0, self.tokens]
             if not self.is_full:
                 assert slots is not None
-                spread = values.new_full((rows * self.width, *values.shape[1:]), filler)
+                spread = values.new_full((shape[0] * shape[1], *values.shape[1:]), filler)
                 values = spread.index_copy_(0, slots[0, self.tokens], values)
-            padded[name] = values.view(rows, self.width, *values.shape[1:])
-        slot = torch.arange(self.width, device=lengths.device)
-        row_lengths = lengths[self.rows, None]
-        padded["attention_mask"] = (slot >= self.width - row_lengths if on_left else slot < row_lengths).long()
+            padded[name] = values.view(*shape, *values.shape[1:])
+        device = padded["token_embeddings"].device
+        if self.is_full:
+            padded["attention_mask"] = torch.ones(shape, dtype=torch.long, device=device)
+        else:
+            assert lengths is not None
+            slot, row_lengths = torch.arange(self.width, device=device), lengths[self.rows, None]
+            padded["attention_mask"] = (slot >= self.width - row_lengths if on_left else slot < row_lengths).long()
         return padded
 
 

@@ -64,15 +64,23 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def split(self, budget: Budget) -> list[Tokens]:
-        """Cuts tokens into batches, in order."""
+    def split(self, budget: Budget, *, padded: bool) -> list[Tokens]:
+        """Cuts tokens, the longest text first, into batches, in order.
+
+        Args:
+            budget: Size of a batch.
+            padded: Whether padding counts as tokens.
+        """
         ends = np.cumsum(self.lengths)
         batches: list[Tokens] = []
         start = 0
         while start < len(self):
             first = int(ends[start - 1]) if start else 0
-            fitting = int(np.searchsorted(ends, first + budget.tokens, side="right"))
-            stop = max(min(fitting, start + budget.rows), start + 1)
+            if padded:
+                fitting = start + budget.tokens // max(int(self.lengths[start]), 1)
+            else:
+                fitting = int(np.searchsorted(ends, first + budget.tokens, side="right"))
+            stop = min(max(min(fitting, start + budget.rows), start + 1), len(self))
             tokens = slice(first, int(ends[stop - 1]))
             types = None if self.type_ids is None else self.type_ids[tokens]
             batches.append(Tokens(self.ids[tokens], self.lengths[start:stop], types))
