@@ -350,6 +350,7 @@ class PlainEngine(Engine):
 
 
 def tokenizer_of(model: Any) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer of a model of sentence-transformers; None if it has none of transformers."""
     tokenizer = model.tokenizer
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
