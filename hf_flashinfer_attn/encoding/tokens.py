@@ -71,6 +71,8 @@ class Tokens:
             budget: Size of a batch.
             padded: Whether padding counts as tokens.
         """
+        if len(self) == 1:
+            return [self]
         ends = np.cumsum(self.lengths)
         batches: list[Tokens] = []
         start = 0
@@ -158,7 +160,8 @@ class TextTokenizer:
             encodings = self.backend.encode_batch_fast(texts)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         order = np.argsort(-lengths, kind="stable")
-        encodings, lengths = [encodings[place] for place in order.tolist()], lengths[order]
+        if len(order) > 1:
+            encodings, lengths = [encodings[place] for place in order.tolist()], lengths[order]
         ids = _flat((encoding.ids for encoding in encodings), int(lengths.sum()))
         types = None
         if self._type_ids == "zeros":
