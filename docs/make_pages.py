@@ -24,6 +24,7 @@ from hf_flashinfer_attn.bench.workload import REQUEST_SETS
 DOCS = Path(__file__).resolve().parent
 MADE_BY = "<!-- Made by `python -m docs.make_pages`; change the source, not this page. -->"
 PARTS = {
+    "Strings to vectors and scores": ("encode", "encode_iter", "predict", "rank"),
     "Switching it on": ("register", "configure", "current_settings", "Settings"),
     "Whole models": ("unpad", "repad", "capture_graphs", "graph_statistics", "GraphOptions", "GraphStatistics"),
     "This machine": ("doctor", "Diagnosis", "warmup", "WarmupReport"),
@@ -40,7 +41,8 @@ WAYS = {
 }
 MEASURED = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.DOTALL)
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Examples):$", re.MULTILINE)
-ITEM = re.compile(r"^(\w+): ", re.MULTILINE)
+ITEM = re.compile(r"^(\*{0,2}\w+): ", re.MULTILINE)
+STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 def pages() -> dict[str, str]:
@@ -170,7 +172,7 @@ def _signature(name: str, value: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not star:
             parameters.append("*")
             star = True
-        text = f"{parameter.name}: {parameter.annotation}"
+        text = f"{STARS.get(parameter.kind, '')}{parameter.name}: {parameter.annotation}"
         if parameter.default is not parameter.empty:
             text += " = ..." if repr(parameter.default).startswith("<") else f" = {parameter.default!r}"
         parameters.append(text)
