@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Literal, cast, get_args
 
@@ -112,8 +112,9 @@ def encode(
             raise ValueError("output_value=None: expected a SentenceTransformer, whose features are returned.")
         place(model, device)
         given = [inputs] if isinstance(inputs, str) else list(inputs)
-        if wrong := next((text for text in given if not isinstance(text, str)), None):
-            raise TypeError(f"text {given.index(wrong)} is a {type(wrong).__name__}; expected a string.")
+        for index, text in enumerate(given):
+            if not isinstance(text, str):
+                raise TypeError(f"text {index} is a {type(text).__name__}; expected a string.")
         features = cast(Any, model).encode(
             given, output_value=None, prompt_name=prompt_name_of(model, prompt_name, prompt, task), prompt=prompt,
             show_progress_bar=show_progress_bar, truncate_dim=truncate_dim, **kwargs,
@@ -170,7 +171,7 @@ def encode_iter(
 ) -> Iterator[Any]:
     """Computes embeddings of a stream of texts, in memory that does not grow with it.
 
-    Some thousand texts are read ahead of the vectors that are returned.
+    Texts are read some batches ahead of the vectors that are returned, at most about 16,000 texts.
 
     Args:
         model: As for `encode`.
@@ -222,7 +223,7 @@ def encode_iter(
 
 
 def _rows(outputs: Iterator[Output | Array], count: int | None, *, bar: bool) -> Iterator[Any]:
-    with closing(cast(Any, outputs)), tqdm(total=count, unit="text", unit_scale=True, disable=not bar) as progress:
+    with closing(cast(Any, outputs)), tqdm(total=count, unit=" texts", disable=not bar) as progress:
         for output in outputs:
             # Copies, since one row would keep those of all.
             yield from map(np.copy, output) if isinstance(output, np.ndarray) else output
@@ -318,7 +319,7 @@ def predict(
 def rank(
     model: torch.nn.Module,
     query: str,
-    documents: Sequence[str],
+    documents: Iterable[str],
     *,
     top_k: int | None = None,
     return_documents: bool = False,
@@ -353,6 +354,7 @@ def rank(
     """
     if is_instance(model, "CrossEncoder") and cast(Any, model).num_labels != 1:
         raise ValueError(f"rank with a model of {cast(Any, model).num_labels} labels; expected one, or use predict.")
+    documents = list(documents)
     pairs = [(query, document) for document in documents]
     scores = predict(model, pairs, **{**kwargs, "convert_to_tensor": True}).tolist()
     found = [
@@ -450,7 +452,7 @@ def _run_to_end(
     done = 0
     with (
         closing(cast(Any, run_all(engine, inputs, budget, to_host=to_host))) as outputs,
-        tqdm(total=count, unit="text", unit_scale=True, disable=not bar) as progress,
+        tqdm(total=count, unit=" texts", disable=not bar) as progress,
     ):
         for output in outputs:
             if isinstance(output, np.ndarray) and count is not None:

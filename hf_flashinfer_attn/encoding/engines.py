@@ -100,6 +100,8 @@ class Engine(abc.ABC):
         self._cache = ModelCache.of(model, tokenizer if is_fast else None)
         self._cache.enter_eval(model)
         self._fast = self._find_preparation() if is_fast else None
+        if tokenizer is not None and not is_fast:
+            log_once(f"the tokenizer of {type(model).__name__} is written in Python, which is slower")
 
     @property
     def fast_tokenizer(self) -> TextTokenizer | None:
@@ -303,7 +305,10 @@ class PlainEngine(Engine):
         super().__init__(model, tokenizer, prompt=prompt, max_length=max_length)
         self._pooling = pooling
         self._finish = finish
-        self._packs = self._fast is not None and reason_against_packed_inputs(model) is None
+        reason = reason_against_packed_inputs(model)
+        self._packs = self._fast is not None and reason is None
+        if reason is not None and HANDLES in vars(model):
+            log_once(f"batches of {type(model).__name__} are padded: {reason}")
 
     @property
     def sorts(self) -> int:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..dispatch import log_once
 from ..unpadding.features import admit_packed_inputs, forwards_features
+from ..unpadding.hooks import HANDLES
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
 from ..unpadding.reasons import is_asked_for
 from .engines import Batch, Features, Output, SentenceTransformersEngine, tokenizer_of
@@ -108,7 +109,8 @@ class SentenceEngine(SentenceTransformersEngine):
         else:
             reason = reason_against_packed_inputs(cast(Any, transformer).model)
         if reason is not None:
-            log_once(f"batches of {type(self.model).__name__} are padded: {reason}")
+            if any(HANDLES in vars(module) for module in transformer.modules()):
+                log_once(f"batches of {type(self.model).__name__} are padded: {reason}")
             return None
         admit_packed_inputs(transformer)
         backbone: PreTrainedModel = transformer.model
