@@ -78,7 +78,7 @@ async def _send(load: Load) -> list[tuple[float, float]]:
                 body, turn = load.bodies[turn % len(load.bodies)], turn + 1
                 clock = time.perf_counter()
                 answer = await client.post(
-                    f"{load.url}/embed", content=body, headers={"content-type": "application/json"}
+                    f"{load.url}/v1/embeddings", content=body, headers={"content-type": "application/json"}
                 )
                 if answer.status_code != 200:
                     raise RuntimeError(f"{answer.status_code}: {answer.text[:500]}")
@@ -121,15 +121,25 @@ def server(arguments: Sequence[str], *, timeout: float = 900) -> Iterator[str]:
             process.wait()
 
 
+def get(url: str) -> Any:
+    return httpx.get(url, timeout=60, trust_env=False).raise_for_status().json()
+
+
+def request_body(url: str, texts: Sequence[str], encoding: str = "base64") -> dict[str, Any]:
+    """Makes a request for embeddings by the server's model."""
+    name = get(f"{url}/v1/models")["data"][0]["id"]
+    return {"model": name, "input": list(texts), "encoding_format": encoding}
+
+
 def ask(url: str, texts: Sequence[str]) -> np.ndarray:
     """Returns embeddings of some texts, float32, shape `(texts, hidden_size)`."""
-    body = {"texts": list(texts), "encoding": "base64"}
-    answer = httpx.post(f"{url}/embed", json=body, timeout=120, trust_env=False).raise_for_status().json()
-    return np.stack([np.frombuffer(base64.b64decode(one), "<f4") for one in answer["embeddings"]])
+    answer = httpx.post(f"{url}/v1/embeddings", json=request_body(url, texts), timeout=120, trust_env=False)
+    rows = answer.raise_for_status().json()["data"]
+    return np.stack([np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in rows])
 
 
 def statistics(url: str) -> dict[str, Any]:
-    found: dict[str, Any] = httpx.get(f"{url}/statistics", timeout=60, trust_env=False).raise_for_status().json()
+    found: dict[str, Any] = get(f"{url}/statistics")["/v1/embeddings"]
     return found
 
 
@@ -147,7 +157,8 @@ def measure(
     """Measures one server under one load, with clients in several processes."""
     starts = range(0, len(texts) - texts_per_request + 1, texts_per_request)
     groups = [texts[at : at + texts_per_request] for at in starts]
-    bodies = tuple(json.dumps({"texts": group, "encoding": encoding}).encode() for group in groups)
+    body = request_body(url, [], encoding)
+    bodies = tuple(json.dumps({**body, "input": group}).encode() for group in groups)
     processes = min(processes, clients)
     loads = [
         Load(
@@ -175,7 +186,7 @@ def measure(
         "requests_per_second": len(milliseconds) / (stop - start),
         "texts_per_second": len(milliseconds) * texts_per_request / (stop - start),
         "p50_ms": float(np.percentile(milliseconds, 50)), "p99_ms": float(np.percentile(milliseconds, 99)),
-        "texts_per_forward": (after["embedded"] - before["embedded"]) / forwards,
+        "texts_per_forward": (after["texts"] - before["texts"]) / forwards,
         "graphs_captured_meanwhile": after["graphs_captured"] - before["graphs_captured"],
     }  # fmt: skip
 
@@ -193,7 +204,7 @@ def main() -> int:
     parser.add_argument("--encoding", default="base64", choices=["base64", "float"])
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
     parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="of clients")
-    parser.add_argument("--server", default="", help="further options of serve.py, for both")
+    parser.add_argument("--server", default="", help="further options of serve.py, for both, such as --pooling")
     arguments = parser.parse_args()
     if (arguments.model is None) == (arguments.shape is None):
         parser.error("expected one of --model and --shape")
@@ -232,7 +243,7 @@ def main() -> int:
             # Words that are cut into pieces make for more tokens; no text is above 512.
             texts = list(random_texts(folder, [min(length, 350) for length in random_lengths(2_000)]))
         kinds = ["flashinfer", arguments.against]
-        options = ["--model", model, *arguments.server.split()]
+        options = ["--model", model, *(["--pooling", "mean"] if arguments.shape else []), *arguments.server.split()]
         urls = {kind: stack.enter_context(server([*options, "--attention", kind])) for kind in kinds}
         sample = texts[:64]
         ours, theirs = (ask(urls[kind], sample) for kind in kinds)

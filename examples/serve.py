@@ -1,9 +1,9 @@
-"""Serves embeddings over HTTP: FastAPI in front, requests that come together in one forward, CUDA graphs behind.
+"""Serves an embedding model and a reranker over HTTP, to clients of OpenAI's API and of text-embeddings-inference.
 
-    python examples/serve.py --model PATH --port 8000
-    curl -s localhost:8000/embed -H 'content-type: application/json' -d '{"texts": ["a text", "another one"]}'
+    python examples/serve.py --model PATH --reranker PATH --name my-model --port 8000
+    curl localhost:8000/v1/embeddings -H 'content-type: application/json' -d '{"model": "my-model", "input": "a text"}'
 
-Why `batched` forms the batches: see README.md.
+Requests that arrive together share a forward. `batched` forms the batches; README.md says why.
 """
 
 from __future__ import annotations
@@ -11,237 +11,261 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import functools
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import uvicorn
-from batched.aio import AsyncBatchProcessor
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints, field_validator
+from pydantic_core import to_json
+from served_model import Limits, Loading, RequestError, ServedModel, load_embedder, load_reranker
+from starlette.exceptions import HTTPException
 
-import hf_flashinfer_attn
-from encoder import Encoder, Rows
-from hf_flashinfer_attn.unpadding.graph_options import token_bucket
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the server takes, and how it batches.
-
-    Args:
-        max_texts: In one request.
-        max_characters: In one text; a cheap look before tokenisation.
-        max_waiting: Texts that wait for a forward; beyond that, requests are turned away with 503.
-        max_body_bytes: Of a request.
-        rows_per_batch: Texts in one forward.
-        tokens_per_batch: Tokens in one forward, more only if a single text has them.
-        wait_ms: How long the first text of a batch waits for others.
-        warm_up_tokens: Of a text, on average, up to which graphs are captured before the first request.
-    """
-
-    max_texts: int = 64
-    max_characters: int = 20_000
-    max_waiting: int = 4_096
-    max_body_bytes: int = 4_000_000
-    rows_per_batch: int = 128
-    tokens_per_batch: int = 16_384
-    wait_ms: float = 1.0
-    warm_up_tokens: int = 128
+Text = Annotated[str, StringConstraints(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+# Answers to fewer texts are written in the event loop, since a thread takes longer to start.
+MANY_TEXTS = 8
 
 
-class EmbedRequest(BaseModel):
-    """`encoding="base64"` is for float32, little-endian, and spares both sides the writing and reading of numbers."""
+class EmbeddingRequest(BaseModel):
+    """Body of OpenAI's `POST /v1/embeddings`."""
 
     model_config = {"extra": "forbid"}
 
-    texts: Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1)]
-    encoding: Literal["float", "base64"] = "float"
+    input: Texts
+    model: str
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1, strict=True)] | None = None
+    user: str | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        if isinstance(value, list) and any(isinstance(one, (int, list)) for one in value):
+            raise ValueError("token ids are not supported; expected a string or a list of strings")
+        return [value] if isinstance(value, str) else value
 
 
-class EmbedResponse(BaseModel):
-    embeddings: list[list[float]] | list[str]
-    tokens: int
+class RerankRequest(BaseModel):
+    """Body of text-embeddings-inference's `POST /rerank`."""
+
+    model_config = {"extra": "forbid"}
+
+    query: Text
+    texts: Texts
+    raw_scores: bool = False
+    return_text: bool = False
+    truncate: bool = False
 
 
-class BodyTooLarge:
-    """ASGI middleware: refuses bodies above a size, announced or not, before they are read whole."""
+def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
+    """Makes an error of OpenAI's API."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    headers = {503: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(status)
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)
 
-    def __init__(self, app: Any, limit: int) -> None:
-        self._app, self._limit = app, limit
+
+class WholeBody:
+    """ASGI middleware: reads a body before the application runs; refuses large, slow and undecodable ones."""
+
+    def __init__(self, app: Any, limits: Limits) -> None:
+        self._app, self._limits = app, limits
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        message = f"a body has at most {self._limit} bytes"
-        if int(dict(scope["headers"]).get(b"content-length", b"0")) > self._limit:
-            return await JSONResponse({"detail": message}, 413)(scope, receive, send)
-        read = 0
+        announced, seconds = int(dict(scope["headers"]).get(b"content-length", b"0")), self._limits.client_seconds
+        try:
+            body = await asyncio.wait_for(self._read(receive, announced), seconds)
+            if body is None:
+                return None
+            body.decode()
+        except asyncio.TimeoutError:
+            return await error_response(408, f"no whole body within {seconds} seconds")(scope, receive, send)
+        except RequestError as error:
+            return await error_response(error.status, error.message)(scope, receive, send)
+        except UnicodeDecodeError as error:
+            return await error_response(400, f"the body is not UTF-8: {error}")(scope, receive, send)
+        unread = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        async def counted() -> Any:
-            nonlocal read
+        async def replay() -> Any:
+            return unread.pop() if unread else await receive()
+
+        return await self._app(scope, replay, send)
+
+    async def _read(self, receive: Any, announced: int) -> bytearray | None:
+        """Returns the body; None if the client has gone."""
+        limit, body = self._limits.max_body_bytes, bytearray()
+        while (size := max(announced, len(body))) <= limit:
             piece = await receive()
-            read += len(piece.get("body", b""))
-            if read > self._limit:
-                raise HTTPException(413, message)
-            return piece
+            if piece["type"] == "http.disconnect":
+                return None
+            body += piece.get("body", b"")
+            if not piece.get("more_body") and len(body) <= limit:
+                return body
+        raise RequestError(413, f"the body has {size} bytes or more; expected at most {limit}")
 
-        return await self._app(scope, counted, send)
+
+def write_embeddings(vectors: np.ndarray, request: EmbeddingRequest, tokens: int) -> bytes:
+    """Writes the answer of `/v1/embeddings`, with vectors of length 1."""
+    vectors = vectors[:, : request.dimensions]
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    if request.encoding_format == "base64":
+        rows: list[Any] = [base64.b64encode(row.tobytes()).decode() for row in vectors.astype("<f4", copy=False)]
+    else:
+        rows = vectors.tolist()
+    data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return to_json({"object": "list", "data": data, "model": request.model, "usage": usage})
 
 
-class Service:
-    """The model, and the queue before it.
+async def answer_embeddings(request: EmbeddingRequest, name: str, model: ServedModel | None) -> Response:
+    """Answers `/v1/embeddings` with the model of that name."""
+    if model is None or request.model != name:
+        served = "there is no embedding model" if model is None else f"expected {name!r}"
+        raise RequestError(404, f"model={request.model!r}; {served}", "model", "model_not_found")
+    if (request.dimensions or 1) > model.dimensions:
+        message = f"dimensions={request.dimensions}; expected at most {model.dimensions}"
+        raise RequestError(400, message, "dimensions")
+    vectors, tokens = await model(request.input)
+    write = functools.partial(write_embeddings, vectors, request, tokens)
+    return Response(
+        write() if len(vectors) < MANY_TEXTS else await asyncio.to_thread(write), media_type="application/json"
+    )
+
+
+async def answer_rerank(request: RerankRequest, model: ServedModel | None) -> Response:
+    """Answers `/rerank`: the best text first."""
+    if model is None:
+        raise RequestError(404, "there is no reranker; start the server with --reranker", code="model_not_found")
+    scores, _ = await model(request.texts, request.query, truncate=request.truncate)
+    # With float64, no score overflows.
+    scores = scores if request.raw_scores else 1 / (1 + np.exp(-scores.astype(np.float64)))
+    ranks: list[dict[str, Any]] = []
+    for index in np.argsort(-scores, kind="stable").tolist():
+        ranks.append({"index": index, "score": float(scores[index])})
+        if request.return_text:
+            ranks[-1]["text"] = request.texts[index]
+    return Response(to_json(ranks), media_type="application/json")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Gives every error the shape of OpenAI's API."""
+
+    @app.exception_handler(RequestError)
+    async def request_error(_: Request, error: RequestError) -> JSONResponse:
+        return error_response(error.status, error.message, error.param, error.code)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def server_error(_: Request, error: Exception) -> JSONResponse:
+        return error_response(500, f"{type(error).__name__}; the server's log has more")
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        # The first error, without its input, which may be large or not valid text.
+        first: dict[str, Any] = error.errors()[0]
+        message = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "json_invalid":
+            return error_response(400, f"{message}: {first['ctx']['error']}")
+        if first["type"] == "model_attributes_type":
+            return error_response(400, "expected a JSON object, with the header content-type: application/json")
+        place = [str(part) for part in first["loc"][1:]]
+        return error_response(400, f"{'.'.join(place) or 'body'}: {message}", place[0] if place else None)
+
+
+def make_app(name: str, embedder: ServedModel | None, reranker: ServedModel | None, limits: Limits) -> FastAPI:
+    """Makes the application. It warms the models up before it takes requests.
 
     Args:
-        encoder: That does not cut texts.
-        limits: Of what it takes.
+        name: Name of the embedding model in requests.
+        embedder: The model of `/v1/embeddings`.
+        reranker: The model of `/rerank`.
+        limits: Limits of requests.
     """
-
-    def __init__(self, encoder: Encoder, limits: Limits) -> None:
-        self.encoder, self.limits = encoder, limits
-        self.forwards = self.embedded = self.waiting = self.largest_batch = 0
-        self.ready = False
-        # One forward at a time, in a thread of its own. An item's length is its number of tokens.
-        self._batches: AsyncBatchProcessor[list[int], np.ndarray] = AsyncBatchProcessor(
-            self._forward,
-            batch_size=limits.rows_per_batch,
-            timeout_ms=limits.wait_ms,
-            max_batch_length=limits.tokens_per_batch,
-        )
-
-    def _forward(self, texts: list[list[int]]) -> list[np.ndarray]:
-        embeddings = self.encoder.embed(Rows.of(texts)).cpu().numpy()
-        self.forwards, self.embedded = self.forwards + 1, self.embedded + len(texts)
-        self.largest_batch = max(self.largest_batch, len(texts))
-        return list(embeddings)
-
-    def warm_up(self) -> int:
-        """Captures CUDA graphs of the sizes that batches will mostly have; returns how many there are.
-
-        Others are captured when they first come.
-        """
-        limits, shapes = self.limits, []
-        rows = 8
-        while rows <= max(limits.rows_per_batch, 8):
-            size = token_bucket(rows * 4)
-            while size <= min(rows * limits.warm_up_tokens, limits.tokens_per_batch):
-                shapes.append((rows, size))
-                size = token_bucket(size + 1)
-            rows *= 2
-        return self.encoder.capture(shapes)
-
-    async def embed(self, request: EmbedRequest) -> Response:
-        """Answers a request, with the JSON of an `EmbedResponse`.
-
-        Raises:
-            HTTPException: 422 if it is above a limit, 503 if too much is waiting.
-        """
-        limits, encoder = self.limits, self.encoder
-        if len(request.texts) > limits.max_texts:
-            raise HTTPException(422, f"{len(request.texts)} texts; expected at most {limits.max_texts} in one request")
-        for at, text in enumerate(request.texts):
-            if len(text) > limits.max_characters:
-                raise HTTPException(
-                    422, f"text {at} has {len(text)} characters; expected at most {limits.max_characters}"
-                )
-        if self.waiting + len(request.texts) > limits.max_waiting:
-            raise HTTPException(503, f"{self.waiting} texts are waiting; try again", headers={"Retry-After": "1"})
-        self.waiting += len(request.texts)
-        try:
-            tokens = await asyncio.to_thread(encoder.tokenise, request.texts)
-            for at, ids in enumerate(tokens):
-                if not 1 <= len(ids) <= encoder.max_length:
-                    raise HTTPException(
-                        422, f"text {at} has {len(ids)} tokens; expected 1 to {encoder.max_length}: send it in pieces"
-                    )
-            embeddings = await self._batches(tokens)
-        finally:
-            self.waiting -= len(request.texts)
-        if request.encoding == "base64":
-            found: Any = [base64.b64encode(one.astype("<f4").tobytes()).decode() for one in embeddings]
-        else:
-            found = [one.tolist() for one in embeddings]
-        answer = EmbedResponse.model_construct(embeddings=found, tokens=sum(map(len, tokens)))
-        # As it is: FastAPI would check each number once more.
-        return Response(answer.model_dump_json(), media_type="application/json")
-
-    def statistics(self) -> dict[str, Any]:
-        """What was done so far, for `/statistics` and the load test."""
-        graphs = hf_flashinfer_attn.graph_statistics(self.encoder.model)
-        return {
-            "forwards": self.forwards, "embedded": self.embedded, "waiting": self.waiting,
-            "largest_batch": self.largest_batch, "graphs_captured": graphs.captured, "graphs_replayed": graphs.replayed,
-            "device": str(self.encoder.device), "max_length": self.encoder.max_length,
-            "hidden_size": self.encoder.hidden_size,
-        }  # fmt: skip
-
-
-def make_app(service: Service) -> FastAPI:
-    """Makes the application; the model is warmed up before the first request is taken."""
+    models = {path: model for path, model in (("/v1/embeddings", embedder), ("/rerank", reranker)) if model is not None}
+    started = int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        captured = await asyncio.to_thread(service.warm_up)
+        for model in models.values():
+            await asyncio.to_thread(model.warm_up)
+        captured = sum(model.statistics()["graphs_captured"] for model in models.values())
         print(f"ready, {captured} CUDA graphs captured", flush=True)
-        service.ready = True
         yield
-        # uvicorn has answered what was under way by now.
-        service.ready = False
 
     app = FastAPI(title="embeddings", lifespan=lifespan)
-    app.add_middleware(BodyTooLarge, limit=service.limits.max_body_bytes)
+    app.add_middleware(WholeBody, limits=limits)
+    add_error_handlers(app)
 
-    @app.exception_handler(RequestValidationError)
-    async def name_fault(_: Request, error: RequestValidationError) -> JSONResponse:
-        # Without the input, which may be large, or no valid text at all.
-        return JSONResponse({"detail": [{"loc": one["loc"], "msg": one["msg"]} for one in error.errors()]}, 422)
+    @app.post("/v1/embeddings")
+    async def embeddings(request: EmbeddingRequest) -> Response:
+        return await answer_embeddings(request, name, embedder)
 
-    @app.post("/embed", response_model=EmbedResponse)
-    async def embed(request: EmbedRequest) -> Response:
-        return await service.embed(request)
+    @app.post("/rerank")
+    async def rerank(request: RerankRequest) -> Response:
+        return await answer_rerank(request, reranker)
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        model = {"id": name, "object": "model", "created": started, "owned_by": "hf_flashinfer_attn"}
+        return {"object": "list", "data": [] if embedder is None else [model]}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        if not service.ready:
-            raise HTTPException(503, "not ready")
         return {"status": "ok"}
 
     @app.get("/statistics")
     async def statistics() -> dict[str, Any]:
-        return service.statistics()
+        return {path: model.statistics() for path, model in models.items()}
 
     return app
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="path or name of an encoder")
+    parser.add_argument("--model", help="path or id of an embedding model: a SentenceTransformer, or with --pooling")
+    parser.add_argument("--pooling", choices=["mean", "cls", "last"], help="for a model that is no SentenceTransformer")
+    parser.add_argument("--name", help="name of the embedding model in requests; default: --model")
+    parser.add_argument("--reranker", help="path or id of a CrossEncoder")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--attention", default="flashinfer", help="sdpa, to compare: no unpadding and no graphs")
-    parser.add_argument("--pooling", default="mean", choices=["mean", "cls"])
-    parser.add_argument("--max-length", type=int, help="longer texts are refused, in tokens")
-    for name, default in ((name, getattr(Limits(), name)) for name in Limits.__dataclass_fields__):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    parser.add_argument("--max-length", type=int, help="most tokens of a text, or of a query and a text")
+    for field in Limits.__dataclass_fields__:
+        default = getattr(Limits(), field)
+        parser.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default)
     arguments = parser.parse_args(command_line)
+    if arguments.model is None and arguments.reranker is None:
+        parser.error("expected --model, --reranker or both")
+    limits = Limits(**{field: getattr(arguments, field) for field in Limits.__dataclass_fields__})
+    thread = ThreadPoolExecutor(1, "forward")
+    loading = Loading(arguments.device, arguments.attention, arguments.max_length, limits, thread)
+    try:
+        embedder = load_embedder(arguments.model, arguments.pooling, loading) if arguments.model else None
+        reranker = load_reranker(arguments.reranker, loading) if arguments.reranker else None
+    except ValueError as error:
+        parser.error(str(error))
+    app = make_app(arguments.name or arguments.model or "", embedder, reranker, limits)
     # The thread that launches kernels should not wait 5 ms each time for the one that reads and writes requests.
     sys.setswitchinterval(5e-4)
-    limits = Limits(**{name: getattr(arguments, name) for name in Limits.__dataclass_fields__})
-    encoder = Encoder(
-        arguments.model, torch.device(arguments.device), pooling=arguments.pooling, max_length=arguments.max_length,
-        truncate=False, attention=arguments.attention,
-    )  # fmt: skip
-    # On SIGTERM or SIGINT: no new connections, an answer to what is under way, then an end.
+    # On SIGTERM or SIGINT, uvicorn takes no new connections, answers the requests under way, and ends.
     uvicorn.run(
-        make_app(Service(encoder, limits)), host=arguments.host, port=arguments.port, log_level="warning",
-        timeout_graceful_shutdown=30,
+        app, host=arguments.host, port=arguments.port, log_level="warning",
+        timeout_graceful_shutdown=limits.client_seconds,
     )  # fmt: skip
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import doctest
 import json
 import os
@@ -10,22 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
-import load_test
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import serve
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig
 
@@ -323,109 +317,6 @@ def test_bulk_embedding_on_a_gpu_replays_graphs(corpus: Corpus, tmp_path: Path) 
     assert hf_flashinfer_attn.graph_statistics(embedder.encoder.model).replayed > len(plan.parts)
 
 
-@pytest.fixture
-def server(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    options = ["--model", str(corpus.model), "--device", "cpu", "--wait-ms", "400", "--rows-per-batch", "16"]
-    with load_test.server(options, timeout=120) as url:
-        yield url
-
-
-def test_server_batches_requests_and_answers_as_the_model(corpus: Corpus, server: str) -> None:
-    short = [row for row, text in enumerate(corpus.texts) if 0 < len(text.split()) < 30][:40]
-    with ThreadPoolExecutor(len(short)) as threads:
-        answers = list(threads.map(lambda row: load_test.ask(server, [corpus.texts[row]])[0], short))
-    np.testing.assert_allclose(np.stack(answers), corpus.expected[short], atol=TOLERANCE)
-    counted = load_test.statistics(server)
-    assert counted["embedded"] == len(short)
-    assert 1 < counted["largest_batch"] <= 16
-    assert counted["forwards"] < len(short) / 4
-
-    several = [corpus.texts[row] for row in short[:20]]
-    body = {"texts": several, "encoding": "float"}
-    answer = httpx.post(f"{server}/embed", json=body, timeout=60, trust_env=False).json()
-    np.testing.assert_allclose(np.array(answer["embeddings"]), corpus.expected[short[:20]], atol=TOLERANCE)
-    tokenizer = AutoTokenizer.from_pretrained(corpus.model)
-    assert answer["tokens"] == sum(map(len, tokenizer(several)["input_ids"]))
-
-    measured = load_test.measure(server, several, clients=6, texts_per_request=2, seconds=1.5, processes=2, warm_up=0.5)
-    assert measured["requests"] > 6
-    assert 0 < measured["p50_ms"] <= measured["p99_ms"]
-    assert measured["texts_per_forward"] > 2
-
-    # Asked to end, it answers what is under way; that it ends by itself is seen to by `load_test.server`.
-    found: list[np.ndarray] = []
-    load_test.ask(server, several[:1])  # the wait for others begins anew
-    last = threading.Thread(target=lambda: found.append(load_test.ask(server, several[:3])))
-    last.start()
-    while not found and load_test.statistics(server)["waiting"] < 3:
-        time.sleep(0.01)
-    (process,) = [
-        child for child in psutil.Process().children() if str(ROOT / "examples" / "serve.py") in child.cmdline()
-    ]
-    process.terminate()
-    last.join(60)
-    np.testing.assert_allclose(found[0], corpus.expected[short[:3]], atol=TOLERANCE)
-
-
-def post(service: serve.Service, body: Any) -> httpx.Response:
-    async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(serve.make_app(service))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post("/embed", **body)
-
-    return asyncio.run(send())
-
-
-@pytest.fixture(scope="module")
-def service(corpus: Corpus) -> serve.Service:
-    limits = serve.Limits(max_texts=3, max_characters=600, max_body_bytes=5_000, max_waiting=100)
-    return serve.Service(encoder.Encoder(str(corpus.model), torch.device("cpu"), truncate=False), limits)
-
-
-async def _pieces() -> Any:
-    for _ in range(6):
-        yield b" " * 1_000
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "message"),
-    [
-        ({"json": {"texts": []}}, 422, "at least 1 item"),
-        ({"json": {"texts": ["a", ""]}}, 422, "at least 1 character"),
-        ({"json": {"texts": ["a"] * 4}}, 422, "4 texts; expected at most 3"),
-        ({"json": {"texts": ["a", "b" * 601]}}, 422, "text 1 has 601 characters; expected at most 600"),
-        ({"json": {"texts": ["a " * 70]}}, 422, "text 0 has 72 tokens; expected 1 to 64"),
-        ({"json": {"texts": [1]}}, 422, "valid string"),
-        ({"json": {"texts": ["a"], "model": "other"}}, 422, "Extra inputs"),
-        ({"json": {"texts": ["a"], "encoding": "hex"}}, 422, "'float' or 'base64'"),
-        ({"content": b'{"texts": ["\\ud800"]}', "headers": {"content-type": "application/json"}}, 422, "unicode"),
-        ({"content": b"{", "headers": {"content-type": "application/json"}}, 422, "JSON"),
-        ({"content": b" " * 5_001}, 413, "at most 5000 bytes"),
-        ({"content": _pieces}, 413, "at most 5000 bytes"),
-    ],
-)
-def test_what_the_server_does_not_take_is_named(
-    service: serve.Service, body: dict[str, Any], status: int, message: str
-) -> None:
-    body = {name: value() if callable(value) else value for name, value in body.items()}
-    answer = post(service, body)
-    assert answer.status_code == status, answer.text
-    assert message in answer.text
-    assert service.waiting == 0
-
-
-def test_a_full_server_turns_away(service: serve.Service) -> None:
-    service.waiting = 99
-    try:
-        answer = post(service, {"json": {"texts": ["a", "b"]}})
-    finally:
-        service.waiting = 0
-    assert answer.status_code == 503
-    assert answer.headers["retry-after"] == "1"
-
-
 def test_documented_examples_run() -> None:
-    for module in (encoder, plans, serve, load_test):
+    for module in (encoder, plans):
         assert doctest.testmod(module).failed == 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Literal, cast, get_args
 
@@ -12,23 +11,24 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..dispatch import log_once
-from ..errors import UnsupportedAttentionError, first_line
-from ..integration import NAME
-from ..unpadding.hooks import HANDLES
-from ..unpadding.model import unpad
-from ..unpadding.reasons import implementation_of
+from .arguments import (
+    Precision,
+    Task,
+    count_of,
+    place,
+    prompt_name_of,
+    prompt_of,
+    quantizer_of,
+    require_iterable,
+    wants_bar,
+)
 from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, is_instance
-from .pipeline import Array, run_all
+from .pipeline import Array, Chunk, prepare, run_all
 from .sentence_engine import SentenceEngine
 from .tokens import Budget
 
 __all__ = ["encode", "encode_iter", "predict", "rank"]
 
-Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
-Task = Literal["query", "document"]
-# Of the prompts that a model may have for a task, the first one is taken.
-_PROMPTS: dict[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 TOKENS_PER_BATCH, ROWS_PER_BATCH = 32_768, 1_024
 
 
@@ -46,7 +46,7 @@ def encode(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     show_progress_bar: bool | None = None,
     output_value: Literal["sentence_embedding", "token_embeddings"] | None = "sentence_embedding",
-    precision: Precision = "float32",
+    precision: Precision | None = "float32",
     convert_to_numpy: bool = True,
     convert_to_tensor: bool = False,
     device: str | torch.device | None = None,
@@ -106,20 +106,20 @@ def encode(
         >>> hf_flashinfer_attn.encode(model, texts, tokenizer=tokenizer, pooling="mean").shape
         (2, 384)
     """
-    _require_iterable(inputs)
+    require_iterable(inputs)
     if output_value is None:
         if not is_instance(model, "SentenceTransformer"):
             raise ValueError("output_value=None: expected a SentenceTransformer, whose features are returned.")
-        own = {
-            "prompt_name": _prompt_name(model, prompt_name, prompt, task), "prompt": prompt, "device": device,
-            "show_progress_bar": show_progress_bar, **({} if task is None else {"task": task}), **kwargs,
-        }  # fmt: skip
-        return cast(Any, model).encode(
-            inputs if isinstance(inputs, str) else list(inputs),
-            output_value=None,
-            batch_size=min(batch_size, 32),
-            **own,
-        )
+        place(model, device)
+        given = [inputs] if isinstance(inputs, str) else list(inputs)
+        if wrong := next((text for text in given if not isinstance(text, str)), None):
+            raise TypeError(f"text {given.index(wrong)} is a {type(wrong).__name__}; expected a string.")
+        features = cast(Any, model).encode(
+            given, output_value=None, prompt_name=prompt_name_of(model, prompt_name, prompt, task), prompt=prompt,
+            show_progress_bar=show_progress_bar, truncate_dim=truncate_dim, **kwargs,
+            **({} if task is None else {"task": task}),
+        )  # fmt: skip
+        return features[0] if isinstance(inputs, str) else features
     wants_tokens = _check_output_value(output_value)
     convert_to_numpy = convert_to_numpy and not convert_to_tensor and not wants_tokens
     engine = _encode_engine(
@@ -127,13 +127,13 @@ def encode(
         task=task, device=device, normalize=normalize_embeddings, truncate_dim=truncate_dim, wants_tokens=wants_tokens,
         options=kwargs,
     )  # fmt: skip
-    quantize, budget = _quantizer(precision), Budget(tokens_per_batch, batch_size)
+    quantize, budget = quantizer_of(precision), Budget(tokens_per_batch, batch_size)
     if isinstance(inputs, str):
-        rows: Any = engine.run(engine.prepare(engine.check([inputs]), budget).batches[0])
+        rows: Any = engine.run(prepare(engine, Chunk(0, [inputs]), budget).batches[0])
     else:
         rows = _run_to_end(
-            engine, inputs, _count(inputs), Budget(tokens_per_batch, batch_size),
-            to_host=convert_to_numpy, bar=_wants_bar(show_progress_bar),
+            engine, inputs, count_of(inputs), budget,
+            to_host=convert_to_numpy, bar=wants_bar(show_progress_bar),
         )  # fmt: skip
     if wants_tokens:
         return rows[0] if isinstance(inputs, str) else list(rows)
@@ -209,7 +209,7 @@ def encode_iter(
         >>> [vector.shape for vector in vectors]
         [(384,), (384,), (384,)]
     """
-    _require_iterable(inputs)
+    require_iterable(inputs)
     if isinstance(inputs, str):
         raise TypeError("inputs is a string; expected an iterable of strings, or encode for one text.")
     engine = _encode_engine(
@@ -218,13 +218,14 @@ def encode_iter(
         options=kwargs,
     )  # fmt: skip
     outputs = run_all(engine, inputs, Budget(tokens_per_batch, batch_size), to_host=not convert_to_tensor)
-    return _rows(outputs, _count(inputs), bar=_wants_bar(show_progress_bar))
+    return _rows(outputs, count_of(inputs), bar=wants_bar(show_progress_bar))
 
 
 def _rows(outputs: Iterator[Output | Array], count: int | None, *, bar: bool) -> Iterator[Any]:
     with closing(cast(Any, outputs)), tqdm(total=count, unit="text", unit_scale=True, disable=not bar) as progress:
         for output in outputs:
-            yield from output
+            # Copies, since one row would keep those of all.
+            yield from map(np.copy, output) if isinstance(output, np.ndarray) else output
             progress.update(len(output))
 
 
@@ -279,26 +280,28 @@ def predict(
         >>> hf_flashinfer_attn.predict(model, [("a question", "an answer")]).shape  # doctest: +SKIP
         (1,)
     """
-    _require_iterable(inputs)
+    require_iterable(inputs)
     if not is_instance(model, "CrossEncoder"):
         raise TypeError(f"predict({type(model).__name__}): expected a CrossEncoder of sentence-transformers.")
     encoder = cast(Any, model)
-    _place(model, device)
+    place(model, device)
     activation = encoder.activation_fn if activation_fn is None else activation_fn
 
     def score(features: Features) -> torch.Tensor:
-        scores: torch.Tensor = features["scores"].float()
-        scores = activation(scores)
+        scores: torch.Tensor = features["scores"]
+        # In float32, so that ties break.
+        scores = scores.float() if scores.dtype.itemsize < 4 else scores
+        scores = scores if activation is None else activation(scores)
         if encoder.num_labels == 1 and scores.ndim > 1:
             scores = scores.squeeze(-1)
         return scores.softmax(1) if apply_softmax and scores.ndim > 1 else scores
 
-    engine = CrossEngine(encoder, score, prompt=_prompt(model, prompt_name, prompt, None), options=kwargs)
-    is_single = bool(encoder.is_singular_input(inputs))
+    engine = CrossEngine(encoder, score, prompt=prompt_of(model, prompt_name, prompt, None), options=kwargs)
+    is_single = isinstance(inputs, (list, tuple, np.ndarray)) and len(inputs) == 2 and isinstance(inputs[0], str)
     pairs = [inputs] if is_single else inputs
     scores = _run_to_end(
-        engine, pairs, _count(pairs), Budget(tokens_per_batch, batch_size),
-        to_host=convert_to_numpy and not convert_to_tensor, bar=_wants_bar(show_progress_bar),
+        engine, pairs, count_of(pairs), Budget(tokens_per_batch, batch_size),
+        to_host=convert_to_numpy and not convert_to_tensor, bar=wants_bar(show_progress_bar),
     )  # fmt: skip
     found: Any = scores
     if convert_to_tensor:
@@ -339,7 +342,8 @@ def rank(
     """
     if is_instance(model, "CrossEncoder") and cast(Any, model).num_labels != 1:
         raise ValueError(f"rank with a model of {cast(Any, model).num_labels} labels; expected one, or use predict.")
-    scores = predict(model, [(query, document) for document in documents], **kwargs).tolist()
+    pairs = [(query, document) for document in documents]
+    scores = predict(model, pairs, **{**kwargs, "convert_to_tensor": True}).tolist()
     found = [
         {"corpus_id": place, "score": score, **({"text": documents[place]} if return_documents else {})}
         for place, score in enumerate(scores)
@@ -362,6 +366,9 @@ def _encode_engine(
     wants_tokens: bool,
     options: Mapping[str, Any],
 ) -> Engine:
+    if truncate_dim is not None and truncate_dim < 1:
+        raise ValueError(f"truncate_dim={truncate_dim!r}: expected a number above 0.")
+
     def finish(vectors: torch.Tensor) -> torch.Tensor:
         vectors = vectors if truncate_dim is None else vectors[..., :truncate_dim]
         return torch.nn.functional.normalize(vectors, p=2, dim=1) if normalize else vectors
@@ -379,7 +386,7 @@ def _encode_engine(
         known = {*sentence_transformer.get_model_kwargs(), "processing_kwargs"} if options else set()
         if unknown := sorted(options.keys() - known):
             raise ValueError(f"{', '.join(unknown)}: not an argument of encode, nor of this model ({sorted(known)}).")
-        _place(model, device)
+        place(model, device)
 
         def select(features: Features) -> Output:
             if not wants_tokens:
@@ -388,7 +395,7 @@ def _encode_engine(
             return [row[mask] for row, mask in zip(features["token_embeddings"], masks)]
 
         return SentenceEngine(
-            model, select, prompt=_prompt(model, prompt_name, prompt, task),
+            model, select, prompt=prompt_of(model, prompt_name, prompt, task),
             options={**options, **({} if task is None else {"task": task})},
         )  # fmt: skip
     if not isinstance(model, PreTrainedModel):
@@ -407,87 +414,20 @@ def _encode_engine(
     if wants_tokens or given or options:
         names = [*given, *options, *(["output_value"] if wants_tokens else [])]
         raise ValueError(f"{', '.join(names)}: expected a SentenceTransformer, not a {type(model).__name__}.")
-    _place(model, device)
-    return PlainEngine(model, tokenizer, pooling, finish, prompt=prompt, max_length=max_length)
-
-
-def _place(model: torch.nn.Module, device: str | torch.device | None) -> None:
-    """Moves a model to a device, and unpads it."""
-    if isinstance(device, (list, tuple)):
-        raise ValueError(f"device={device!r}: expected one device. examples/ has programs for several GPUs.")
-    if device is not None and torch.device(device) != getattr(model, "device", None):
-        model.to(device)
-    first = model if isinstance(model, PreTrainedModel) else next(model.children(), model)
-    inner = getattr(first, "model", first)
-    if HANDLES in vars(inner):
-        return
-    implementation = implementation_of(inner) if hasattr(inner, "config") else None
-    if implementation != NAME:
-        log_once(
-            f"{type(model).__name__} with attn_implementation={implementation!r} runs on padded batches; load it with "
-            f"attn_implementation={NAME!r} to skip padding"
-        )
-        return
-    try:
-        unpad(model, cuda_graphs=True)
-    except UnsupportedAttentionError as error:
-        log_once(f"{type(model).__name__} runs on padded batches: {first_line(error)}")
-
-
-def _prompt_name(model: torch.nn.Module, prompt_name: str | None, prompt: str | None, task: Task | None) -> str | None:
-    if task is not None and task not in get_args(Task):
-        raise ValueError(f"task={task!r}: expected 'query', 'document' or None.")
-    if prompt is None and prompt_name is None and task is not None:
-        return next((name for name in _PROMPTS[task] if name in cast(Any, model).prompts), None)
-    return prompt_name
-
-
-def _prompt(model: torch.nn.Module, prompt_name: str | None, prompt: str | None, task: Task | None) -> str | None:
-    """Returns what texts begin with, as sentence-transformers chooses it."""
-    if prompt is not None:
-        return prompt
-    name = _prompt_name(model, prompt_name, prompt, task)
-    prompts: dict[str, str] = getattr(model, "prompts", {})
-    if name is None:
-        return prompts.get(getattr(model, "default_prompt_name", None) or "")
-    if name not in prompts:
-        raise ValueError(f"prompt_name={name!r}: expected one of the model's prompts, {sorted(prompts)}.")
-    return prompts[name]
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected a loaded tokenizer of transformers.")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length={max_length!r}: expected a number above 0.")
+    place(model, device)
+    return PlainEngine(
+        model, tokenizer, pooling, finish, prompt=prompt_of(model, None, prompt, None), max_length=max_length
+    )
 
 
 def _check_output_value(output_value: object) -> bool:
     if output_value not in ("sentence_embedding", "token_embeddings"):
         raise ValueError(f"output_value={output_value!r}: expected 'sentence_embedding', 'token_embeddings' or None.")
     return output_value == "token_embeddings"
-
-
-def _quantizer(precision: Precision) -> Callable[[Any], Any] | None:
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, get_args(Precision)))}.")
-    if precision == "float32":
-        return None
-    try:
-        from sentence_transformers.util import quantize_embeddings
-    except ImportError as error:
-        raise ValueError(
-            f"precision={precision!r} needs sentence-transformers, which quantises; install it."
-        ) from error
-    return lambda vectors: quantize_embeddings(vectors, precision=precision)
-
-
-def _require_iterable(inputs: object) -> None:
-    if isinstance(inputs, (Mapping, bytes)):
-        raise TypeError(f"inputs is a {type(inputs).__name__}; expected strings, or pairs of strings for predict.")
-
-
-def _count(inputs: object) -> int | None:
-    return len(inputs) if isinstance(inputs, Sized) else None
-
-
-def _wants_bar(show_progress_bar: bool | None) -> bool:
-    if show_progress_bar is not None:
-        return show_progress_bar
-    return logging.getLogger("sentence_transformers").getEffectiveLevel() in (logging.INFO, logging.DEBUG)
 
 
 def _run_to_end(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import operator
 import sys
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -19,6 +17,7 @@ from ..dispatch import log_once
 from ..movement import sent
 from ..unpadding.hooks import HANDLES
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
+from .model_cache import FastPreparation, ModelCache
 from .tokens import Budget, Numbers, Text, TextTokenizer, Tokens, TypeIds
 
 __all__ = [
@@ -29,10 +28,10 @@ __all__ = [
     "Output",
     "PlainEngine",
     "Pooling",
+    "SentenceTransformersEngine",
     "Window",
     "is_instance",
     "tokenizer_of",
-    "types_of",
 ]
 
 Pooling = Literal["mean", "cls", "last"]
@@ -67,39 +66,6 @@ class Window:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class _FastPreparation:
-    """How to make a model's features without its own preprocessing.
-
-    Args:
-        tokenise: Makes ids and type ids.
-        constants: All other features, which are the same for every batch.
-    """
-
-    tokenise: TextTokenizer
-    constants: Features
-
-
-@dataclass(slots=True)
-class _Known:
-    """What is known of a model between calls.
-
-    Args:
-        tokenizer_state: State of the tokenizer when this was found out.
-        tokenisers: Copies of the tokenizer, by maximum length and what type ids they make.
-        preparations: By prompt and options; None where the model has to prepare texts itself.
-        modules: All modules but the model itself.
-    """
-
-    tokenizer_state: tuple[object, ...]
-    tokenisers: dict[tuple[int | None, TypeIds], TextTokenizer] = field(default_factory=dict)
-    preparations: dict[object, _FastPreparation | None] = field(default_factory=dict)
-    modules: list[torch.nn.Module] = field(default_factory=list)
-
-
-_known: weakref.WeakKeyDictionary[torch.nn.Module, _Known] = weakref.WeakKeyDictionary()
-
-
 class Engine(abc.ABC):
     """One model with the arguments of one call. Tokenising may happen in any thread, forwards in one at a time.
 
@@ -129,13 +95,8 @@ class Engine(abc.ABC):
         self.device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
         self._tokenizer = tokenizer
         is_fast = tokenizer is not None and tokenizer.is_fast
-        state = (id(tokenizer), *(TextTokenizer.state_of(tokenizer) if is_fast and tokenizer is not None else ()))
-        known = _known.get(model)
-        if known is None or known.tokenizer_state != state:
-            known = _known[model] = _Known(state)
-        self._known = known
-        if not known.modules or any(map(operator.attrgetter("training"), known.modules)):
-            self._enter_eval()
+        self._cache = ModelCache.of(model, tokenizer if is_fast else None)
+        self._cache.enter_eval(model)
         self._fast = self._find_preparation() if is_fast else None
 
     @property
@@ -170,8 +131,8 @@ class Engine(abc.ABC):
             for place, text in enumerate(inputs):
                 if not isinstance(text, str):
                     raise TypeError(
-                        f"text {start + place} is a {type(text).__name__}; expected a string. The model's own encode "
-                        "takes messages, pairs, images and audio."
+                        f"text {start + place} is a {type(text).__name__}; expected a string. Messages, pairs, images "
+                        "and audio are for the model's own encode."
                     )
             return list(inputs)
         pairs: list[Text] = []
@@ -186,7 +147,7 @@ class Engine(abc.ABC):
         """Tokenises texts, with the prompt, and cuts them into batches. May be called in any thread."""
         if self._fast is None:
             return self._prepare_window_slowly(texts, budget)
-        tokens, order = self._fast.tokenise(self._prompted(texts)).longest_first()
+        tokens, order = self._fast.tokenise(self._prompted(texts))
         return Window([self._batch_of(part) for part in tokens.split(budget)], order, len(tokens.ids))
 
     def _prepare_window_slowly(self, texts: Sequence[Text], budget: Budget) -> Window:
@@ -210,24 +171,25 @@ class Engine(abc.ABC):
         with torch.inference_mode(), on_device:
             return self._forward(batch)
 
-    def _enter_eval(self) -> None:
-        self.model.eval()
-        self._known.modules = [module for module in self.model.modules() if module is not self.model]
-
     def _prompted(self, texts: Sequence[Text]) -> list[Text]:
         prompt = self.prompt
         if prompt is None:
             return list(texts)
         return [prompt + text if isinstance(text, str) else (prompt + text[0], text[1]) for text in texts]
 
-    def _find_preparation(self) -> _FastPreparation | None:
-        key: object = (self.prompt, self.max_length, repr(sorted(self.options.items())))
-        known = self._known.preparations
-        if key not in known:
-            known[key] = self._compare_preparations()
-        return known[key]
+    def _settings(self) -> object:
+        """Returns what preprocessing depends on besides the tokenizer and the arguments of the call."""
+        return None
 
-    def _compare_preparations(self) -> _FastPreparation | None:
+    def _find_preparation(self) -> FastPreparation | None:
+        key = self.prompt, self.max_length, repr(sorted(self.options.items())), self._padding(), self._settings()
+        is_known, found = self._cache.preparation(key)
+        if not is_known:
+            found = self._compare_preparations()
+            self._cache.keep_preparation(key, found)
+        return found
+
+    def _compare_preparations(self) -> FastPreparation | None:
         """Compares the tokenizers library with the model's own preprocessing, on a few texts."""
         assert self._tokenizer is not None
         limit = self._tokenizer.model_max_length if self.max_length is None else self.max_length
@@ -236,35 +198,51 @@ class Engine(abc.ABC):
         own = self._prepare_slowly(inputs)
         types = own.get("token_type_ids")
         # Zeros are faster to make than to read.
-        key: tuple[int | None, TypeIds]
-        key = self.max_length, "none" if types is None else "own" if self.takes_pairs or types.any() else "zeros"
-        tokenisers = self._known.tokenisers
-        if key not in tokenisers:
-            tokenisers[key] = TextTokenizer(self._tokenizer, *key)
-        ours = self._pad(tokenisers[key](self._prompted(inputs)))
+        type_ids: TypeIds = "none" if types is None else "own" if self.takes_pairs or types.any() else "zeros"
+        tokenise = self._cache.tokeniser(self.max_length, type_ids)
+        tokens, order = tokenise(self._prompted(inputs))
+        ours = {name: value[np.argsort(order)] for name, value in self._pad(tokens).items()}
         constants = {name: value for name, value in own.items() if name not in ours}
         if not any(isinstance(value, torch.Tensor) for value in constants.values()) and all(
             isinstance(own.get(name), torch.Tensor) and torch.equal(own[name], ours[name]) for name in ours
         ):
-            return _FastPreparation(tokenisers[key], constants)
+            return FastPreparation(tokenise, constants)
         log_once(
             f"{type(self.model).__name__} prepares texts in another way than its tokenizer alone; they are prepared by "
             "the model's own preprocessing, which is slower"
         )
         return None
 
-    def _pad(self, tokens: Tokens) -> Features:
+    def _padding(self) -> tuple[int, int, bool]:
+        """Returns the ids of padding and of its type, and whether padding is on the left."""
         tokenizer = self._tokenizer
         assert tokenizer is not None
-        pad_id = tokenizer.pad_token_id or 0
-        return dict(tokens.pad(pad_id, tokenizer.pad_token_type_id, on_left=tokenizer.padding_side == "left"))
+        return tokenizer.pad_token_id or 0, tokenizer.pad_token_type_id, tokenizer.padding_side == "left"
+
+    def _pad(self, tokens: Tokens) -> Features:
+        pad_id, pad_type_id, on_left = self._padding()
+        return dict(tokens.pad(pad_id, pad_type_id, on_left=on_left))
 
     @staticmethod
     def _moved(features: Features, device: torch.device) -> Features:
         return {n: sent(value, device) if isinstance(value, torch.Tensor) else value for n, value in features.items()}
 
 
-class CrossEngine(Engine):
+class SentenceTransformersEngine(Engine):
+    """A model of sentence-transformers, which prepares texts in its first module."""
+
+    def _settings(self) -> object:
+        # Such as `processing_kwargs` of its first module.
+        first = next(self.model.children())
+        plain = (type(None), bool, int, float, str, tuple, list, dict)
+        return repr([item for item in vars(first).items() if isinstance(item[1], plain) and item[0][0] != "_"])
+
+    def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
+        features: Features = dict(cast(Any, self.model).preprocess(list(texts), prompt=self.prompt, **self.options))
+        return features
+
+
+class CrossEngine(SentenceTransformersEngine):
     """A `CrossEncoder`.
 
     Args:
@@ -282,17 +260,13 @@ class CrossEngine(Engine):
         super().__init__(model, tokenizer_of(model), prompt=prompt, options=options)
         self._score = score
         # Hooks of the head move what it needs, and pack on the host.
-        only = list(model.children())
-        on_host = len(only) == 1 and HANDLES in vars(getattr(only[0], "model", None) or only[0])
+        first, *others = model.children()
+        on_host = not others and HANDLES in vars(getattr(first, "model", first))
         self._input_device = torch.device("cpu") if on_host else self.device
 
     @property
     def sorts(self) -> int:
         return 8 if self._input_device == self.device else 2
-
-    def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
-        features: Features = dict(cast(Any, self.model).preprocess(list(texts), prompt=self.prompt, **self.options))
-        return features
 
     def _forward(self, batch: Batch) -> Output:
         return self._score(self.model(self._moved(batch, self._input_device), **self.options))
@@ -336,11 +310,11 @@ class PlainEngine(Engine):
         return dict(self._tokenizer(self._prompted(texts), padding=True, return_tensors="pt", **truncation))
 
     def _batch_of(self, tokens: Tokens) -> Batch:
+        if not tokens.lengths.all():
+            raise ValueError("it has no tokens, of which to make a vector")
         if not self._packs:
             return super()._batch_of(tokens)
-        return PackedTokens(
-            cast(PreTrainedModel, self.model), self.device, tokens.lengths, tokens.ids, types_of(tokens)
-        )
+        return PackedTokens(cast(PreTrainedModel, self.model), self.device, tokens.lengths, tokens.ids, tokens.type_ids)
 
     def _forward(self, batch: Batch) -> Output:
         if isinstance(batch, PackedTokens):
@@ -372,11 +346,6 @@ class PlainEngine(Engine):
 def tokenizer_of(model: Any) -> PreTrainedTokenizerBase | None:
     tokenizer = model.tokenizer
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-
-
-def types_of(tokens: Tokens) -> dict[str, Numbers]:
-    """Returns the token type ids by their name, if there are any."""
-    return {} if tokens.type_ids is None else {"token_type_ids": tokens.type_ids}
 
 
 def _strings(text: Text) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import torch
 from .engines import Engine, Output, Window
 from .tokens import Budget, Numbers, Text
 
-__all__ = ["THREADS", "Array", "run_all"]
+__all__ = ["THREADS", "Array", "Chunk", "prepare", "run_all"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Item = TypeVar("Item")
@@ -28,7 +28,7 @@ _WINDOWS_AHEAD = 5
 # Texts of the first window, before it is known how long they are; of a later one at most.
 _FIRST_TEXTS, _MAX_TEXTS = 256, 8_192
 # Of the tokens that fit, since some windows have more than expected.
-_FILL = 0.95
+_FILL = 0.9
 # Batches launched before the host waits for the first of them.
 _BATCHES_AHEAD = 2
 
@@ -51,9 +51,10 @@ def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: b
     """
     sizes = _WindowSize(budget, engine.sorts)
     under_way: deque[tuple[list[_Copy], Numbers]] = deque()
-    with closing(
-        _in_background(lambda chunk: _prepare(engine, chunk, budget), _chunks(engine, inputs, sizes))
-    ) as windows:
+    # Windows of several batches are large, and there is enough to run meanwhile.
+    ahead = _WINDOWS_AHEAD if engine.sorts == 1 else 2
+    windows = _in_background(lambda chunk: prepare(engine, chunk, budget), _chunks(engine, inputs, sizes), ahead)
+    with closing(windows):
         for window in windows:
             sizes.update(window)
             copies = []
@@ -78,14 +79,18 @@ class _WindowSize:
         self._tokens, self._rows = _FILL * budget.tokens * batches, min(budget.rows * batches, _MAX_TEXTS)
         self.texts = min(_FIRST_TEXTS, self._rows)
 
+        self._per_text: float | None = None
+
     def update(self, window: Window) -> None:
         """Takes the texts of a window as an example of those to come."""
         per_text = max(window.tokens / len(window.order), 1)
-        self.texts = max(min(int(self._tokens / per_text), self._rows, 4 * self.texts), 1)
+        # Smoothed, since each other size of a batch is another CUDA graph.
+        self._per_text = per_text if self._per_text is None else 0.8 * self._per_text + 0.2 * per_text
+        self.texts = max(min(int(self._tokens / self._per_text), self._rows), 1)
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class Chunk:
     """Texts that follow each other.
 
     Args:
@@ -97,33 +102,35 @@ class _Chunk:
     texts: list[Text]
 
 
-def _chunks(engine: Engine, inputs: Iterable[Any], size: _WindowSize) -> Iterator[_Chunk]:
+def _chunks(engine: Engine, inputs: Iterable[Any], size: _WindowSize) -> Iterator[Chunk]:
     stream, start = iter(inputs), 0
     while chunk := list(itertools.islice(stream, size.texts)):
-        yield _Chunk(start, engine.check(chunk, start))
+        yield Chunk(start, engine.check(chunk, start))
         start += len(chunk)
 
 
-def _prepare(engine: Engine, chunk: _Chunk, budget: Budget) -> Window:
-    """Prepares a window in a background thread; an error names the text by its index."""
+def prepare(engine: Engine, chunk: Chunk, budget: Budget) -> Window:
+    """Prepares a window, in any thread; an error names the text by its index."""
     try:
         return engine.prepare(chunk.texts, budget)
     except (TypeError, ValueError) as error:
+        kind = "pair" if engine.takes_pairs else "text"
         for place, text in enumerate(chunk.texts):
             try:
                 engine.prepare([text], budget)
             except (TypeError, ValueError) as own:
-                reason = _reason(text, own)
-                raise ValueError(f"text {chunk.start + place} cannot be tokenised: {reason}") from error
+                reason = _reason_of_unicode(text) or str(own)
+                raise ValueError(f"{kind} {chunk.start + place} cannot be tokenised: {reason}") from error
         raise
 
 
-def _reason(text: Text, error: Exception) -> str:
-    try:
-        "".join(text).encode()
-    except UnicodeEncodeError as unicode_error:
-        return str(unicode_error)
-    return str(error)
+def _reason_of_unicode(text: Text) -> str | None:
+    for part in (text,) if isinstance(text, str) else text:
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            return str(error)
+    return None
 
 
 class _Copy:
@@ -168,8 +175,10 @@ def _in_order(copies: list[_Copy], order: Numbers) -> Output | Array:
     return [rows[place] for place in places.tolist()]
 
 
-def _in_background(function: Callable[[Item], Result], items: Iterator[Item]) -> Generator[Result, None, None]:
-    """Maps a function over items, in order and in threads; a single item stays in this thread."""
+def _in_background(
+    function: Callable[[Item], Result], items: Iterator[Item], ahead: int
+) -> Generator[Result, None, None]:
+    """Maps a function over items, in order and in threads, some items ahead; a single item stays in this thread."""
     first = list(itertools.islice(items, 2))
     if len(first) < 2:
         yield from map(function, first)
@@ -177,12 +186,10 @@ def _in_background(function: Callable[[Item], Result], items: Iterator[Item]) ->
     remaining = itertools.chain(first, items)
     threads = ThreadPoolExecutor(THREADS, thread_name_prefix="hf_flashinfer_attn-tokenise")
     try:
-        pending = deque(threads.submit(function, item) for item in itertools.islice(remaining, THREADS))
+        pending = deque(threads.submit(function, item) for item in itertools.islice(remaining, min(THREADS, ahead)))
         while pending:
             result = pending.popleft().result()
-            pending.extend(
-                threads.submit(function, item) for item in itertools.islice(remaining, _WINDOWS_AHEAD - len(pending))
-            )
+            pending.extend(threads.submit(function, item) for item in itertools.islice(remaining, ahead - len(pending)))
             yield result
     finally:
         threads.shutdown(cancel_futures=True)

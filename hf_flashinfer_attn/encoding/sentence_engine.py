@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from ..dispatch import log_once
 from ..unpadding.features import admit_packed_inputs, forwards_features
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
-from .engines import Batch, Engine, Features, Output, tokenizer_of, types_of
-from .tokens import Numbers, Text, Tokens
+from ..unpadding.reasons import is_asked_for
+from .engines import Batch, Features, Output, SentenceTransformersEngine, tokenizer_of
+from .tokens import Numbers, Tokens
 
 __all__ = ["SentenceEngine"]
 
@@ -29,7 +30,7 @@ _PACKED_FEATURES = frozenset(
 _MAX_RATIO, _MAX_SHORT = 4, 16
 
 
-class SentenceEngine(Engine):
+class SentenceEngine(SentenceTransformersEngine):
     """A `SentenceTransformer`.
 
     Where its transformer can be given packed tokens, the other modules are given the padded token embeddings of some
@@ -53,19 +54,16 @@ class SentenceEngine(Engine):
     def sorts(self) -> int:
         return 8 if self._backbone is None else 1
 
-    def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
-        features: Features = dict(cast(Any, self.model).preprocess(list(texts), prompt=self.prompt, **self.options))
-        return features
-
     def _batch_of(self, tokens: Tokens) -> Batch:
-        return super()._batch_of(tokens) if self._backbone is None else self._pack(self._backbone, tokens)
-
-    def _pack(self, backbone: PreTrainedModel, tokens: Tokens) -> _PackedBatch:
-        groups = _groups_of(tokens.lengths)
-        others = types_of(tokens)
-        if not all(group.is_full for group in groups):
-            others["slots"] = np.concatenate([group.slots for group in groups])
-        return _PackedBatch(PackedTokens(backbone, self.device, tokens.lengths, tokens.ids, others), groups)
+        backbone = self._backbone
+        # What modules make of a text without tokens depends on the padding.
+        if backbone is None or not tokens.lengths.all():
+            return super()._batch_of(tokens)
+        groups = _groups_of(tokens.lengths, self._padding())
+        has_padding = not all(group.is_full for group in groups)
+        slots = np.concatenate([group.slots for group in groups]) if has_padding else None
+        packed = PackedTokens(backbone, self.device, tokens.lengths, tokens.ids, tokens.type_ids, slots)
+        return _PackedBatch(packed, groups)
 
     def _forward(self, batch: Batch) -> Output:
         if not isinstance(batch, _PackedBatch):
@@ -75,7 +73,7 @@ class SentenceEngine(Engine):
         inputs = self._fast.constants | batch.tokens.inputs()
         slots = inputs.pop("slots", None)
         features = transformer(inputs, **self._options_of(name, transformer))
-        lengths = features["cu_seq_lens_q"].diff()
+        lengths = None if slots is None else features["cu_seq_lens_q"].diff()
         outputs = []
         for group in batch.groups:
             padded = group.pad(features, slots, lengths)
@@ -98,10 +96,15 @@ class SentenceEngine(Engine):
         if self._fast is None:
             return None
         transformer, *others = self.model.children()
-        if not forwards_features(transformer):
-            reason: str | None = f"a {type(transformer).__name__} comes first in it"
-        elif any(isinstance(module, torch.nn.ModuleDict) or hasattr(module, "sub_modules") for module in others):
+        reason: str | None = None
+        if not _runs_as_written(self.model):
+            reason = "its own forward was replaced or has hooks"
+        elif not forwards_features(transformer):
+            reason = f"a {type(transformer).__name__} comes first in it"
+        elif any(hasattr(module, "sub_modules") for module in others):
             reason = "it chooses its modules by task"
+        elif is_asked_for("output_hidden_states", cast(Any, transformer).model, {}):
+            reason = "output_hidden_states=True"
         else:
             reason = reason_against_packed_inputs(cast(Any, transformer).model)
         if reason is not None:
@@ -121,12 +124,14 @@ class _Group:
         tokens: Which tokens.
         width: Tokens of the longest row.
         lengths: Tokens of each row.
+        padding: Id and type id of padding, and whether it is on the left.
     """
 
     rows: slice
     tokens: slice
     width: int
     lengths: Numbers
+    padding: tuple[int, int, bool]
 
     @property
     def is_full(self) -> bool:
@@ -135,31 +140,37 @@ class _Group:
 
     @property
     def slots(self) -> Numbers:
-        """Slot of each token among the padded ones, int64, shape `(tokens,)`."""
-        starts = np.arange(len(self.lengths)) * self.width - (np.cumsum(self.lengths) - self.lengths)
-        return np.repeat(starts, self.lengths) + np.arange(self.tokens.stop - self.tokens.start)
+        """Slot of each row's first token among those of the group, int64, shape `(rows,)`."""
+        starts: Numbers = np.arange(len(self.lengths)) * self.width
+        return starts + (self.width - self.lengths) if self.padding[2] else starts
 
-    def pad(self, packed: Features, slots: torch.Tensor | None, lengths: torch.Tensor) -> Features:
-        """Pads token embeddings and ids with zeros, on their device.
+    def pad(self, packed: Features, slots: torch.Tensor | None, lengths: torch.Tensor | None) -> Features:
+        """Pads token embeddings, with zeros, and ids, on their device.
 
         Args:
             packed: Features of the whole batch.
             slots: Slot of each token in its group, int64, shape `(1, total_tokens)`; None if no group has padding.
-            lengths: Tokens of all rows, int64, shape `(rows,)`.
+            lengths: Tokens of all rows, int64, shape `(rows,)`; None if no group has padding.
         """
-        rows = len(self.lengths)
         padded = {name: value for name, value in packed.items() if name not in _PACKED_FEATURES}
-        for name in ("token_embeddings", "input_ids", "token_type_ids"):
+        pad_id, pad_type_id, on_left = self.padding
+        shape = len(self.lengths), self.width
+        for name, filler in (("token_embeddings", 0), ("input_ids", pad_id), ("token_type_ids", pad_type_id)):
             if name not in packed:
                 continue
             values = packed[name][0, self.tokens]
             if not self.is_full:
                 assert slots is not None
-                spread = values.new_zeros(rows * self.width, *values.shape[1:])
+                spread = values.new_full((shape[0] * shape[1], *values.shape[1:]), filler)
                 values = spread.index_copy_(0, slots[0, self.tokens], values)
-            padded[name] = values.view(rows, self.width, *values.shape[1:])
-        slot = torch.arange(self.width, device=lengths.device)
-        padded["attention_mask"] = (slot < lengths[self.rows, None]).long()
+            padded[name] = values.view(*shape, *values.shape[1:])
+        device = padded["token_embeddings"].device
+        if self.is_full:
+            padded["attention_mask"] = torch.ones(shape, dtype=torch.long, device=device)
+        else:
+            assert lengths is not None
+            slot, row_lengths = torch.arange(self.width, device=device), lengths[self.rows, None]
+            padded["attention_mask"] = (slot >= self.width - row_lengths if on_left else slot < row_lengths).long()
         return padded
 
 
@@ -171,7 +182,7 @@ class _PackedBatch:
     groups: list[_Group]
 
 
-def _groups_of(lengths: Numbers) -> list[_Group]:
+def _groups_of(lengths: Numbers, padding: tuple[int, int, bool]) -> list[_Group]:
     """Cuts rows, longest first, into groups of similar length."""
     groups = []
     start = token = 0
@@ -181,6 +192,13 @@ def _groups_of(lengths: Numbers) -> list[_Group]:
         stop = int(np.searchsorted(-lengths, -shortest, side="right"))
         taken = lengths[start:stop]
         end = token + int(taken.sum())
-        groups.append(_Group(slice(start, stop), slice(token, end), width, taken))
+        groups.append(_Group(slice(start, stop), slice(token, end), width, taken, padding))
         start, token = stop, end
     return groups
+
+
+def _runs_as_written(model: torch.nn.Module) -> bool:
+    """Whether a call of the model runs the forward of sentence-transformers, and nothing besides."""
+    is_own = type(model).forward.__module__.startswith("sentence_transformers.") and "forward" not in vars(model)
+    has_hooks = model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl is not None
+    return is_own and not has_hooks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -18,6 +17,13 @@ __all__ = ["Budget", "Numbers", "Text", "TextTokenizer", "Tokens", "TypeIds"]
 Text: TypeAlias = "str | tuple[str, str]"
 TypeIds = Literal["none", "zeros", "own"]
 Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+
+
+# Options of the tokenizers library's models besides their vocabulary.
+_MODEL_OPTIONS = (
+    "byte_fallback", "continuing_subword_prefix", "dropout", "end_of_word_suffix", "fuse_unk", "ignore_merges",
+    "max_input_chars_per_word", "unk_token",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +63,6 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    def longest_first(self) -> tuple[Tokens, Numbers]:
-        """Returns the same texts, the longest first, and the former place of each."""
-        order = np.argsort(-self.lengths, kind="stable")
-        lengths = self.lengths[order]
-        starts = (np.cumsum(self.lengths) - self.lengths)[order] - (np.cumsum(lengths) - lengths)
-        places = np.repeat(starts, lengths) + np.arange(len(self.ids))
-        types = None if self.type_ids is None else self.type_ids[places]
-        return Tokens(self.ids[places], lengths, types), order
 
     def split(self, budget: Budget) -> list[Tokens]:
         """Cuts tokens into batches, in order."""
@@ -127,16 +124,21 @@ class TextTokenizer:
 
     @staticmethod
     def state_of(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
-        """Returns what a copy depends on, as far as that is cheap to compare."""
+        """Returns what a copy depends on, the vocabulary by its size alone."""
         backend = tokenizer.backend_tokenizer
+        parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
         return (
-            id(backend), backend.get_vocab_size(True), tokenizer.model_max_length, tokenizer.truncation_side,
-            tokenizer.padding_side, backend.encode_special_tokens, _state(backend.post_processor),
-            _state(backend.pre_tokenizer),
+            id(backend), backend.get_vocab_size(True), len(backend.get_added_tokens_decoder()),
+            tokenizer.model_max_length, tokenizer.truncation_side, backend.encode_special_tokens,
+            tuple(None if part is None else part.__getstate__() for part in parts),
+            tuple(getattr(backend.model, name, None) for name in _MODEL_OPTIONS),
         )  # fmt: skip
 
-    def __call__(self, texts: Sequence[Text]) -> Tokens:
+    def __call__(self, texts: Sequence[Text]) -> tuple[Tokens, Numbers]:
         """Tokenises texts, or pairs of texts. Other threads run meanwhile.
+
+        Returns:
+            Tokens, the longest text first, and the index of each text, int64, shape `(texts,)`.
 
         Raises:
             TypeError: If a text cannot be tokenised, such as one that is not valid Unicode.
@@ -146,17 +148,17 @@ class TextTokenizer:
             encodings = [self.backend.encode(texts[0])]
         else:
             encodings = self.backend.encode_batch_fast(texts)
-        ids = _flat(map(operator.attrgetter("ids"), encodings))
+        lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
+        order = np.argsort(-lengths, kind="stable")
+        encodings, lengths = [encodings[place] for place in order.tolist()], lengths[order]
+        ids = _flat((encoding.ids for encoding in encodings), int(lengths.sum()))
         types = None
-        if self._type_ids != "none":
-            types = np.zeros_like(ids) if self._type_ids == "zeros" else _flat(e.type_ids for e in encodings)
-        return Tokens(ids, np.fromiter(map(len, encodings), np.int64, len(encodings)), types)
+        if self._type_ids == "zeros":
+            types = np.zeros_like(ids)
+        elif self._type_ids == "own":
+            types = _flat((encoding.type_ids for encoding in encodings), len(ids))
+        return Tokens(ids, lengths, types), order
 
 
-def _flat(lists: Iterable[list[int]]) -> Numbers:
-    return np.fromiter(itertools.chain.from_iterable(lists), np.int64)
-
-
-def _state(part: Any) -> bytes | None:
-    state: bytes | None = None if part is None else part.__getstate__()
-    return state
+def _flat(lists: Iterable[list[int]], count: int) -> Numbers:
+    return np.fromiter(itertools.chain.from_iterable(lists), np.int64, count)

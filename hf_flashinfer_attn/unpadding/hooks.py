@@ -222,6 +222,9 @@ def spread(
 
 def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> Packing | None:
     """Returns the packing of a padded batch; None for a batch without padding or one that must stay padded."""
+    if _riding_on(inputs) is not None:
+        # Never padded.
+        return None
     mask = inputs.get("attention_mask")
     returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
     if mask is None:

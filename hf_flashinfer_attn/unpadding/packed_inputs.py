@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +17,8 @@ from .packing import RIDER, Packing
 from .reasons import reason_to_stay, require_positions
 
 __all__ = ["PackedTokens", "reason_against_packed_inputs"]
+
+Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
 def reason_against_packed_inputs(backbone: torch.nn.Module) -> str | None:
@@ -40,7 +41,8 @@ class PackedTokens:
         device: Device of the model.
         lengths: Tokens of each row, int64, shape `(rows,)`.
         ids: Token ids, int64, shape `(total_tokens,)`.
-        others: More numbers of each token by their names, int64, shape `(total_tokens,)`, such as `token_type_ids`.
+        type_ids: Token type ids, int64, shape `(total_tokens,)`; None if the model takes none.
+        slots: Slot of each row's first token where the caller pads the rows again, int64, shape `(rows,)`.
 
     Raises:
         IndexError: If a row is longer than the model's table of positions.
@@ -50,22 +52,29 @@ class PackedTokens:
         self,
         backbone: PreTrainedModel,
         device: torch.device,
-        lengths: np.ndarray[Any, Any],
-        ids: np.ndarray[Any, Any],
-        others: Mapping[str, np.ndarray[Any, Any]],
+        lengths: Numbers,
+        ids: Numbers,
+        type_ids: Numbers | None = None,
+        slots: Numbers | None = None,
     ) -> None:
         self._family, self._device = required_family(backbone), device
         self._lengths: list[int] = lengths.tolist()
         require_positions(backbone, max(self._lengths))
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        per_token = {"input_ids": ids, "position_ids": _positions(backbone, ids, lengths, offsets), **others}
-        self._names = list(per_token)
+        parts = {"input_ids": ids, "token_type_ids": type_ids, "slots": slots}
+        self._first_position = 0
+        if self._family.positions is Positions.AFTER_PADDING_ID:
+            padding_id: int = backbone.embeddings.padding_idx
+            self._first_position = padding_id + 1
+            if (ids == padding_id).any():
+                parts["position_ids"] = _positions_after(padding_id, ids, lengths)
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+        self._sizes = [len(part) for part in self._parts.values()]
         # Without pinned memory the host would wait for all that was launched before. Pinning takes the current device.
         on_gpu = device.type == "cuda"
         with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
-            size = len(per_token) * len(ids) + len(offsets)
+            size = sum(self._sizes) + len(lengths) + 1
             self._numbers = torch.empty(size, dtype=torch.long, device="cpu", pin_memory=on_gpu)
-        np.concatenate([*per_token.values(), offsets], out=self._numbers.numpy())
+        np.concatenate([*self._parts.values(), [0], np.cumsum(lengths)], out=self._numbers.numpy())
 
     def inputs(self) -> dict[str, Any]:
         """Copies the tokens to the device, without a wait, and returns the keyword arguments of a forward.
@@ -73,17 +82,25 @@ class PackedTokens:
         The forward's output is packed, too: `last_hidden_state` has the shape `(1, total_tokens, hidden_size)`.
 
         Returns:
-            `input_ids`, `position_ids` and the other numbers, int64, shape `(1, total_tokens)`; `cu_seq_lens_q` and
-            `cu_seq_lens_k`, one tensor on the device, int64, shape `(rows + 1,)`; `max_length_q`, `max_length_k`, and
-            what else the model needs.
+            `input_ids`, `position_ids`, `token_type_ids` and `slots` (slot of each token), int64, shape
+            `(1, total_tokens)`; `cu_seq_lens_q` and `cu_seq_lens_k`, one tensor on the device, int64, shape
+            `(rows + 1,)`; `max_length_q`, `max_length_k`, and what else the model needs.
         """
         layout = RaggedLayout.from_lengths(self._lengths)
-        total, longest, count = layout.query.total_tokens, layout.query.max_length, len(self._names)
+        total, longest, rows = layout.query.total_tokens, layout.query.max_length, len(self._lengths)
         moved = self._numbers.to(self._device, non_blocking=True)
-        per_token, cu_seqlens = moved[: count * total].view(count, 1, total), moved[count * total :]
+        *parts, cu_seqlens = moved.split([*self._sizes, rows + 1])
+        inputs: dict[str, Any] = {name: part[None] for name, part in zip(self._parts, parts)}
+        places = torch.arange(total, device=self._device)
+        if rows > 1:
+            row_of = torch.repeat_interleave(cu_seqlens.diff(), output_size=total)
+            places -= cu_seqlens[row_of]
+            if "slots" in inputs:
+                inputs["slots"] = (inputs["slots"][0, row_of] + places)[None]
+        if "position_ids" not in inputs:
+            inputs["position_ids"] = (places + self._first_position if self._first_position else places)[None]
         carry_layout(cu_seqlens, layout)
         setattr(cu_seqlens, RIDER, Packing((1, total), layout, False, True, {}))
-        inputs: dict[str, Any] = dict(zip(self._names, per_token))
         if self._family.is_causal:
             # The mask keeps transformers from detecting packed sequences in the positions.
             inputs.update(attention_mask=mask_of_ones(1, total, self._device), use_cache=False)
@@ -94,19 +111,10 @@ class PackedTokens:
         return inputs
 
 
-def _positions(
-    backbone: PreTrainedModel,
-    ids: np.ndarray[Any, Any],
-    lengths: np.ndarray[Any, Any],
-    offsets: np.ndarray[Any, Any],
-) -> np.ndarray[Any, Any]:
-    positions: np.ndarray[Any, Any]
-    starts = np.repeat(offsets[:-1], lengths)
-    if required_family(backbone).positions is Positions.SLOTS:
-        positions = np.arange(len(ids)) - starts
-        return positions
-    padding_id: int = backbone.embeddings.padding_idx
+def _positions_after(padding_id: int, ids: Numbers, lengths: Numbers) -> Numbers:
+    """Numbers the tokens of each row that are not padding, as RoBERTa does; the others get the id of padding."""
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     is_token = ids != padding_id
     counts = np.concatenate([[0], np.cumsum(is_token)])
-    positions = (counts[1:] - counts[starts]) * is_token + padding_id
+    positions: Numbers = (counts[1:] - counts[starts]) * is_token + padding_id
     return positions

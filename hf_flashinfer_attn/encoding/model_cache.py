@@ -1,0 +1,88 @@
+"""What is known of a model between calls, and whether it still holds."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .tokens import TextTokenizer, TypeIds
+
+__all__ = ["FastPreparation", "ModelCache"]
+
+_MAX_PREPARATIONS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class FastPreparation:
+    """How to make a model's features without its own preprocessing.
+
+    Args:
+        tokenise: Makes ids and type ids.
+        constants: All other features, which are the same for every batch.
+    """
+
+    tokenise: TextTokenizer
+    constants: dict[str, Any]
+
+
+class ModelCache:
+    """What is known of a model. It lives as long as the model, or until the model's tokenizer changes.
+
+    Args:
+        tokenizer: Tokenizer of the model; None if it has none of the tokenizers library.
+        state: State of the tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, state: object) -> None:
+        self._tokenizer, self._state = tokenizer, state
+        self._tokenisers: dict[tuple[int | None, TypeIds], TextTokenizer] = {}
+        self._preparations: dict[object, FastPreparation | None] = {}
+        self._modules: list[torch.nn.Module] = []
+        self._children: list[torch.nn.Module | None] = []
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> ModelCache:
+        """Returns what is known of a model with the tokenizer as it is now."""
+        state = None if tokenizer is None else TextTokenizer.state_of(tokenizer)
+        known = _known.get(model)
+        if known is None or known._tokenizer is not tokenizer or known._state != state:
+            known = _known[model] = cls(tokenizer, state)
+        return known
+
+    def tokeniser(self, max_length: int | None, type_ids: TypeIds) -> TextTokenizer:
+        """Returns a copy of the tokenizer, made at first use."""
+        assert self._tokenizer is not None
+        key = max_length, type_ids
+        if key not in self._tokenisers:
+            self._tokenisers[key] = TextTokenizer(self._tokenizer, *key)
+        return self._tokenisers[key]
+
+    def preparation(self, key: object) -> tuple[bool, FastPreparation | None]:
+        """Returns whether a way of preparing texts was looked for, and what was found."""
+        return key in self._preparations, self._preparations.get(key)
+
+    def keep_preparation(self, key: object, found: FastPreparation | None) -> None:
+        """Keeps how texts are prepared; None if the model has to do it."""
+        if len(self._preparations) >= _MAX_PREPARATIONS:
+            self._preparations.clear()
+        self._preparations[key] = found
+
+    def enter_eval(self, model: torch.nn.Module) -> None:
+        """Puts a model into eval mode; faster than `model.eval()` if all modules known are the same and in it."""
+        found = list(itertools.chain.from_iterable(module._modules.values() for module in [model, *self._modules]))
+        is_known = len(found) == len(self._children) and all(map(operator.is_, found, self._children))
+        if not is_known or model.training or any(map(operator.attrgetter("training"), self._modules)):
+            model.eval()
+            # Without the model itself, which must not be kept alive.
+            self._modules = [module for module in model.modules() if module is not model]
+            modules = [model, *self._modules]
+            self._children = list(itertools.chain.from_iterable(module._modules.values() for module in modules))
+
+
+_known: weakref.WeakKeyDictionary[torch.nn.Module, ModelCache] = weakref.WeakKeyDictionary()
