@@ -18,7 +18,6 @@ from encode_models import (
     WIDTH,
     assert_same,
     encoder,
-    is_wrong,
     minilm,
     of_kind,
     st,
@@ -179,9 +178,7 @@ def test_token_embeddings(kind: str) -> None:
         assert_same(encode(model, inputs, output_value="token_embeddings", tokens_per_batch=50), expected)
 
 
-@pytest.mark.parametrize(
-    "kind", ["unpadded", pytest.param("flashinfer", marks=is_wrong(reason="features are flattened")), "sdpa"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_all_features(kind: str) -> None:
     model, reference = of_kind(kind, tiny), tiny("sdpa")
     for options in ({}, {"prompt": "words: "}, {"batch_size": 4}):
@@ -189,13 +186,13 @@ def test_all_features(kind: str) -> None:
         for one, other in zip(encode(model, TEXTS, output_value=None, **options), expected, strict=True):
             assert one.keys() == other.keys()
             assert_same(one["sentence_embedding"], other["sentence_embedding"])
-            valid = other["attention_mask"].bool()
-            assert_same(one["token_embeddings"][valid], other["token_embeddings"][valid])
+            # Padding is that of the batch.
+            tokens = [features["token_embeddings"][features["attention_mask"].bool()] for features in (one, other)]
+            assert_same(*tokens)
     ours, expected = encode(model, QUERY, output_value=None), reference.encode(QUERY, output_value=None)
     assert ours.keys() == expected.keys()
 
 
-@is_wrong(reason="truncate_dim is dropped")
 def test_all_features_with_fewer_dimensions() -> None:
     model, options = of_kind("unpadded", tiny), {"output_value": None, "truncate_dim": 8}
     ours, expected = encode(model, QUERY, **options), tiny("sdpa").encode(QUERY, **options)
@@ -291,9 +288,7 @@ MODULES: dict[str, Callable[[], list[nn.Module]]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", MODULES)
-def test_modules_after_the_transformer(case: str, kind: str, request: pytest.FixtureRequest) -> None:
-    if case == "layers" and kind != "sdpa":
-        request.applymarker(is_wrong(reason="hidden states reach modules without padding"))
+def test_modules_after_the_transformer(case: str, kind: str) -> None:
     reference = encoder("bert", "sdpa", *MODULES[case]())
     model = of_kind(kind, lambda implementation: encoder("bert", implementation, *MODULES[case]()))
     for place, module in enumerate(reference):
@@ -313,7 +308,6 @@ def test_modules_after_the_transformer(case: str, kind: str, request: pytest.Fix
         assert_same(encode(model, TEXTS[0], **one), reference.encode(TEXTS[0], **one), tolerance)
 
 
-@is_wrong(reason="modules are given padding on the right")
 def test_a_module_that_reads_the_last_place() -> None:
     model, reference = (encoder("qwen3", name, LastPlace(), is_left_padded=True) for name in ("flashinfer", "sdpa"))
     assert_same(encode(model, TEXTS), reference.encode(TEXTS))
@@ -335,9 +329,7 @@ def test_routes_of_queries_and_documents(kind: str) -> None:
         assert_same(encode(model, inputs), reference.encode(inputs))
 
 
-@pytest.mark.parametrize(
-    "kind", ["unpadded", pytest.param("flashinfer", marks=is_wrong(reason="features are flattened")), "sdpa"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_token_embeddings_of_a_route(kind: str) -> None:
     expected = router("sdpa").encode_query(TEXTS, output_value="token_embeddings")
     assert_same(encode(of_kind(kind, router), TEXTS, task="query", output_value="token_embeddings"), expected)

@@ -8,6 +8,7 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -93,12 +94,11 @@ def test_input_is_read_as_vectors_are_taken(text: str, kind: str) -> None:
             read += 1
             yield text
 
-    with_vectors = encode_iter(of_kind(kind, tiny), stream())
-    assert read == 0
-    for taken in range(2_000):
-        next(with_vectors)
-        assert read - taken <= MOST_AHEAD
-    with_vectors.close()
+    with closing(encode_iter(of_kind(kind, tiny), stream())) as vectors:
+        assert read == 0
+        for taken in range(2_000):
+            next(vectors)
+            assert read - taken <= MOST_AHEAD
 
 
 def test_a_small_batch_is_read_ahead_by_little() -> None:
@@ -110,12 +110,10 @@ def test_a_small_batch_is_read_ahead_by_little() -> None:
             read += 1
             yield f"text {index}"
 
-    vectors = encode_iter(of_kind("unpadded", tiny), stream(), batch_size=8)
-    for taken in range(1_000):
-        next(vectors)
-        # The first windows are cut before it is known how long texts are.
-        assert read - taken <= 1_000
-    vectors.close()
+    with closing(encode_iter(of_kind("unpadded", tiny), stream(), batch_size=8)) as vectors:
+        for taken in range(1_000):
+            next(vectors)
+            assert read - taken <= 100
 
 
 def test_memory_does_not_grow() -> None:
@@ -135,7 +133,6 @@ def test_memory_does_not_grow() -> None:
     assert growth < count * 2 / 3 * WIDTH * 4 / 2
 
 
-@is_wrong(reason="vectors are views of a batch")
 def test_kept_vectors_do_not_keep_others() -> None:
     vector = next(iter(encode_iter(of_kind("unpadded", tiny), many_texts()[0])))
     owner = vector if vector.base is None else vector.base
@@ -181,7 +178,6 @@ def test_lone_surrogates(kind: str) -> None:
             encode(of_kind(kind, tiny), bad)
 
 
-@is_wrong(reason="TypeError of the tokenizer")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lone_surrogate_as_the_only_text(kind: str) -> None:
     for inputs in (["\ud800"], "\ud800"):
@@ -341,7 +337,6 @@ def _switches_often() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_switches_often")
-@pytest.mark.xfail(reason="unpad runs several times", strict=False)
 def test_first_calls_at_once_unpad_once() -> None:
     fresh, expected = encoder("bert", "flashinfer"), tiny("sdpa").encode(TEXTS[:2])
     for _ in range(20):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from encode_models import KINDS, QUERY, TEXTS, assert_same, classifier, is_wrong, of_kind, reranker
+from encode_models import KINDS, QUERY, TEXTS, assert_same, classifier, of_kind, reranker
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import nn
@@ -82,7 +82,6 @@ def test_any_iterable_of_pairs() -> None:
         assert_same(predict(model, pair), expected[0])
 
 
-@is_wrong(reason="taken for a single pair")
 @pytest.mark.parametrize("how", ["generator", "zip", "keys"])
 def test_streams_of_pairs(how: str) -> None:
     inputs: dict[str, Any] = {
@@ -173,7 +172,6 @@ def test_state_of_the_model() -> None:
     assert_same(predict(model, PAIRS), reference.predict(PAIRS))
 
 
-@is_wrong(reason="None is called")
 def test_a_model_without_activation() -> None:
     model, reference = reranker("bert", "flashinfer"), reranker("bert", "sdpa")
     for each in (model, reference):
