@@ -3,7 +3,7 @@
     accelerate launch examples/embed_accelerate.py --model PATH --input texts.parquet --output embeddings.parquet
     accelerate launch --multi_gpu --num_processes 2 examples/embed_accelerate.py --cpu ...  # processes on a CPU
 
-The output has a row for each of the input, in its order. Stopped in the middle, the same command goes on.
+The output has a row for each row of the input, in order. If a run is stopped, the same command continues it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from plan import Gatherer, Plan, add_arguments, options_from, write_report
 
 
 def make_plan(accelerator: Accelerator, arguments: argparse.Namespace) -> Plan | None:
-    """Makes the plan in one process, for all. None if the output is there already."""
+    """Makes the plan in one process, for all. None if the output exists."""
     answer: list[Plan | ValueError | None] = [None]
     if accelerator.is_main_process:
         try:
-            answer[0] = Plan.make(options_from(arguments), arguments.output, accelerator.num_processes)
+            answer[0] = Plan.make(options_from(arguments), arguments.output)
         except ValueError as error:
             answer[0] = error
     broadcast_object_list(answer)
@@ -41,9 +41,9 @@ def make_plan(accelerator: Accelerator, arguments: argparse.Namespace) -> Plan |
 def main(command_line: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    parser.add_argument("--cpu", action="store_true", help="ignore GPUs")
     arguments = parser.parse_args(command_line)
-    # Processes that are done wait for the others, however long.
+    # Processes that finish early wait for the others, however long.
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(cpu=arguments.cpu or not torch.cuda.is_available(), kwargs_handlers=[waiting])
     plan = make_plan(accelerator, arguments)
@@ -52,7 +52,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         accelerator.end_training()
         return 0
     todo, count = broadcast_object_list([plan.remaining()])[0], accelerator.num_processes
-    # Each takes every count-th part: they are alike in tokens, and texts that are of one kind are often together.
+    # Each process takes every count-th part: texts of one kind often follow each other.
     in_turn = [part for process in range(count) for part in todo[process::count]]
     with accelerator.split_between_processes(in_turn) as mine:
         if accelerator.process_index >= len(in_turn):

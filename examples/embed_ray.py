@@ -2,8 +2,8 @@
 
     python examples/embed_ray.py --model PATH --input texts.parquet --output embeddings.parquet --actors 2
 
-The output has a row for each of the input, in its order. What a killed actor was at is done again by the one that takes
-its place. Stopped in the middle, the same command goes on.
+The output has a row for each row of the input, in order. If an actor is killed, its replacement repeats the parts that
+it had not finished. If a run is stopped, the same command continues it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,18 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import numpy as np
 import ray
 
-from plan import Gatherer, Part, PartReport, Plan, add_arguments, options_from, write_report
-
-# While one part is on the GPU, the next one is read and tokenised, and the one before is written.
-CALLS_AT_A_TIME = 4
+from plan import PARTS_AT_A_TIME, Gatherer, Part, PartReport, Plan, add_arguments, options_from, write_report
 
 
 class Embedder:
-    """What an actor runs: a model, and parts as they come. Ray calls it from several threads.
+    """A model in an actor, which Ray calls from several threads.
 
     Args:
-        plan: The path of `plan.json`, which every machine can read.
+        plan: Path of `plan.json`, on a file system that all machines share.
     """
 
     def __init__(self, plan: str) -> None:
-        # Here, as the program that starts actors needs no torch.
+        # Imported here: the program that starts actors needs no torch.
         import torch
 
         from embedding import PartEmbedder
@@ -53,21 +50,21 @@ class Embedder:
 
 
 def embed(plan: Plan, actors: int, gpus: int) -> list[PartReport]:
-    """Embeds what remains of a plan on so many actors, and gathers it."""
+    """Embeds the remaining parts of a plan, and gathers all."""
     todo = [asdict(part) for part in plan.remaining()]
     with Gatherer(plan):
         if not todo:
             return []
-        # Parts travel by number: actors read texts and write embeddings by themselves, past the object store. A block
-        # each, as a block is what Ray repeats when an actor is gone; it starts actors and repeats without end.
+        # Actors get numbers of rows; they read texts and write embeddings themselves, past the object store. Each part
+        # is a block, which is what Ray repeats when an actor dies. It restarts actors and repeats blocks without limit.
         found = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             Embedder,
             fn_constructor_args=(str(plan.folder / "plan.json"),),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 size=actors,
-                max_tasks_in_flight_per_actor=CALLS_AT_A_TIME,
-                max_concurrent_calls_per_actor=CALLS_AT_A_TIME,
+                max_tasks_in_flight_per_actor=PARTS_AT_A_TIME,
+                max_concurrent_calls_per_actor=PARTS_AT_A_TIME,
                 enable_true_multi_threading=True,
             ),
             num_cpus=None if gpus else 1,
@@ -88,7 +85,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     gpus = int(ray.cluster_resources().get("GPU", 0))
     actors = arguments.actors or max(gpus, 1)
     try:
-        plan = Plan.make(options_from(arguments), arguments.output, actors)
+        plan = Plan.make(options_from(arguments), arguments.output)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     if plan is None:

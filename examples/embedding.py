@@ -1,31 +1,29 @@
-"""Embeds parts of a plan: read, tokenised, run and written, all at the same time."""
+"""Embeds parts of a plan with `hf_flashinfer_attn.encode`; reads and writes other parts while the model runs."""
 
 from __future__ import annotations
 
 import functools
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from transformers import AutoModel, AutoTokenizer
 
-from encoder import MAX_GRAPH_ROWS, Encoder, Rows
-from plan import EMBEDDING, FORMAT, ROW, Part, PartReport, Plan
+import hf_flashinfer_attn
+from plan import EMBEDDING, FORMAT, PARTS_AT_A_TIME, ROW, Options, Part, PartReport, Plan
 
-__all__ = ["PartEmbedder", "embed_parts", "shapes_to_capture"]
-
-# While one part is on the GPU, the next one is read and tokenised, and the one before is written.
-THREADS = 4
+__all__ = ["PartEmbedder", "embed_parts"]
 
 
 class _Reader:
-    """Reads rows by number. Parts are smaller than row groups, as a rule, so the last few of these are kept."""
+    """Reads rows by number. Several parts share a row group, so the last few row groups are cached."""
 
     def __init__(self, plan: Plan) -> None:
         self._columns = [plan.options.column, *plan.options.keep]
@@ -51,75 +49,71 @@ class _Reader:
         )
 
 
-def shapes_to_capture(tokens_per_batch: int, max_length: int) -> list[tuple[int, int]]:
-    """Returns rows and tokens of the batches that parts are cut into, but for the last few of the input."""
-    counts = [1 << power for power in range(3, MAX_GRAPH_ROWS.bit_length())]
-    sizes = (tokens_per_batch * 15 // 16, tokens_per_batch, tokens_per_batch * 17 // 16)
-    # A text has three tokens at least, two of which are special.
-    return [(rows, size) for size in sizes for rows in counts if 3 * rows <= size <= max_length * rows]
+def _load_model(options: Options, device: torch.device) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Loads a model in float16 on a GPU, in float32 elsewhere.
+
+    Returns:
+        A `SentenceTransformer`, or a model of transformers if `options.pooling` is given; and what `encode` needs
+        besides.
+    """
+    loading = {
+        "attn_implementation": "flashinfer", "dtype": torch.float16 if device.type == "cuda" else torch.float32
+    }  # fmt: skip
+    if options.pooling is None:
+        from sentence_transformers import SentenceTransformer
+
+        transformer = SentenceTransformer(options.model, device=str(device), model_kwargs=loading)
+        if options.max_length is not None:
+            transformer.max_seq_length = options.max_length
+        return transformer, {}
+    model = AutoModel.from_pretrained(options.model, **loading).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    return model, {"tokenizer": tokenizer, "pooling": options.pooling, "max_length": options.max_length}
 
 
 class PartEmbedder:
-    """Embeds parts. Several threads may: they take turns on the model, and read, tokenise and write beside it.
+    """Embeds parts. Threads may share it: they read one after the other, and take turns on the model.
+
+    Each part is one call of `encode`. Its batches, and so the bytes of its embeddings, do not depend on other parts.
 
     Args:
-        plan: Of the run.
-        device: Where the model runs.
+        plan: The plan of the run.
+        device: Device of the model.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        options = plan.options
-        self.plan, self.device = plan, device
-        self.encoder = Encoder(options.model, device, pooling=options.pooling, max_length=options.max_length)
+        self.plan = plan
+        self.model, self._arguments = _load_model(plan.options, device)
         self._reader = _Reader(plan)
-        # Tokenising a part takes all cores: one after the other, so that the first one is soon ready for the model.
-        self._preparing, self._turn = threading.Lock(), threading.Lock()
-        # Whoever launches kernels should not wait 5 ms each time for threads that unpack tokens.
-        sys.setswitchinterval(5e-4)
-        self.encoder.capture(shapes_to_capture(plan.options.tokens_per_batch, self.encoder.max_length))
+        self._reading, self._running = threading.Lock(), threading.Lock()
+        # Compiles kernels, which does not count as embedding.
+        self._encode(["a text"])
 
-    def _batches(self, lengths: np.ndarray) -> list[slice]:
-        """Cuts rows that are sorted by length into batches of as many tokens each: few sizes, so few graphs."""
-        ends = np.cumsum(lengths)
-        count = -(-int(ends[-1]) // self.plan.options.tokens_per_batch)
-        bounds = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, count) / count, side="right"), len(lengths)]
-        batches = []
-        for start, stop in zip(bounds[:-1], bounds[1:]):
-            pieces = -(-int(stop - start) // MAX_GRAPH_ROWS)
-            cuts = [int(start + (stop - start) * piece // pieces) for piece in range(pieces)] + [int(stop)]
-            batches += [slice(*cut) for cut in zip(cuts[:-1], cuts[1:])]
-        return batches
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        embeddings: np.ndarray = hf_flashinfer_attn.encode(
+            self.model, texts, tokens_per_batch=self.plan.options.tokens_per_batch, normalize_embeddings=True,
+            show_progress_bar=False, **self._arguments,
+        )  # fmt: skip
+        return embeddings.astype(np.float32, copy=False)
 
     def embed(self, part: Part) -> PartReport:
-        """Embeds a part and writes its file."""
-        with self._preparing:
+        """Embeds a part and writes its file.
+
+        Raises:
+            ValueError: If an embedding is not finite.
+        """
+        with self._reading:
             started = time.time()
             table = self._reader.read(part)
-            tokens = self.encoder.tokenise(table[self.plan.options.column].to_pylist())
-        # Longest first, so that memory is asked for at the beginning; in a stable order, so that it is always the same.
-        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
-        order = np.argsort(-lengths, kind="stable")
-        rows = Rows.of([tokens[at] for at in order])
-        ends = np.concatenate([[0], np.cumsum(rows.lengths)])
-        slices = self._batches(rows.lengths)
-        batches = [Rows(rows.ids[ends[cut.start] : ends[cut.stop]], rows.lengths[cut]) for cut in slices]
-        on_gpu = self.device.type == "cuda"
-        found = torch.empty((len(order), self.encoder.hidden_size), pin_memory=on_gpu)
-        with self._turn:
-            for cut, batch in zip(slices, batches):
-                found[cut].copy_(self.encoder.embed(batch), non_blocking=on_gpu)
-            done = torch.cuda.Event() if on_gpu else None
-            if done is not None:
-                done.record(torch.cuda.current_stream(self.device))
-        # The next part is launched behind this one while it is waited for.
-        if done is not None:
-            done.synchronize()
-        embeddings = np.empty(found.shape, np.float32)
-        embeddings[order] = found.numpy()
+            texts = table[self.plan.options.column].to_pylist()
+        with self._running:
+            start = time.perf_counter()
+            embeddings = self._encode(texts)
+            seconds = time.perf_counter() - start
         if not np.isfinite(embeddings).all():
             raise ValueError(f"embeddings of rows {part.start} to {part.stop} are not finite.")
         self._write(part, table, embeddings)
-        return PartReport(part.index, os.getpid(), len(order), int(lengths.sum()), len(batches), started, time.time())
+        return PartReport(part.index, os.getpid(), len(texts), seconds, started, time.time())
 
     def _write(self, part: Part, table: pa.Table, embeddings: np.ndarray) -> None:
         columns = {
@@ -136,8 +130,8 @@ class PartEmbedder:
 
 
 def embed_parts(embedder: PartEmbedder, parts: Sequence[Part]) -> list[PartReport]:
-    """Embeds parts one after the other, reading, tokenising and writing beside the model."""
-    with ThreadPoolExecutor(THREADS) as threads:
+    """Embeds parts, and returns their reports in order."""
+    with ThreadPoolExecutor(PARTS_AT_A_TIME) as threads:
         futures = [threads.submit(embedder.embed, part) for part in parts]
         try:
             return [future.result() for future in futures]

@@ -1,8 +1,8 @@
-"""What is to be embedded, in which parts, and how these are gathered in the end. Imports neither torch nor models.
+"""Cuts the input into parts, and joins their files to one output. Imports neither torch nor models.
 
-The input is cut into parts of about as many tokens each. A part is the unit of everything: of what a process or actor
-takes, of what a resumed run skips, and of what a restarted actor does again. Its file appears under its name when it
-is complete, and never before.
+Parts have about as many bytes of text each, and do not depend on the number of workers. A part is the unit that a
+process or actor takes, a resumed run skips, and a restarted actor repeats. Its file appears under its name when it is
+complete, and never before.
 """
 
 from __future__ import annotations
@@ -17,56 +17,65 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from tqdm.auto import tqdm
 
 __all__ = [
     "EMBEDDING",
     "FORMAT",
+    "PARTS_AT_A_TIME",
     "ROW",
     "Gatherer",
     "Options",
     "Part",
     "PartReport",
     "Plan",
+    "Pooling",
     "add_arguments",
     "options_from",
     "write_report",
 ]
 
-# Of UTF-8; only to weigh long texts, which are cut, against short ones.
+# Bytes of UTF-8. Used to weigh long texts, which are truncated, against short ones.
 BYTES_PER_TOKEN, SPECIAL_TOKENS = 5, 2
+# The number of parts is a multiple of this, so that 2, 4 or 8 workers have as many each.
+PARTS_MULTIPLE = 8
+# Of each worker: the model runs on one part while the next one is read and the one before is written.
+PARTS_AT_A_TIME = 3
+Pooling = Literal["mean", "cls", "last"]
 _PLAN, ROW, EMBEDDING = "plan", "row", "embedding"
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What an embedding depends on.
+    """Options that embeddings depend on.
 
     Args:
-        model: Path or name of an encoder.
+        model: Path or Hub id of a `SentenceTransformer` or of an encoder.
         input: A Parquet file, or a folder of them, taken in the order of their names.
-        column: With the texts.
+        column: Column of the texts.
         keep: Other columns to copy to the output.
-        pooling: "mean" or "cls".
-        max_length: Longer texts are cut, in tokens; None for the tokenizer's own.
-        tokens_per_batch: A forward's, about.
-        part_megabytes: Of text in a part, about: what is lost at most when a process is killed.
+        pooling: "mean", "cls" or "last" for an encoder; None for a `SentenceTransformer`, which has its own.
+        max_length: Longer texts are truncated, in tokens; None for the model's own limit.
+        tokens_per_batch: Most tokens of a forward.
+        part_megabytes: Text of a part, about. What a killed process was at is lost, at most three parts.
     """
 
     model: str
     input: str
     column: str = "text"
     keep: tuple[str, ...] = ()
-    pooling: Literal["mean", "cls"] = "mean"
+    pooling: Pooling | None = None
     max_length: int | None = None
-    tokens_per_batch: int = 16_384
-    part_megabytes: float = 4.0
+    tokens_per_batch: int = 32_768
+    part_megabytes: float = 8.0
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_batch", "part_megabytes"):
@@ -75,21 +84,21 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that both programs have."""
-    parser.add_argument("--model", required=True, help="path or name of an encoder")
+    """Adds the arguments that both programs have."""
+    parser.add_argument("--model", required=True, help="path or Hub id of a SentenceTransformer or an encoder")
     parser.add_argument("--input", required=True, help="a Parquet file, or a folder of them")
     parser.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
     parser.add_argument("--column", default="text")
     parser.add_argument("--keep", default="", metavar="A,B", help="columns to copy to the output")
-    parser.add_argument("--pooling", default="mean", choices=["mean", "cls"])
-    parser.add_argument("--max-length", type=int, help="longer texts are cut, in tokens")
-    parser.add_argument("--tokens-per-batch", type=int, default=16_384, help="tokens of a forward, about")
-    parser.add_argument("--part-megabytes", type=float, default=4.0, help="of text, in a part")
-    parser.add_argument("--report", type=Path, help="JSON to write, with times and rows of each process")
+    parser.add_argument("--pooling", choices=get_args(Pooling), help="of an encoder; a SentenceTransformer has its own")
+    parser.add_argument("--max-length", type=int, help="longer texts are truncated, in tokens")
+    parser.add_argument("--tokens-per-batch", type=int, default=32_768, help="most tokens of a forward")
+    parser.add_argument("--part-megabytes", type=float, default=8.0, help="text of a part, about")
+    parser.add_argument("--report", type=Path, help="JSON to write, with times and rows of each part")
 
 
 def options_from(arguments: argparse.Namespace) -> Options:
-    """Reads what `add_arguments` added."""
+    """Makes options of parsed arguments."""
     local = Path(arguments.model).is_dir()
     return Options(
         model=str(Path(arguments.model).resolve()) if local else arguments.model,
@@ -118,36 +127,34 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class PartReport:
-    """What became of a part.
+    """Report of an embedded part.
 
     Args:
-        index: Of the part.
-        worker: The process that embedded it.
-        rows: In it.
-        tokens: In it, without padding.
-        batches: Forwards it took.
-        started: When it was begun to be read, in seconds since the epoch.
+        index: Index of the part.
+        worker: Id of the process that embedded it.
+        rows: Number of rows.
+        encode_seconds: Time in `encode`.
+        started: When reading began, in seconds since the epoch.
         ended: When its file was complete.
     """
 
     index: int
     worker: int
     rows: int
-    tokens: int
-    batches: int
+    encode_seconds: float
     started: float
     ended: float
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which parts there are, and where they go. Written next to the output, so that a resumed run has the same.
+    """Parts of a run. Written next to the output, so that a resumed run has the same.
 
     Args:
-        options: What embeddings depend on.
+        options: Options of the run.
         output: The file to write in the end.
-        files: Of the input, as path, bytes, time of the last change in nanoseconds, and rows.
-        parts: In order, of all rows.
+        files: Files of the input, as path, bytes, time of the last change in nanoseconds, and rows.
+        parts: All parts, in order.
     """
 
     options: Options
@@ -157,7 +164,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Where parts are until they are gathered."""
+        """Folder of the parts until they are gathered."""
         return self.output.with_name(self.output.name + ".parts")
 
     @property
@@ -166,7 +173,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that the output depends on."""
+        """Hash of everything that the output depends on."""
         return hashlib.sha256(json.dumps([asdict(self.options), self.files]).encode()).hexdigest()
 
     def remaining(self) -> list[Part]:
@@ -186,20 +193,21 @@ class Plan:
         return cls(options, path.parent.with_suffix(""), files, parts)
 
     @classmethod
-    def make(cls, options: Options, output: Path, workers: int) -> Plan | None:
-        """Makes the plan, or takes that of an earlier run that did not finish.
+    def make(cls, options: Options, output: Path) -> Plan | None:
+        """Makes a plan, or reads that of an earlier run that did not finish.
 
         Args:
-            options: What embeddings depend on.
+            options: Options of the run.
             output: The file to write.
-            workers: Processes or actors; a new plan has a multiple of that many parts.
 
         Returns:
-            None if the output is there already, of the same input and options.
+            None if the output exists, of the same input and options.
 
         Raises:
-            ValueError: If there is nothing to embed, or if what is there is of another input or of other options.
+            ValueError: If there is nothing to embed, if the output or its parts are of another input or of other
+                options, or if the pooling does not fit the model.
         """
+        _check_pooling(options)
         files = tuple(_describe(path, options) for path in _input_files(options.input))
         plan = cls(options, output.resolve(), files, ())
         if output.exists():
@@ -221,13 +229,34 @@ class Plan:
                     "Go on with what it was, or remove the folder."
                 )
             return earlier
-        plan = cls(options, output.resolve(), files, tuple(_cut(files, options, workers)))
+        plan = cls(options, output.resolve(), files, tuple(_cut(files, options)))
         plan.folder.mkdir(parents=True, exist_ok=True)
         parts = [[part.index, part.start, part.stop] for part in plan.parts]
         temporary = saved.with_suffix(".tmp")
         temporary.write_text(json.dumps({"options": asdict(options), "files": files, "parts": parts}))
         os.replace(temporary, saved)
         return plan
+
+
+def _check_pooling(options: Options) -> None:
+    has_modules = _has_modules(options.model)
+    if has_modules and options.pooling is not None:
+        raise ValueError(f"{options.model} is a SentenceTransformer, which has its own pooling; leave out --pooling.")
+    if not has_modules and options.pooling not in get_args(Pooling):
+        raise ValueError(
+            f"pooling={options.pooling!r} for {options.model}, which has no modules.json as a SentenceTransformer has; "
+            f"expected --pooling with one of {', '.join(get_args(Pooling))}."
+        )
+
+
+def _has_modules(model: str) -> bool:
+    if Path(model).is_dir():
+        return (Path(model) / "modules.json").exists()
+    try:
+        hf_hub_download(model, "modules.json")
+    except EntryNotFoundError:
+        return False
+    return True
 
 
 def _input_files(path: str) -> list[Path]:
@@ -247,8 +276,8 @@ def _describe(path: Path, options: Options) -> tuple[str, int, int, int]:
     return str(path), status.st_size, status.st_mtime_ns, metadata.num_rows
 
 
-def _cut(files: Sequence[tuple[str, int, int, int]], options: Options, workers: int) -> Iterator[Part]:
-    """Cuts rows into parts of about as many tokens, going by bytes of text."""
+def _cut(files: Sequence[tuple[str, int, int, int]], options: Options) -> Iterator[Part]:
+    """Cuts rows into parts of about as many tokens, estimated from bytes of text."""
     found = []
     for path, *_ in files:
         with pq.ParquetFile(path) as file:
@@ -263,7 +292,7 @@ def _cut(files: Sequence[tuple[str, int, int, int]], options: Options, workers: 
     longest = BYTES_PER_TOKEN * (options.max_length or 1_000_000)
     ends = np.cumsum(np.minimum(sizes, longest) + BYTES_PER_TOKEN * SPECIAL_TOKENS)
     count = -(-int(ends[-1]) // int(options.part_megabytes * 1e6))
-    count = -(-count // workers) * workers
+    count = -(-count // PARTS_MULTIPLE) * PARTS_MULTIPLE
     stops = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count, side="right")
     bounds = np.unique([0, *stops, len(sizes)])
     for index, (start, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist())):
@@ -275,14 +304,16 @@ FORMAT: dict[str, Any] = {"use_dictionary": False, "compression": "none", "write
 
 
 class Gatherer:
-    """Joins parts in order, each as soon as it and those before it are there, and shows how far that is.
+    """Joins parts in a thread, each as soon as it and those before it are complete.
+
+    Leaving the context waits for all parts, and removes their folder.
 
     Args:
-        plan: Of the run.
+        plan: The plan of the run.
         progress: Whether to show a progress bar on stderr.
 
     Raises:
-        RuntimeError: From `finish`, if rows are missing or out of order.
+        RuntimeError: When the context is left, if rows are missing or out of order.
     """
 
     def __init__(self, plan: Plan, *, progress: bool = True) -> None:
@@ -337,21 +368,21 @@ class Gatherer:
 
 
 def write_report(path: Path | None, plan: Plan, reports: Sequence[PartReport], began: float, workers: int) -> None:
-    """Says how fast it was, on stdout and as JSON.
+    """Writes the time that a run took, to stdout and as JSON.
 
     Args:
-        path: Of the JSON; None for none.
-        plan: Of the run.
-        reports: Of the parts that this run embedded.
+        path: Path of the JSON; None for none.
+        plan: The plan of the run.
+        reports: Reports of the parts that this run embedded.
         began: When the program began, in seconds since the epoch.
-        workers: How many processes or actors there were.
+        workers: Number of processes or actors.
     """
-    rows, tokens = sum(one.rows for one in reports), sum(one.tokens for one in reports)
-    # From the first row read, models loaded and graphs captured, to the last one written.
+    rows = sum(one.rows for one in reports)
+    # From the first row read, with models loaded, to the last one written.
     seconds = max(one.ended for one in reports) - min(one.started for one in reports) if reports else 0.0
     report = {
         "rows": plan.rows, "parts": len(plan.parts), "workers": workers, "embedded_rows": rows,
-        "embedded_parts": len(reports), "tokens": tokens, "embedding_seconds": seconds,
+        "embedded_parts": len(reports), "embedding_seconds": seconds,
         "total_seconds": time.time() - began, "options": asdict(plan.options),
         "part_reports": [asdict(one) for one in sorted(reports, key=lambda one: one.index)],
     }  # fmt: skip

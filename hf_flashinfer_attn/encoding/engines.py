@@ -148,7 +148,9 @@ class Engine(abc.ABC):
         if self._fast is None:
             return self._prepare_window_slowly(texts, budget)
         tokens, order = self._fast.tokenise(self._prompted(texts))
-        return Window([self._batch_of(part) for part in tokens.split(budget)], order, len(tokens.ids))
+        return Window(
+            [self._batch_of(part) for part in tokens.split(budget, padded=self.sorts > 1)], order, len(tokens.ids)
+        )
 
     def _prepare_window_slowly(self, texts: Sequence[Text], budget: Budget) -> Window:
         sizes = np.array([sum(map(len, _strings(text))) // _CHARACTERS_PER_TOKEN + 1 for text in texts])
@@ -185,7 +187,13 @@ class Engine(abc.ABC):
         key = self.prompt, self.max_length, repr(sorted(self.options.items())), self._padding(), self._settings()
         is_known, found = self._cache.preparation(key)
         if not is_known:
-            found = self._compare_preparations()
+            # Twice, since another thread may have used the model's own tokenizer meanwhile.
+            found = self._compare_preparations() or self._compare_preparations()
+            if found is None:
+                log_once(
+                    f"{type(self.model).__name__} prepares texts in another way than its tokenizer alone; they are "
+                    "prepared by the model's own preprocessing, which is slower"
+                )
             self._cache.keep_preparation(key, found)
         return found
 
@@ -207,10 +215,6 @@ class Engine(abc.ABC):
             isinstance(own.get(name), torch.Tensor) and torch.equal(own[name], ours[name]) for name in ours
         ):
             return FastPreparation(tokenise, constants)
-        log_once(
-            f"{type(self.model).__name__} prepares texts in another way than its tokenizer alone; they are prepared by "
-            "the model's own preprocessing, which is slower"
-        )
         return None
 
     def _padding(self) -> tuple[int, int, bool]:

@@ -44,6 +44,7 @@ class ModelCache:
         self._tokenisers: dict[tuple[int | None, TypeIds], TextTokenizer] = {}
         self._preparations: dict[object, FastPreparation | None] = {}
         self._modules: list[torch.nn.Module] = []
+        self._dicts: list[dict[str, torch.nn.Module | None]] = []
         self._children: list[torch.nn.Module | None] = []
 
     @classmethod
@@ -75,14 +76,14 @@ class ModelCache:
 
     def enter_eval(self, model: torch.nn.Module) -> None:
         """Puts a model into eval mode; faster than `model.eval()` if all modules known are the same and in it."""
-        found = list(itertools.chain.from_iterable(module._modules.values() for module in [model, *self._modules]))
+        found = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
         is_known = len(found) == len(self._children) and all(map(operator.is_, found, self._children))
-        if not is_known or model.training or any(map(operator.attrgetter("training"), self._modules)):
+        if not self._dicts or not is_known or any(map(operator.attrgetter("training"), [model, *self._modules])):
             model.eval()
             # Without the model itself, which must not be kept alive.
             self._modules = [module for module in model.modules() if module is not model]
-            modules = [model, *self._modules]
-            self._children = list(itertools.chain.from_iterable(module._modules.values() for module in modules))
+            self._dicts = [module._modules for module in [model, *self._modules]]
+            self._children = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
 
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, ModelCache] = weakref.WeakKeyDictionary()

@@ -64,15 +64,25 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def split(self, budget: Budget) -> list[Tokens]:
-        """Cuts tokens into batches, in order."""
+    def split(self, budget: Budget, *, padded: bool) -> list[Tokens]:
+        """Cuts tokens, the longest text first, into batches, in order.
+
+        Args:
+            budget: Size of a batch.
+            padded: Whether padding counts as tokens.
+        """
+        if len(self) == 1:
+            return [self]
         ends = np.cumsum(self.lengths)
         batches: list[Tokens] = []
         start = 0
         while start < len(self):
             first = int(ends[start - 1]) if start else 0
-            fitting = int(np.searchsorted(ends, first + budget.tokens, side="right"))
-            stop = max(min(fitting, start + budget.rows), start + 1)
+            if padded:
+                fitting = start + budget.tokens // max(int(self.lengths[start]), 1)
+            else:
+                fitting = int(np.searchsorted(ends, first + budget.tokens, side="right"))
+            stop = min(max(min(fitting, start + budget.rows), start + 1), len(self))
             tokens = slice(first, int(ends[stop - 1]))
             types = None if self.type_ids is None else self.type_ids[tokens]
             batches.append(Tokens(self.ids[tokens], self.lengths[start:stop], types))
@@ -150,7 +160,8 @@ class TextTokenizer:
             encodings = self.backend.encode_batch_fast(texts)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         order = np.argsort(-lengths, kind="stable")
-        encodings, lengths = [encodings[place] for place in order.tolist()], lengths[order]
+        if len(order) > 1:
+            encodings, lengths = [encodings[place] for place in order.tolist()], lengths[order]
         ids = _flat((encoding.ids for encoding in encodings), int(lengths.sum()))
         types = None
         if self._type_ids == "zeros":
