@@ -59,12 +59,15 @@ def test_arguments(case: str, labels: int, kind: str) -> None:
         assert_same(predict(model, inputs, **ARGUMENTS[case]), reference.predict(inputs, **ARGUMENTS[case]))
 
 
+@functools.cache
+def with_head(family: str, implementation: str) -> Any:
+    return reranker(family, implementation, HEADS[family])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", HEADS)
 def test_families(family: str, kind: str) -> None:
-    def make(implementation: str) -> Any:
-        return reranker(family, implementation, HEADS[family])
-
+    make = functools.partial(with_head, family)
     model, reference = of_kind(kind, make), make("sdpa")
     expected = reference.predict(PAIRS)
     assert expected.std() > 1e-2
