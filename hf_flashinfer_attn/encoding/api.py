@@ -84,7 +84,7 @@ def encode(
         device: Device to move the model to first.
         normalize_embeddings: Whether sentence embeddings get length 1.
         truncate_dim: Number of dimensions to keep. Default: that of the model.
-        **kwargs: Further arguments of the `preprocess` and `forward` of a `SentenceTransformer`.
+        kwargs: Further arguments of the `preprocess` and `forward` of a `SentenceTransformer`.
 
     Returns:
         Sentence embeddings of shape `(texts, dimensions)`, in the order of `inputs` and of the model's dtype (float32
@@ -188,7 +188,7 @@ def encode_iter(
         device: As for `encode`.
         normalize_embeddings: As for `encode`.
         truncate_dim: As for `encode`.
-        **kwargs: As for `encode`.
+        kwargs: As for `encode`.
 
     Yields:
         One vector of shape `(dimensions,)` for each text, in their order.
@@ -263,7 +263,7 @@ def predict(
         convert_to_numpy: Whether to return an array.
         convert_to_tensor: Whether to return a tensor, on the model's device.
         device: Device to move the model to first.
-        **kwargs: Further arguments of the model's `preprocess` and `forward`.
+        kwargs: Further arguments of the model's `preprocess` and `forward`.
 
     Returns:
         Scores, float32, of shape `(pairs,)`, or `(pairs, labels)` for a model of several labels; a list of tensors if
@@ -275,10 +275,12 @@ def predict(
 
     Examples:
         >>> import hf_flashinfer_attn
-        >>> from sentence_transformers import CrossEncoder  # doctest: +SKIP
-        >>> model = CrossEncoder(path, model_kwargs={"attn_implementation": "flashinfer"})  # doctest: +SKIP
-        >>> hf_flashinfer_attn.predict(model, [("a question", "an answer")]).shape  # doctest: +SKIP
-        (1,)
+        >>> from hf_flashinfer_attn.demo import model_path
+        >>> from sentence_transformers import CrossEncoder
+        >>> settings = {"attn_implementation": "flashinfer"}
+        >>> model = CrossEncoder(str(model_path()), num_labels=1, model_kwargs=settings)  # an untrained head
+        >>> hf_flashinfer_attn.predict(model, [("a question", "an answer"), ("another", "one")]).shape
+        (2,)
     """
     require_iterable(inputs)
     if not is_instance(model, "CrossEncoder"):
@@ -330,7 +332,7 @@ def rank(
         documents: The documents.
         top_k: Number of documents to return. Default: all.
         return_documents: Whether to return the documents themselves, too.
-        **kwargs: As for `predict`, except for what the scores are converted to.
+        kwargs: As for `predict`, except for what the scores are converted to.
 
     Returns:
         Best first, for each document `corpus_id` (its index in `documents`), `score`, and with `return_documents`
@@ -339,6 +341,15 @@ def rank(
     Raises:
         TypeError: As for `predict`.
         ValueError: As for `predict`, or if the model has several labels.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> from hf_flashinfer_attn.demo import model_path
+        >>> from sentence_transformers import CrossEncoder
+        >>> settings = {"attn_implementation": "flashinfer"}
+        >>> model = CrossEncoder(str(model_path()), num_labels=1, model_kwargs=settings)  # an untrained head
+        >>> [sorted(one) for one in hf_flashinfer_attn.rank(model, "a question", ["an answer", "another"], top_k=1)]
+        [['corpus_id', 'score']]
     """
     if is_instance(model, "CrossEncoder") and cast(Any, model).num_labels != 1:
         raise ValueError(f"rank with a model of {cast(Any, model).num_labels} labels; expected one, or use predict.")

@@ -92,7 +92,9 @@ class Engine(abc.ABC):
         self.prompt = prompt or None
         self.max_length = max_length
         self.options = dict(options or {})
-        self.device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+        # Weights that accelerate has offloaded are on "meta".
+        devices = (weight.device for weight in model.parameters())
+        self.device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
         self._tokenizer = tokenizer
         is_fast = tokenizer is not None and tokenizer.is_fast
         self._cache = ModelCache.of(model, tokenizer if is_fast else None)
@@ -348,6 +350,7 @@ class PlainEngine(Engine):
 
 
 def tokenizer_of(model: Any) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer of a model of sentence-transformers; None if it has none of transformers."""
     tokenizer = model.tokenizer
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from ..layout import RaggedLayout, carry_layout
 from ..mask import mask_of_ones
 from .families import Positions, family_of, required_family
+from .graphs import is_copied_with
 from .hooks import HANDLES
 from .packing import RIDER, Packing
 from .reasons import reason_to_stay, require_positions
@@ -28,6 +29,8 @@ def reason_against_packed_inputs(backbone: torch.nn.Module) -> str | None:
         return f"{type(backbone).__name__} is not unpadded"
     if not family.packs_ids_alone:
         return f"{type(backbone).__name__} reads more of a row than its token ids"
+    if is_copied_with(backbone):
+        return f"the forward of this {type(backbone).__name__} is that of the model it is a copy of"
     assert isinstance(backbone, PreTrainedModel)
     ids = torch.zeros(1, 1, dtype=torch.long)
     return reason_to_stay(backbone, {"input_ids": ids, "attention_mask": ids, "use_cache": False})
