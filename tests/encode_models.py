@@ -1,0 +1,115 @@
+"""Models for the tests of `encode`, `encode_iter`, `predict` and `rank`, and what their results are compared by."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_sentence_transformers import FAMILIES as TRANSFORMER_FAMILIES
+from test_sentence_transformers import TURNS_CACHES_OFF, random_model
+from torch import nn
+from transformers import AutoTokenizer
+
+from hf_flashinfer_attn import demo, repad, unpad
+
+st = pytest.importorskip("sentence_transformers", "5.4", reason="needs sentence-transformers of 5.4 or newer")
+
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # noqa: E402
+
+TOKENS, WIDTH, LAYERS = 128, 64, 2
+_DISTILBERT: dict[str, Any] = {
+    "vocab_size": 30522, "dim": WIDTH, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 96,
+    "max_position_embeddings": TOKENS + 8, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES = {
+    **TRANSFORMER_FAMILIES,
+    "distilbert": ("DistilBert", _DISTILBERT),
+    "mpnet": ("MPNet", TRANSFORMER_FAMILIES["bert"][1]),
+}
+# What `encode` may be given: it unpads "flashinfer" itself, and pads batches for "sdpa".
+KINDS = ("unpadded", "flashinfer", "sdpa")
+# Marks what is wrong in the library.
+is_wrong = functools.partial(pytest.mark.xfail, strict=True, raises=AssertionError)
+# Of the largest absolute value, in float32: the distance of transformers' sdpa from float64 is up to 1.5e-6.
+TOLERANCE = 3e-6
+QUERY = "how does a with statement call __exit__?"
+TEXTS = [text[: 40 + 90 * (index % 5)] for index, text in enumerate(demo.load_passages(11))] + ["", "  two\n words "]
+
+_folders = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def saved(family: str, head: str = "Model") -> str:
+    """Saves a random model, with the tokenizer of all-MiniLM-L6-v2."""
+    prefix, sizes = FAMILIES[family]
+    folder = Path(_folders.name, f"{family}-{head}")
+    random_model(getattr(transformers, prefix + head), sizes).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo.model_path()).save_pretrained(folder)
+    return str(folder)
+
+
+def encoder(family: str, implementation: str, *modules: nn.Module, is_left_padded: bool = False) -> Any:
+    """A tiny `SentenceTransformer`, with mean pooling unless modules are given."""
+    if family == "mpnet" and implementation == "sdpa":
+        # It computes attention in its own code.
+        implementation = "eager"
+    transformer = Transformer(
+        saved(family), model_kwargs={"attn_implementation": implementation}, max_seq_length=TOKENS
+    )
+    if not TURNS_CACHES_OFF:
+        transformer.model.config.use_cache = False
+    if is_left_padded:
+        transformer.tokenizer.padding_side = "left"
+    return st.SentenceTransformer(modules=[transformer, *(modules or (Pooling(WIDTH),))], device="cpu")
+
+
+def minilm(implementation: str) -> Any:
+    return st.SentenceTransformer(
+        str(demo.model_path()), model_kwargs={"attn_implementation": implementation}, device="cpu"
+    )
+
+
+def reranker(family: str, implementation: str, head: str = "ForSequenceClassification", **options: Any) -> Any:
+    model = st.CrossEncoder(
+        saved(family, head), model_kwargs={"attn_implementation": implementation}, device="cpu", max_length=TOKENS,
+        **options,
+    )  # fmt: skip
+    if not TURNS_CACHES_OFF:
+        model.model.config.use_cache = False
+    return model
+
+
+def classifier(implementation: str, labels: int = 3) -> Any:
+    """A tiny `CrossEncoder` of several labels."""
+    model = reranker("bert", implementation, "Model", num_labels=labels)
+    weight = torch.randn(labels, WIDTH, generator=torch.Generator().manual_seed(0))
+    model.model.classifier.load_state_dict({"weight": weight, "bias": torch.zeros(labels)})
+    return model
+
+
+def of_kind(kind: str, make: Callable[[str], Any]) -> Any:
+    """Makes a model of one of `KINDS`, which may have been unpadded by another test."""
+    if kind == "sdpa":
+        return make("sdpa")
+    return unpad(make("flashinfer")) if kind == "unpadded" else repad(make("flashinfer"))
+
+
+def assert_same(ours: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
+    """Types, shapes and dtypes are equal, and numbers are within sdpa's own error."""
+    assert type(ours) is type(expected)
+    if isinstance(ours, list):
+        assert len(ours) == len(expected)
+        for one, other in zip(ours, expected):
+            assert_same(one, other, tolerance)
+        return
+    assert ours.dtype == expected.dtype
+    assert ours.shape == expected.shape
+    ours, expected = torch.as_tensor(ours), torch.as_tensor(expected)
+    scale = max(expected.abs().max().item(), 1.0) if expected.numel() else 1.0
+    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance * scale)
