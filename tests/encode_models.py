@@ -34,8 +34,6 @@ FAMILIES = {
 }
 # What `encode` may be given: it unpads "flashinfer" itself, and pads batches for "sdpa".
 KINDS = ("unpadded", "flashinfer", "sdpa")
-# Marks what is wrong in the library.
-is_wrong = functools.partial(pytest.mark.xfail, strict=True, raises=AssertionError)
 # Of the largest absolute value, in float32: the distance of transformers' sdpa from float64 is up to 1.5e-6.
 TOLERANCE = 3e-6
 QUERY = "how does a with statement call __exit__?"

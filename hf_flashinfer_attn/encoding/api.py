@@ -171,7 +171,7 @@ def encode_iter(
 ) -> Iterator[Any]:
     """Computes embeddings of a stream of texts, in memory that does not grow with it.
 
-    Texts are read some batches ahead of the vectors that are returned, at most about 16,000 texts.
+    Texts are read some batches ahead of the vectors that are returned, at most 10,000 texts.
 
     Args:
         model: As for `encode`.

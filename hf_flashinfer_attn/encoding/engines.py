@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
@@ -42,6 +42,8 @@ Batch: TypeAlias = Any
 Output: TypeAlias = "torch.Tensor | list[torch.Tensor]"
 
 _CHARACTERS_PER_TOKEN = 4
+_LIBRARIES = ("builtins", "sentence_transformers", "torch", "transformers")
+_TOKENIZER_METHODS = ("__call__", "_encode_plus", "_batch_encode_plus", "pad", "prepare_for_tokenization")
 _SENTENCES = ("A text.", "Another text, which is longer than the first one.")
 
 
@@ -99,7 +101,7 @@ class Engine(abc.ABC):
         is_fast = tokenizer is not None and tokenizer.is_fast
         self._cache = ModelCache.of(model, tokenizer if is_fast else None)
         self._cache.enter_eval(model)
-        self._fast = self._find_preparation() if is_fast else None
+        self._fast = self._find_preparation() if is_fast and not self._is_customised() else None
         if tokenizer is not None and not is_fast:
             log_once(f"the tokenizer of {type(model).__name__} is written in Python, which is slower")
 
@@ -187,6 +189,10 @@ class Engine(abc.ABC):
         """Returns what preprocessing depends on besides the tokenizer and the arguments of the call."""
         return None
 
+    def _is_customised(self) -> bool:
+        """Whether somebody else's code takes part in preprocessing, of which a few texts would not tell enough."""
+        return _overrides(self._tokenizer, _TOKENIZER_METHODS)
+
     def _find_preparation(self) -> FastPreparation | None:
         key = self.prompt, self.max_length, repr(sorted(self.options.items())), self._padding(), self._settings()
         is_known, found = self._cache.preparation(key)
@@ -248,6 +254,12 @@ class SentenceTransformersEngine(Engine):
     def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
         features: Features = dict(cast(Any, self.model).preprocess(list(texts), prompt=self.prompt, **self.options))
         return features
+
+    def _is_customised(self) -> bool:
+        first = next(self.model.children())
+        return super()._is_customised() or any(
+            _overrides(part, ("preprocess", "tokenize")) for part in (self.model, first)
+        )
 
 
 class CrossEngine(SentenceTransformersEngine):
@@ -362,3 +374,9 @@ def tokenizer_of(model: Any) -> PreTrainedTokenizerBase | None:
 
 def _strings(text: Text) -> tuple[str, ...]:
     return (text,) if isinstance(text, str) else text
+
+
+def _overrides(value: object, methods: Iterable[str]) -> bool:
+    """Whether an object, or a class of it outside of the libraries, has one of some methods of its own."""
+    own = [vars(value), *(vars(k) for k in type(value).__mro__ if k.__module__.partition(".")[0] not in _LIBRARIES)]
+    return any(name in names for names in own for name in methods)

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 THREADS = 3
 _WINDOWS_AHEAD = 5
 # Texts of the first window, before it is known how long they are; of a later one at most.
-_FIRST_TEXTS, _MAX_TEXTS = 256, 4_096
+_FIRST_TEXTS, _MAX_TEXTS = 256, 2_048
 # Of the tokens that fit, since some windows have more than expected.
 _FILL = 0.9
 # Batches launched before the host waits for the first of them.
