@@ -76,3 +76,15 @@ def test_what_examples_are_said_to_do_is_what_was_measured() -> None:
     one, two = (run["embedding_seconds"] for run in found["runs"])
     said = f"bge-base took {one:.1f} s for {found['rows']:,} texts on an H200, {two:.1f} s on two ({one / two:.2f}x)"
     assert said in text
+
+
+def test_what_encode_takes_is_what_was_measured() -> None:
+    cells = json.loads((ROOT / "benchmarks/results/encode_h200.json").read_text())["cells"]
+    for shape in ("12x768", "6x384"):
+        cell = cells[shape]
+        rivals = [f"{min(passes[1:]):.2f} ({passes[0]:.1f})"
+                  for passes in (cell["sdpa_32_seconds"], cell["sdpa_256_seconds"])]  # fmt: skip
+        ours = f"**{min(cell['warm_seconds']):.2f}** ({cell['cold_seconds'][0]:.1f})"
+        queries = f"{cell['sdpa_query_ms']:.1f} | **{cell['query_ms']:.1f}** |"
+        row = " | ".join([f"| {shape.replace('x', ' x ')}", *rivals, ours, queries])
+        assert row in README.read_text(encoding="utf-8")
