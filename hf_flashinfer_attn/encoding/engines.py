@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
@@ -42,6 +43,8 @@ Batch: TypeAlias = Any
 Output: TypeAlias = "torch.Tensor | list[torch.Tensor]"
 
 _CHARACTERS_PER_TOKEN = 4
+# transformers writes truncation and padding into a tokenizer for each call, so that threads cannot share one.
+_preprocessing = threading.Lock()
 _LIBRARIES = ("builtins", "sentence_transformers", "torch", "transformers")
 _TOKENIZER_METHODS = ("__call__", "_encode_plus", "_batch_encode_plus", "pad", "prepare_for_tokenization")
 _SENTENCES = ("A text.", "Another text, which is longer than the first one.")
@@ -164,7 +167,8 @@ class Engine(abc.ABC):
         batches, start = [], 0
         while start < len(texts):
             stop = start + min(max(budget.tokens // int(sizes[order[start]]), 1), budget.rows)
-            batches.append(self._prepare_slowly([texts[place] for place in order[start:stop]]))
+            with _preprocessing:
+                batches.append(self._prepare_slowly([texts[place] for place in order[start:stop]]))
             start = stop
         return Window(batches, order, int(sizes.sum()))
 
@@ -197,8 +201,9 @@ class Engine(abc.ABC):
         key = self.prompt, self.max_length, repr(sorted(self.options.items())), self._padding(), self._settings()
         is_known, found = self._cache.preparation(key)
         if not is_known:
-            # Twice, since another thread may have used the model's own tokenizer meanwhile.
-            found = self._compare_preparations() or self._compare_preparations()
+            with _preprocessing:
+                # Twice, since another thread of the caller may have used the model's own tokenizer meanwhile.
+                found = self._compare_preparations() or self._compare_preparations()
             if found is None:
                 log_once(
                     f"{type(self.model).__name__} prepares texts in another way than its tokenizer alone; they are "
