@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -23,6 +24,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -37,6 +39,7 @@ from hf_flashinfer_attn.encoding.tokens import Budget, TextTokenizer
 from hf_flashinfer_attn.environment import describe_environment
 
 SHAPES = {
+    "1x64": {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64},
     "6x384": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
     "12x768": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
 }
@@ -184,14 +187,37 @@ def measure_reranking(report: Report, path: str, cell: str, options: argparse.Na
         report.add(cell, **{f"sdpa_{batch_size}_seconds": figures})
 
 
+def measure_stream(report: Report, path: str, cell: str, options: argparse.Namespace) -> None:
+    """Measures memory while a generator of texts is encoded."""
+    dtype = torch.float16 if options.device == "cuda" else torch.float32
+    model = load_encoder(path, "flashinfer", options.device, dtype)
+    known = paragraphs(2_000, seed=2)
+    choice = random.Random(3).choice
+    stream = (choice(known)[:100] for _ in range(options.stream))
+    process, resident, reserved = psutil.Process(), [], []
+    start = time.perf_counter()
+    for place, _ in enumerate(hf_flashinfer_attn.encode_iter(model, stream)):
+        if (place + 1) % (options.stream // 10) == 0:
+            resident.append(process.memory_info().rss // 2**20)
+            reserved.append(torch.cuda.memory_reserved() // 2**20 if options.device == "cuda" else None)
+    seconds = time.perf_counter() - start
+    # Where glibc's heap does not return large buffers, as by default, it grows with the sizes of a model's on a CPU.
+    malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    report.add(
+        cell, texts=options.stream, seconds=seconds, resident_mib=resident, reserved_gpu_mib=reserved, malloc=malloc
+    )  # fmt: skip
+
+
 def main(command_line: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--texts", type=int, default=20_000)
     parser.add_argument("--pairs", type=int, default=5_000)
+    parser.add_argument("--stream", type=int, default=200_000, help="texts of a generator")
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--rival-passes", type=int, default=2)
     parser.add_argument("--shapes", default="6x384,12x768")
+    parser.add_argument("--stream-shape", default="6x384", choices=list(SHAPES))
     parser.add_argument("--tokenizer", help="default: that of all-MiniLM-L6-v2, from its package")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(command_line)
@@ -202,11 +228,15 @@ def main(command_line: Sequence[str] | None = None) -> int:
     texts = paragraphs(options.texts, seed=0)
     tokenizer = options.tokenizer or str(model_path())
     with tempfile.TemporaryDirectory() as folder:
-        for shape in options.shapes.split(","):
+        for shape in filter(None, options.shapes.split(",")):
             path = save_model(Path(folder), shape, tokenizer, head=False)
             measure_encoding(report, path, shape, options, texts)
-        path = save_model(Path(folder), "12x768", tokenizer, head=True)
-        measure_reranking(report, path, "12x768 reranker", options, texts[: options.pairs])
+        if options.pairs:
+            path = save_model(Path(folder), "12x768", tokenizer, head=True)
+            measure_reranking(report, path, "12x768 reranker", options, texts[: options.pairs])
+        if options.stream:
+            path = save_model(Path(folder), options.stream_shape, tokenizer, head=False)
+            measure_stream(report, path, f"{options.stream_shape} stream", options)
     return 0
 
 
