@@ -27,6 +27,15 @@ def tiny(implementation: str) -> Any:
     return encoder("bert", implementation)
 
 
+def test_dropout_does_not_run_in_a_stream_while_the_model_is_trained() -> None:
+    model, texts = encoder("bert", "flashinfer"), TEXTS * 100
+    vectors = []
+    for vector in encode_iter(model, texts):
+        vectors.append(vector)
+        model.train()
+    assert_same(np.stack(vectors), np.tile(tiny("sdpa").encode(TEXTS), (100, 1)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_never_runs(kind: str) -> None:
     model, expected = of_kind(kind, functools.partial(encoder, "bert")), encoder("bert", "sdpa").encode(TEXTS)

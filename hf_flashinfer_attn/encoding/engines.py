@@ -176,6 +176,10 @@ class Engine(abc.ABC):
         assert self._fast is not None
         return {**self._fast.constants, **self._pad(tokens)}
 
+    def enter_eval(self) -> None:
+        """Puts the model into eval mode, if it is not."""
+        self._cache.enter_eval(self.model)
+
     def run(self, batch: Batch) -> Output:
         """Runs a batch: launched on a GPU, not waited for."""
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()

@@ -60,6 +60,8 @@ def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: b
     with closing(windows):
         for window in windows:
             sizes.update(window)
+            # The caller may have trained the model since the last vectors.
+            engine.enter_eval()
             copies = []
             for batch in window.batches:
                 copies.append(_Copy(engine.run(batch), to_host=to_host))
