@@ -32,6 +32,7 @@ from sentence_transformers.sentence_transformer.modules import (
     WeightedLayerPooling,
 )  # fmt: skip
 from test_sentence_transformers import assert_equal_rankings
+from tokenizers.normalizers import BertNormalizer
 from torch import nn
 
 from hf_flashinfer_attn import encode, encode_iter
@@ -332,6 +333,23 @@ def test_routes_of_queries_and_documents(kind: str) -> None:
         assert_same(encode(model, inputs, task="query"), reference.encode_query(inputs))
         assert_same(encode(model, inputs, task="document"), reference.encode_document(inputs))
         assert_same(encode(model, inputs), reference.encode(inputs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_route_has_its_tokenizer(kind: str) -> None:
+    def accented(implementation: str) -> Any:
+        model = router(implementation)
+        document = model[0].sub_modules["document"][0].tokenizer
+        document.backend_tokenizer.normalizer = BertNormalizer(strip_accents=False)
+        return model
+
+    model, reference = of_kind(kind, accented), accented("sdpa")
+    texts = [*TEXTS, "un café naïve, déjà vu"]
+    plain = router("sdpa").encode_document(texts)
+    expected = reference.encode_document(texts)
+    assert np.abs(expected - plain).max() > 1e-3
+    assert_same(encode(model, texts, task="document"), expected)
+    assert_same(encode(model, texts, task="query"), reference.encode_query(texts))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -119,6 +119,23 @@ def test_texts_without_tokens_have_no_vector(pooling: Any) -> None:
             encode(plain("bert", "flashinfer"), texts, tokenizer=tokenizer, pooling=pooling)
 
 
+class Bare(CanineTokenizer):
+    """Written in Python, and without special tokens."""
+
+    def build_inputs_with_special_tokens(self, first: list[int], second: list[int] | None = None) -> list[int]:
+        return first + (second or [])
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_texts_without_tokens_of_a_tokenizer_in_python(pooling: Any) -> None:
+    config = BertConfig(
+        vocab_size=58_000, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32,
+    )  # fmt: skip
+    model = BertModel._from_config(config, attn_implementation="flashinfer")
+    with pytest.raises(ValueError, match="text 1 cannot be tokenised: it has no tokens"):
+        encode(model, ["some words", "", "more"], tokenizer=Bare(model_max_length=64), pooling=pooling)
+
+
 @pytest.mark.parametrize("family", ["bert", "qwen3", "modernbert"])
 def test_a_model_without_padding_logs_nothing_of_it(family: str, caplog: pytest.LogCaptureFixture) -> None:
     encode(plain(family, "flashinfer"), TEXTS, tokenizer=tokenizer_of(family), pooling="last")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from encode_models import KINDS, TEXTS, WIDTH, assert_same, encoder, of_kind, st
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -24,6 +25,15 @@ from hf_flashinfer_attn import encode, encode_iter, repad, unpad
 @functools.cache
 def tiny(implementation: str) -> Any:
     return encoder("bert", implementation)
+
+
+def test_dropout_does_not_run_in_a_stream_while_the_model_is_trained() -> None:
+    model, texts = encoder("bert", "flashinfer"), TEXTS * 100
+    vectors = []
+    for vector in encode_iter(model, texts):
+        vectors.append(vector)
+        model.train()
+    assert_same(np.stack(vectors), np.tile(tiny("sdpa").encode(TEXTS), (100, 1)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,6 +150,74 @@ class Replacing(st.SentenceTransformer):
 def test_subclasses_keep_their_own_methods(subclass: Any) -> None:
     model, reference = (subclass(modules=list(encoder("bert", name)), device="cpu") for name in ("flashinfer", "sdpa"))
     assert_same(encode(model, TEXTS), reference.encode(TEXTS))
+
+
+def _mask_second(module: nn.Module, args: tuple[Any, ...]) -> None:
+    args[0]["attention_mask"][:, 1] = 0
+
+
+def _subtract_first(features: Any) -> None:
+    name = "token_embeddings" if "token_embeddings" in features else "last_hidden_state"
+    features[name] = features[name] - features[name][:, :1]
+
+
+class Subtracting(Transformer):
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        hidden = self.model(**{name: features[name] for name in names}).last_hidden_state
+        features["token_embeddings"] = hidden - hidden[:, :1]
+        return features
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "class"])
+def test_what_others_add_to_a_transformer_gets_padded_rows(how: str) -> None:
+    def change(model: Any) -> Any:
+        if how == "class":
+            model[0].__class__ = Subtracting
+        elif how == "hook":
+            model[0].register_forward_hook(lambda module, args, output: _subtract_first(output))
+        else:
+            model[0].register_forward_pre_hook(_mask_second)
+        return model
+
+    plain = encoder("bert", "sdpa").encode(TEXTS)
+    expected = change(encoder("bert", "sdpa")).encode(TEXTS)
+    assert np.abs(expected - plain).max() > 1e-3
+    assert_same(encode(change(encoder("bert", "flashinfer")), TEXTS), expected)
+    if how == "class":
+        assert_same(unpad(change(encoder("bert", "flashinfer"))).encode(TEXTS), expected)
+    elif how == "hook":
+        assert_same(encode(change(unpad(encoder("bert", "flashinfer"))), TEXTS), expected)
+
+
+def test_hooks_of_a_plain_model_get_padded_rows() -> None:
+    vectors = []
+    for implementation in ("flashinfer", "sdpa"):
+        model = encoder("bert", implementation)
+        backbone, options = model[0].model, {"tokenizer": model.tokenizer, "pooling": "mean"}
+        before = encode(backbone, TEXTS, **options)
+        backbone.register_forward_hook(lambda module, args, output: _subtract_first(output))
+        vectors.append(encode(backbone, TEXTS, **options))
+        assert np.abs(vectors[-1] - before).max() > 1e-3
+    assert_same(*vectors)
+
+
+class Alone(Transformer):
+    def preprocess(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        assert self.lock.acquire(blocking=False), "two threads at once"
+        try:
+            threading.Event().wait(0.02)
+        finally:
+            self.lock.release()
+        return super().preprocess(*args, **kwargs)
+
+
+def test_preprocessing_of_others_runs_in_one_thread() -> None:
+    model, texts = encoder("bert", "flashinfer"), [f"text {index}" for index in range(600)]
+    expected = encode(model, texts, batch_size=50)
+    model[0].__class__ = Alone
+    model[0].lock = threading.Lock()
+    assert_same(encode(model, texts, batch_size=50), expected)
 
 
 def test_copies_and_models_that_share_modules() -> None:

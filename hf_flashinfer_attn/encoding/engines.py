@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..dispatch import log_once
 from ..movement import sent
-from ..unpadding.hooks import HANDLES
+from ..unpadding.hooks import HANDLES, has_other_hooks
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
 from .model_cache import FastPreparation, ModelCache
 from .tokens import Budget, Numbers, Text, TextTokenizer, Tokens, TypeIds
@@ -47,6 +47,7 @@ _CHARACTERS_PER_TOKEN = 4
 _preprocessing = threading.Lock()
 _LIBRARIES = ("builtins", "sentence_transformers", "torch", "transformers")
 _TOKENIZER_METHODS = ("__call__", "_encode_plus", "_batch_encode_plus", "pad", "prepare_for_tokenization")
+_NO_TOKENS = "it has no tokens, of which to make a vector"
 _SENTENCES = ("A text.", "Another text, which is longer than the first one.")
 
 
@@ -177,6 +178,10 @@ class Engine(abc.ABC):
         assert self._fast is not None
         return {**self._fast.constants, **self._pad(tokens)}
 
+    def enter_eval(self) -> None:
+        """Puts the model into eval mode, if it is not."""
+        self._cache.enter_eval(self.model)
+
     def run(self, batch: Batch) -> Output:
         """Runs a batch: launched on a GPU, not waited for."""
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -252,18 +257,28 @@ class SentenceTransformersEngine(Engine):
 
     def _settings(self) -> object:
         # Such as `processing_kwargs` of its first module.
-        first = next(self.model.children())
         plain = (type(None), bool, int, float, str, tuple, list, dict)
-        return repr([item for item in vars(first).items() if isinstance(item[1], plain) and item[0][0] != "_"])
+        items = (item for part in self._first_modules() for item in vars(part).items())
+        return repr([item for item in items if isinstance(item[1], plain) and item[0][0] != "_"])
+
+    def _first_modules(self) -> list[torch.nn.Module]:
+        """Returns the first module and, if it chooses between several by task, the first of each route."""
+        first: Any = next(self.model.children())
+        routes: Any = first.sub_modules.values() if hasattr(first, "sub_modules") else ()
+        return [first, *(next(route.children()) for route in routes)]
 
     def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
         features: Features = dict(cast(Any, self.model).preprocess(list(texts), prompt=self.prompt, **self.options))
         return features
 
     def _is_customised(self) -> bool:
-        first = next(self.model.children())
-        return super()._is_customised() or any(
-            _overrides(part, ("preprocess", "tokenize")) for part in (self.model, first)
+        firsts = self._first_modules()
+        # A router names the tokenizer of one of its routes as its own.
+        is_other = any(getattr(part, "tokenizer", None) not in (None, self._tokenizer) for part in firsts)
+        return (
+            super()._is_customised()
+            or is_other
+            or any(_overrides(part, ("preprocess", "tokenize")) for part in (self.model, *firsts))
         )
 
 
@@ -322,7 +337,7 @@ class PlainEngine(Engine):
         super().__init__(model, tokenizer, prompt=prompt, max_length=max_length)
         self._pooling = pooling
         self._finish = finish
-        reason = reason_against_packed_inputs(model)
+        reason = "it has hooks" if has_other_hooks(model) else reason_against_packed_inputs(model)
         self._packs = self._fast is not None and reason is None
         if reason is not None and HANDLES in vars(model):
             log_once(f"batches of {type(model).__name__} are padded: {reason}")
@@ -335,11 +350,14 @@ class PlainEngine(Engine):
         assert self._tokenizer is not None
         limit = self._tokenizer.model_max_length if self.max_length is None else self.max_length
         truncation = {"truncation": True, "max_length": limit} if limit <= TextTokenizer.UNLIMITED else {}
-        return dict(self._tokenizer(self._prompted(texts), padding=True, return_tensors="pt", **truncation))
+        features = dict(self._tokenizer(self._prompted(texts), padding=True, return_tensors="pt", **truncation))
+        if not features["attention_mask"].any(1).all():
+            raise ValueError(_NO_TOKENS)
+        return features
 
     def _batch_of(self, tokens: Tokens) -> Batch:
         if not tokens.lengths.all():
-            raise ValueError("it has no tokens, of which to make a vector")
+            raise ValueError(_NO_TOKENS)
         if not self._packs:
             return super()._batch_of(tokens)
         return PackedTokens(cast(PreTrainedModel, self.model), self.device, tokens.lengths, tokens.ids, tokens.type_ids)

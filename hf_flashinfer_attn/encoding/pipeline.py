@@ -53,10 +53,15 @@ def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: b
     under_way: deque[tuple[list[_Copy], Numbers]] = deque()
     # Windows of several batches are large, and there is enough to run meanwhile.
     ahead = _WINDOWS_AHEAD if engine.sorts == 1 else 2
-    windows = _in_background(lambda chunk: prepare(engine, chunk, budget), _chunks(engine, inputs, sizes), ahead)
+    # The model's own preprocessing may not be made for several threads.
+    threads = 1 if engine.fast_tokenizer is None else THREADS
+    chunks = _chunks(engine, inputs, sizes)
+    windows = _in_background(lambda chunk: prepare(engine, chunk, budget), chunks, ahead, threads)
     with closing(windows):
         for window in windows:
             sizes.update(window)
+            # The caller may have trained the model since the last vectors.
+            engine.enter_eval()
             copies = []
             for batch in window.batches:
                 copies.append(_Copy(engine.run(batch), to_host=to_host))
@@ -176,7 +181,7 @@ def _in_order(copies: list[_Copy], order: Numbers) -> Output | Array:
 
 
 def _in_background(
-    function: Callable[[Item], Result], items: Iterator[Item], ahead: int
+    function: Callable[[Item], Result], items: Iterator[Item], ahead: int, count: int
 ) -> Generator[Result, None, None]:
     """Maps a function over items, in order and in threads, some items ahead; a single item stays in this thread."""
     first = list(itertools.islice(items, 2))
@@ -184,9 +189,9 @@ def _in_background(
         yield from map(function, first)
         return
     remaining = itertools.chain(first, items)
-    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="hf_flashinfer_attn-tokenise")
+    threads = ThreadPoolExecutor(count, thread_name_prefix="hf_flashinfer_attn-tokenise")
     try:
-        pending = deque(threads.submit(function, item) for item in itertools.islice(remaining, min(THREADS, ahead)))
+        pending = deque(threads.submit(function, item) for item in itertools.islice(remaining, min(count, ahead)))
         while pending:
             result = pending.popleft().result()
             pending.extend(threads.submit(function, item) for item in itertools.islice(remaining, ahead - len(pending)))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..dispatch import log_once
 from ..unpadding.features import admit_packed_inputs, forwards_features
-from ..unpadding.hooks import HANDLES
+from ..unpadding.hooks import HANDLES, has_other_hooks
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
 from ..unpadding.reasons import is_asked_for
 from .engines import Batch, Features, Output, SentenceTransformersEngine, tokenizer_of
@@ -100,6 +100,8 @@ class SentenceEngine(SentenceTransformersEngine):
         reason: str | None = None
         if not _runs_as_written(self.model):
             reason = "its own forward was replaced or has hooks"
+        elif has_other_hooks(transformer):
+            reason = f"its {type(transformer).__name__} has hooks"
         elif not forwards_features(transformer):
             reason = f"a {type(transformer).__name__} comes first in it"
         elif any(hasattr(module, "sub_modules") for module in others):

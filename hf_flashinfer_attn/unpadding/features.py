@@ -49,8 +49,13 @@ def is_transformer(module: torch.nn.Module) -> bool:
 
 
 def forwards_features(module: Any) -> bool:
-    """Whether a module is sentence-transformers' `Transformer` around a bare backbone."""
-    return is_transformer(module) and family_of(getattr(module, "model", None)) is not None
+    """Whether a module is sentence-transformers' `Transformer`, with its own forward, around a bare backbone."""
+    if not is_transformer(module) or family_of(getattr(module, "model", None)) is None:
+        return False
+    # A forward of somebody else may read the mask, or leave out what packed inputs have besides.
+    is_own: bool = type(module).forward.__module__.startswith("sentence_transformers.")
+    # Accelerate wraps a forward, and keeps it.
+    return is_own and ("forward" not in vars(module) or "_old_forward" in vars(module))
 
 
 def stop_flattening(module: Any) -> None:

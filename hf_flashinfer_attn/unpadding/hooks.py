@@ -31,7 +31,16 @@ from .model_state import ModelState
 from .packing import CALLER, RIDER, Packing, PackingAhead, leave_sizes_open
 from .reasons import PER_TOKEN, measure_of_distance, reason_of_head, reason_to_stay
 
-__all__ = ["HANDLES", "leave_features", "move_to_head", "pack", "pack_features_of", "signature_of", "spread"]
+__all__ = [
+    "HANDLES",
+    "has_other_hooks",
+    "leave_features",
+    "move_to_head",
+    "pack",
+    "pack_features_of",
+    "signature_of",
+    "spread",
+]
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -40,6 +49,12 @@ HANDLES = "_flashinfer_unpadding"
 _NOTE = "_flashinfer_head_note"
 _NUMBERS = ("input_ids", "token_type_ids", "position_ids")
 _READ_ON_THE_HOST = frozenset({*PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
+
+
+def has_other_hooks(module: torch.nn.Module) -> bool:
+    """Whether a module has forward hooks besides those of `unpad`, which expect padded rows."""
+    own = {handle.id for handle in vars(module).get(HANDLES, ())}
+    return not own.issuperset((*module._forward_hooks, *module._forward_pre_hooks))
 
 
 @functools.cache
