@@ -56,44 +56,44 @@ def encode(
 ) -> Any:
     """Computes embeddings of texts, with the results of `SentenceTransformer.encode`.
 
-    Texts are tokenised in background threads while the model runs, and batches are cut by their number of tokens. A
-    model with `attn_implementation="flashinfer"` is unpadded in place, as by `unpad(model, cuda_graphs=True)`; `repad`
-    undoes that. Other models run on padded batches.
+    Background threads tokenise while the model runs. Batches have a token budget. A model with
+    `attn_implementation="flashinfer"` is unpadded in place, as by `unpad(model, cuda_graphs=True)`; `repad` undoes
+    that. Other models run on padded batches. The model is put in eval mode.
 
     Args:
-        model: A `SentenceTransformer`, or a model of transformers together with `tokenizer` and `pooling`.
+        model: A `SentenceTransformer`, or a transformers model together with `tokenizer` and `pooling`.
         inputs: One text or several, from any iterable.
-        tokenizer: Tokenizer of a model of transformers.
-        pooling: How a model of transformers makes one vector of the last hidden states of a text: "mean" of all
-            tokens, "cls" for the first, "last" for the last one.
-        max_length: For a model of transformers: longer texts are truncated, in tokens. Default: the tokenizer's limit.
-            A `SentenceTransformer` has `max_seq_length`.
+        tokenizer: Tokenizer of a transformers model.
+        pooling: Pooling of a transformers model's last hidden states: "mean" of all tokens, "cls" (the first token),
+            or "last" (the last token).
+        max_length: Maximum length of a text in tokens, for a transformers model; longer texts are truncated. Default:
+            the tokenizer's limit. A `SentenceTransformer` has `max_seq_length`.
         prompt_name: Name of one of the model's prompts.
-        prompt: What every text begins with; `prompt_name` is then ignored.
-        task: "query" or "document", as in `encode_query` and `encode_document`: chooses the model's prompt, and the
-            route of a model that has several.
-        batch_size: Most texts of a batch.
-        tokens_per_batch: Most tokens of a batch; a text that has more is a batch of its own.
-        show_progress_bar: Whether to show a progress bar with texts per second. Default: if the logger of
+        prompt: Prefix of every text; overrides `prompt_name`.
+        task: "query" or "document", as in `encode_query` and `encode_document`: selects the model's prompt, and its
+            route if it has several.
+        batch_size: Maximum number of texts per batch.
+        tokens_per_batch: Maximum number of tokens per batch; a longer text is a batch of its own.
+        show_progress_bar: Whether to show a progress bar with texts per second. Default: whether the logger of
             sentence-transformers shows INFO.
         output_value: "sentence_embedding"; "token_embeddings" for the vectors of each text's tokens, without
-            padding; None for all features of each text, which are computed by `model.encode` itself.
-        precision: Of sentence embeddings; others than "float32" are quantised by sentence-transformers.
+            padding; None for all features of each text, computed by `model.encode`.
+        precision: Precision of sentence embeddings; sentence-transformers quantises them to all but "float32".
         convert_to_numpy: Whether to return one array.
-        convert_to_tensor: Whether to return one tensor, on the model's device.
+        convert_to_tensor: Whether to return one tensor, on the model's device (quantised: on the CPU).
         device: Device to move the model to first.
-        normalize_embeddings: Whether sentence embeddings get length 1.
-        truncate_dim: Number of dimensions to keep. Default: that of the model.
+        normalize_embeddings: Whether to scale sentence embeddings to length 1.
+        truncate_dim: Number of dimensions to keep. Default: the model's.
         kwargs: Further arguments of the `preprocess` and `forward` of a `SentenceTransformer`.
 
     Returns:
-        Sentence embeddings of shape `(texts, dimensions)`, in the order of `inputs` and of the model's dtype (float32
-        for bfloat16 in an array); a list of tensors if `convert_to_numpy` and `convert_to_tensor` are both False, and
-        for token embeddings, of shape `(tokens, dimensions)`. The item itself if `inputs` is one text.
+        Sentence embeddings of shape `(texts, dimensions)`, in the order of `inputs`, in the model's dtype (arrays of a
+        bfloat16 model are float32). A list of tensors if `convert_to_numpy` and `convert_to_tensor` are both False.
+        Token embeddings: a list of tensors of shape `(tokens, dimensions)`. One item if `inputs` is one text.
 
     Raises:
-        TypeError: If `model` is of another kind, or an input is not a string; the message names its index.
-        ValueError: If a text cannot be tokenised, or for an argument that does not fit the model.
+        TypeError: If `model` is of another kind, or an input is not a string; the message has its index.
+        ValueError: If a text cannot be tokenised, or an argument does not fit the model.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -109,7 +109,7 @@ def encode(
     require_iterable(inputs)
     if output_value is None:
         if not is_instance(model, "SentenceTransformer"):
-            raise ValueError("output_value=None: expected a SentenceTransformer, whose features are returned.")
+            raise ValueError(f"output_value=None: expected a SentenceTransformer, not a {type(model).__name__}.")
         place(model, device)
         given = [inputs] if isinstance(inputs, str) else list(inputs)
         for index, text in enumerate(given):
@@ -169,13 +169,13 @@ def encode_iter(
     truncate_dim: int | None = None,
     **kwargs: Any,
 ) -> Iterator[Any]:
-    """Computes embeddings of a stream of texts, in memory that does not grow with it.
+    """Computes embeddings of a stream of texts in bounded memory.
 
-    Texts are read some batches ahead of the vectors that are returned, at most 10,000 texts.
+    At most 16,384 texts are read ahead of the vectors.
 
     Args:
         model: As for `encode`.
-        inputs: Texts; read in the caller's thread while vectors are taken.
+        inputs: Texts; read in the caller's thread as vectors are consumed.
         tokenizer: As for `encode`.
         pooling: As for `encode`.
         max_length: As for `encode`.
@@ -185,14 +185,14 @@ def encode_iter(
         batch_size: As for `encode`.
         tokens_per_batch: As for `encode`.
         show_progress_bar: As for `encode`.
-        convert_to_tensor: Whether vectors are tensors on the model's device rather than arrays.
+        convert_to_tensor: Whether to yield tensors on the model's device instead of arrays.
         device: As for `encode`.
         normalize_embeddings: As for `encode`.
         truncate_dim: As for `encode`.
         kwargs: As for `encode`.
 
     Yields:
-        One vector of shape `(dimensions,)` for each text, in their order.
+        One vector of shape `(dimensions,)` per text, in order.
 
     Raises:
         TypeError: As for `encode`.
@@ -212,7 +212,7 @@ def encode_iter(
     """
     require_iterable(inputs)
     if isinstance(inputs, str):
-        raise TypeError("inputs is a string; expected an iterable of strings, or encode for one text.")
+        raise TypeError("inputs is a string; expected an iterable of strings. Use encode for one text.")
     engine = _encode_engine(
         model, tokenizer=tokenizer, pooling=pooling, max_length=max_length, prompt_name=prompt_name, prompt=prompt,
         task=task, device=device, normalize=normalize_embeddings, truncate_dim=truncate_dim, wants_tokens=False,
@@ -225,7 +225,7 @@ def encode_iter(
 def _rows(outputs: Iterator[Output | Array], count: int | None, *, bar: bool) -> Iterator[Any]:
     with closing(cast(Any, outputs)), tqdm(total=count, unit=" texts", disable=not bar) as progress:
         for output in outputs:
-            # Copies, since one row would keep those of all.
+            # Copies, since a view of one row would keep the whole output alive.
             yield from map(np.copy, output) if isinstance(output, np.ndarray) else output
             progress.update(len(output))
 
@@ -248,31 +248,31 @@ def predict(
 ) -> Any:
     """Computes scores of pairs of texts, with the results of `CrossEncoder.predict`.
 
-    Pairs are tokenised in background threads while the model runs. A model with `attn_implementation="flashinfer"` is
-    unpadded in place, as by `unpad(model, cuda_graphs=True)`.
+    Background threads tokenise while the model runs. A model with `attn_implementation="flashinfer"` is unpadded in
+    place, as by `unpad(model, cuda_graphs=True)`. The model is put in eval mode.
 
     Args:
         model: A `CrossEncoder`.
         inputs: One pair of texts or several, from any iterable.
         prompt_name: Name of one of the model's prompts.
-        prompt: What the first text of every pair begins with; `prompt_name` is then ignored.
-        batch_size: Most pairs of a batch.
-        tokens_per_batch: Most tokens of a batch; a pair that has more is a batch of its own.
+        prompt: Prefix of the first text of every pair; overrides `prompt_name`.
+        batch_size: Maximum number of pairs per batch.
+        tokens_per_batch: Maximum number of tokens per batch; a longer pair is a batch of its own.
         show_progress_bar: As for `encode`.
-        activation_fn: Applied to the model's logits, in float32. Default: that of the model.
-        apply_softmax: Whether scores of several labels are made to sum to 1.
-        convert_to_numpy: Whether to return an array.
-        convert_to_tensor: Whether to return a tensor, on the model's device.
+        activation_fn: Function of the model's logits, in float32. Default: the model's.
+        apply_softmax: Whether to apply softmax to the scores of several labels.
+        convert_to_numpy: Whether to return one array.
+        convert_to_tensor: Whether to return one tensor, on the model's device.
         device: Device to move the model to first.
         kwargs: Further arguments of the model's `preprocess` and `forward`.
 
     Returns:
-        Scores, float32, of shape `(pairs,)`, or `(pairs, labels)` for a model of several labels; a list of tensors if
-        `convert_to_numpy` and `convert_to_tensor` are both False. The item itself if `inputs` is one pair.
+        Scores, float32, of shape `(pairs,)`, or `(pairs, labels)` for a model with several labels. A list of tensors
+        if `convert_to_numpy` and `convert_to_tensor` are both False. One item if `inputs` is one pair.
 
     Raises:
-        TypeError: If `model` is no `CrossEncoder`, or an input is not a pair of strings; the message names its index.
-        ValueError: If a pair cannot be tokenised.
+        TypeError: If `model` is not a `CrossEncoder`, or an input is not a pair of strings; the message has its index.
+        ValueError: If a pair cannot be tokenised, or an argument does not fit the model.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -292,7 +292,7 @@ def predict(
 
     def score(features: Features) -> torch.Tensor:
         scores: torch.Tensor = features["scores"]
-        # In float32, so that ties break.
+        # Half precision makes ties.
         scores = scores.float() if scores.dtype.itemsize < 4 else scores
         scores = scores if activation is None else activation(scores)
         if encoder.num_labels == 1 and scores.ndim > 1:
@@ -325,19 +325,19 @@ def rank(
     return_documents: bool = False,
     **kwargs: Any,
 ) -> list[dict[str, Any]]:
-    """Sorts documents by their scores with a query, with the results of `CrossEncoder.rank`.
+    """Sorts documents by their scores for a query, with the results of `CrossEncoder.rank`.
 
     Args:
-        model: A `CrossEncoder` of one label.
+        model: A `CrossEncoder` with one label.
         query: The query.
         documents: The documents.
         top_k: Number of documents to return. Default: all.
-        return_documents: Whether to return the documents themselves, too.
-        kwargs: As for `predict`, except for what the scores are converted to.
+        return_documents: Whether to return the documents too.
+        kwargs: As for `predict`, without `convert_to_numpy` and `convert_to_tensor`.
 
     Returns:
-        Best first, for each document `corpus_id` (its index in `documents`), `score`, and with `return_documents`
-        `text`.
+        One dictionary per document, best first: `corpus_id` (index in `documents`), `score`, and with
+        `return_documents` `text`.
 
     Raises:
         TypeError: As for `predict`.
@@ -390,15 +390,15 @@ def _encode_engine(
         own = {"tokenizer": tokenizer, "pooling": pooling, "max_length": max_length}
         if given := [name for name, value in own.items() if value is not None]:
             raise ValueError(
-                f"{', '.join(given)} for a SentenceTransformer, which has its own; expected none. Its longest text is "
-                "model.max_seq_length."
+                f"{', '.join(given)} for a SentenceTransformer, which has its own; expected none. Its maximum length "
+                "is model.max_seq_length."
             )
         sentence_transformer = cast(Any, model)
         if truncate_dim is None:
             truncate_dim = sentence_transformer.truncate_dim
         known = {*sentence_transformer.get_model_kwargs(), "processing_kwargs"} if options else set()
         if unknown := sorted(options.keys() - known):
-            raise ValueError(f"{', '.join(unknown)}: not an argument of encode, nor of this model ({sorted(known)}).")
+            raise ValueError(f"{', '.join(unknown)}: not an argument of encode or of this model ({sorted(known)}).")
         place(model, device)
 
         def select(features: Features) -> Output:
@@ -413,13 +413,13 @@ def _encode_engine(
         )  # fmt: skip
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"encode({type(model).__name__}): expected a SentenceTransformer or a loaded model of transformers."
+            f"encode({type(model).__name__}): expected a SentenceTransformer or a loaded transformers model."
         )
     if tokenizer is None or pooling is None:
         missing = "tokenizer" if tokenizer is None else "pooling"
         raise ValueError(
-            f"encode({type(model).__name__}) without {missing}: expected tokenizer= and pooling= for a model of "
-            f"transformers, of which one is {' or '.join(map(repr, get_args(Pooling)))}."
+            f"encode({type(model).__name__}) without {missing}: expected tokenizer= and pooling= for a transformers "
+            f"model; pooling is {' or '.join(map(repr, get_args(Pooling)))}."
         )
     if pooling not in get_args(Pooling):
         raise ValueError(f"pooling={pooling!r}: expected {' or '.join(map(repr, get_args(Pooling)))}.")
@@ -428,7 +428,7 @@ def _encode_engine(
         names = [*given, *options, *(["output_value"] if wants_tokens else [])]
         raise ValueError(f"{', '.join(names)}: expected a SentenceTransformer, not a {type(model).__name__}.")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected a loaded tokenizer of transformers.")
+        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected a loaded transformers tokenizer.")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length={max_length!r}: expected a number above 0.")
     place(model, device)
@@ -446,7 +446,7 @@ def _check_output_value(output_value: object) -> bool:
 def _run_to_end(
     engine: Engine, inputs: Iterable[Any], count: int | None, budget: Budget, *, to_host: bool, bar: bool
 ) -> Output | Array:
-    """Returns all rows, as one array or tensor or as a list."""
+    """Returns all rows as one array, one tensor or a list."""
     parts: list[Any] = []
     whole: Array | None = None
     done = 0
@@ -456,7 +456,7 @@ def _run_to_end(
     ):
         for output in outputs:
             if isinstance(output, np.ndarray) and count is not None:
-                # Copied at once, so that pinned memory is used again.
+                # Copied at once, so that the pinned memory is reused.
                 if whole is None:
                     whole = np.empty((count, *output.shape[1:]), output.dtype)
                 whole[done : done + len(output)] = output

@@ -1,4 +1,4 @@
-"""Arguments of `encode` and `predict` that are the same for every kind of model."""
+"""Handles the arguments of `encode` and `predict` that all kinds of models share."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ __all__ = [
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 Task = Literal["query", "document"]
-# Of the prompts that a model may have for a task, the first one is taken.
+# Prompt names for each task; the first one that the model has is used.
 _PROMPTS: dict[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
-# Two threads that unpad one model would both add hooks.
+# Two threads that unpad one model would add its hooks twice.
 _unpadding = threading.Lock()
 
 
 def place(model: torch.nn.Module, device: str | torch.device | None) -> None:
-    """Moves a model to a device, if one is given, and unpads it, if it is not and can be."""
+    """Moves a model to `device`, unless None, and unpads it if possible."""
     if isinstance(device, (list, tuple)):
         raise ValueError(f"device={device!r}: expected one device. examples/ has programs for several GPUs.")
     if device is not None and torch.device(device) != getattr(model, "device", None):
@@ -72,7 +72,7 @@ def _unpad(model: torch.nn.Module) -> None:
 def prompt_name_of(
     model: torch.nn.Module, prompt_name: str | None, prompt: str | None, task: Task | None
 ) -> str | None:
-    """Returns the name of the model's prompt for a task, as sentence-transformers chooses it."""
+    """Returns the name of the prompt that sentence-transformers would use."""
     if task is not None and task not in get_args(Task):
         raise ValueError(f"task={task!r}: expected 'query', 'document' or None.")
     if prompt is None and prompt_name is None and task is not None:
@@ -81,7 +81,7 @@ def prompt_name_of(
 
 
 def prompt_of(model: torch.nn.Module, prompt_name: str | None, prompt: str | None, task: Task | None) -> str | None:
-    """Returns what texts begin with, as sentence-transformers chooses it."""
+    """Returns the prompt that sentence-transformers would use."""
     if prompt is not None:
         if not isinstance(prompt, str):
             raise TypeError(f"prompt={prompt!r}: expected a string.")
@@ -96,7 +96,7 @@ def prompt_of(model: torch.nn.Module, prompt_name: str | None, prompt: str | Non
 
 
 def quantizer_of(precision: Precision | None) -> Callable[[Any], Any] | None:
-    """Returns what quantises embeddings; None for float32."""
+    """Returns a function that quantises embeddings; None for float32."""
     if precision is None or precision == "float32":
         return None
     if precision not in get_args(Precision):
@@ -109,7 +109,7 @@ def quantizer_of(precision: Precision | None) -> Callable[[Any], Any] | None:
 
 
 def require_iterable(inputs: object) -> None:
-    """Refuses inputs that are no list, array or other iterable of texts."""
+    """Raises a `TypeError` for inputs that are not a list, array or other iterable of texts."""
     if isinstance(inputs, (Mapping, bytes)) or not isinstance(inputs, Iterable):
         raise TypeError(f"inputs is a {type(inputs).__name__}; expected strings, or pairs of strings for predict.")
 

@@ -1,4 +1,4 @@
-"""How each kind of model turns tokens into vectors or scores."""
+"""One engine per kind of model: texts to batches, batches to vectors or scores."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 
 Pooling = Literal["mean", "cls", "last"]
 Features: TypeAlias = "dict[str, Any]"
-# What `run` takes: the features of a padded batch, or packed tokens.
+# Input of `run`: the features of a padded batch, or packed tokens.
 Batch: TypeAlias = Any
 # Rows of a batch, in order: one tensor of shape `(rows, ...)`, or one tensor for each row.
 Output: TypeAlias = "torch.Tensor | list[torch.Tensor]"
@@ -47,12 +47,12 @@ _CHARACTERS_PER_TOKEN = 4
 _preprocessing = threading.Lock()
 _LIBRARIES = ("builtins", "sentence_transformers", "torch", "transformers")
 _TOKENIZER_METHODS = ("__call__", "_encode_plus", "_batch_encode_plus", "pad", "prepare_for_tokenization")
-_NO_TOKENS = "it has no tokens, of which to make a vector"
+_NO_TOKENS = "it has no tokens to pool"
 _SENTENCES = ("A text.", "Another text, which is longer than the first one.")
 
 
 def is_instance(model: object, name: Literal["SentenceTransformer", "CrossEncoder"]) -> bool:
-    """Whether a model is of a class of sentence-transformers, which need not be installed."""
+    """Whether a model is of a sentence-transformers class; the package need not be installed."""
     package = sys.modules.get("sentence_transformers")
     return package is not None and isinstance(model, getattr(package, name))
 
@@ -62,8 +62,8 @@ class Window:
     """Texts that were sorted by length and cut into batches.
 
     Args:
-        batches: What an engine runs, in turn.
-        order: Index of each row among the texts, over all batches, int64, shape `(texts,)`.
+        batches: Inputs of `Engine.run`, in order.
+        order: Index of each row's text, over all batches, int64, shape `(texts,)`.
         tokens: Number of tokens.
     """
 
@@ -73,13 +73,13 @@ class Window:
 
 
 class Engine(abc.ABC):
-    """One model with the arguments of one call. Tokenising may happen in any thread, forwards in one at a time.
+    """One model with the arguments of one call. Any thread may tokenise; forwards run in one thread at a time.
 
     Args:
         model: The model, in eval mode.
         tokenizer: Tokenizer of the model; None if it has none.
-        prompt: What every text, or the first one of every pair, begins with.
-        max_length: Longer texts are truncated, in tokens; None for the tokenizer's own limit.
+        prompt: Prefix of every text, or of the first text of every pair.
+        max_length: Maximum length of a text in tokens; None for the tokenizer's own limit.
         options: Further arguments of preprocessing and forward.
     """
 
@@ -98,7 +98,7 @@ class Engine(abc.ABC):
         self.prompt = prompt or None
         self.max_length = max_length
         self.options = dict(options or {})
-        # Weights that accelerate has offloaded are on "meta".
+        # Weights offloaded by accelerate are on "meta".
         devices = (weight.device for weight in model.parameters())
         self.device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
         self._tokenizer = tokenizer
@@ -111,17 +111,17 @@ class Engine(abc.ABC):
 
     @property
     def fast_tokenizer(self) -> TextTokenizer | None:
-        """What `prepare` tokenises with; None if the model prepares texts itself."""
+        """The tokenizer of `prepare`; None if the model's own preprocessing is used."""
         return None if self._fast is None else self._fast.tokenise
 
     @property
     def sorts(self) -> int:
-        """Number of batches over which texts are sorted by length: few without padding, more with."""
+        """Number of batches in a window, which is sorted by length: more if batches are padded."""
         return 8
 
     @abc.abstractmethod
     def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
-        """Tokenises and pads as the model itself does."""
+        """Tokenises and pads with the model's own preprocessing."""
 
     @abc.abstractmethod
     def _forward(self, batch: Batch) -> Output:
@@ -131,18 +131,18 @@ class Engine(abc.ABC):
         """Returns inputs as strings or pairs of strings.
 
         Args:
-            inputs: Some of a call's inputs.
-            start: Index of the first of them.
+            inputs: Consecutive inputs of a call.
+            start: Index of the first one.
 
         Raises:
-            TypeError: For another input, with its index.
+            TypeError: If an input is of another type; the message has its index.
         """
         if not self.takes_pairs:
             for place, text in enumerate(inputs):
                 if not isinstance(text, str):
                     raise TypeError(
-                        f"text {start + place} is a {type(text).__name__}; expected a string. Messages, pairs, images "
-                        "and audio are for the model's own encode."
+                        f"text {start + place} is a {type(text).__name__}; expected a string. Use the model's own "
+                        "encode for messages, pairs, images and audio."
                     )
             return list(inputs)
         pairs: list[Text] = []
@@ -174,7 +174,7 @@ class Engine(abc.ABC):
         return Window(batches, order, int(sizes.sum()))
 
     def _batch_of(self, tokens: Tokens) -> Batch:
-        """Makes a batch on the host of tokens, longest text first."""
+        """Makes a batch on the host from tokens, longest text first."""
         assert self._fast is not None
         return {**self._fast.constants, **self._pad(tokens)}
 
@@ -183,7 +183,7 @@ class Engine(abc.ABC):
         self._cache.enter_eval(self.model)
 
     def run(self, batch: Batch) -> Output:
-        """Runs a batch: launched on a GPU, not waited for."""
+        """Runs a batch; asynchronously on a GPU."""
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with torch.inference_mode(), on_device:
             return self._forward(batch)
@@ -195,11 +195,11 @@ class Engine(abc.ABC):
         return [prompt + text if isinstance(text, str) else (prompt + text[0], text[1]) for text in texts]
 
     def _settings(self) -> object:
-        """Returns what preprocessing depends on besides the tokenizer and the arguments of the call."""
+        """Returns the state of preprocessing besides the tokenizer and the arguments of the call."""
         return None
 
     def _is_customised(self) -> bool:
-        """Whether somebody else's code takes part in preprocessing, of which a few texts would not tell enough."""
+        """Whether user code takes part in preprocessing, which a comparison on a few texts may miss."""
         return _overrides(self._tokenizer, _TOKENIZER_METHODS)
 
     def _find_preparation(self) -> FastPreparation | None:
@@ -207,25 +207,25 @@ class Engine(abc.ABC):
         is_known, found = self._cache.preparation(key)
         if not is_known:
             with _preprocessing:
-                # Twice, since another thread of the caller may have used the model's own tokenizer meanwhile.
+                # Compared twice: another thread may have used the model's own tokenizer meanwhile.
                 found = self._compare_preparations() or self._compare_preparations()
             if found is None:
                 log_once(
-                    f"{type(self.model).__name__} prepares texts in another way than its tokenizer alone; they are "
-                    "prepared by the model's own preprocessing, which is slower"
+                    f"{type(self.model).__name__} preprocesses texts differently from its tokenizer; the model's own "
+                    "preprocessing is used, which is slower"
                 )
             self._cache.keep_preparation(key, found)
         return found
 
     def _compare_preparations(self) -> FastPreparation | None:
-        """Compares the tokenizers library with the model's own preprocessing, on a few texts."""
+        """Compares the tokenizers library with the model's own preprocessing on a few texts; None if they differ."""
         assert self._tokenizer is not None
         limit = self._tokenizer.model_max_length if self.max_length is None else self.max_length
         texts = [*_SENTENCES, *(["word " * (limit + 2)] if limit <= TextTokenizer.UNLIMITED else [])]
         inputs: list[Text] = [(text, _SENTENCES[1]) for text in texts] if self.takes_pairs else [*texts]
         own = self._prepare_slowly(inputs)
         types = own.get("token_type_ids")
-        # Zeros are faster to make than to read.
+        # Making zeros is faster than reading them from the tokenizer.
         type_ids: TypeIds = "none" if types is None else "own" if self.takes_pairs or types.any() else "zeros"
         tokenise = self._cache.tokeniser(self.max_length, type_ids)
         tokens, order = tokenise(self._prompted(inputs))
@@ -238,7 +238,7 @@ class Engine(abc.ABC):
         return None
 
     def _padding(self) -> tuple[int, int, bool]:
-        """Returns the ids of padding and of its type, and whether padding is on the left."""
+        """Returns the padding id, its token type id, and whether padding is on the left."""
         tokenizer = self._tokenizer
         assert tokenizer is not None
         return tokenizer.pad_token_id or 0, tokenizer.pad_token_type_id, tokenizer.padding_side == "left"
@@ -253,10 +253,10 @@ class Engine(abc.ABC):
 
 
 class SentenceTransformersEngine(Engine):
-    """A model of sentence-transformers, which prepares texts in its first module."""
+    """A sentence-transformers model, whose first module preprocesses texts."""
 
     def _settings(self) -> object:
-        # Such as `processing_kwargs` of its first module.
+        # `processing_kwargs`, for example.
         plain = (type(None), bool, int, float, str, tuple, list, dict)
         items = (item for part in self._first_modules() for item in vars(part).items())
         return repr([item for item in items if isinstance(item[1], plain) and item[0][0] != "_"])
@@ -287,8 +287,8 @@ class CrossEngine(SentenceTransformersEngine):
 
     Args:
         model: The model.
-        score: Makes scores of the features that the model returns.
-        prompt: What the first text of every pair begins with.
+        score: Computes scores from the features that the model returns.
+        prompt: Prefix of the first text of every pair.
         options: Further arguments of its `preprocess` and `forward`.
     """
 
@@ -299,7 +299,7 @@ class CrossEngine(SentenceTransformersEngine):
     ) -> None:
         super().__init__(model, tokenizer_of(model), prompt=prompt, options=options)
         self._score = score
-        # Hooks of the head move what it needs, and pack on the host.
+        # The unpadding hooks pack on the host and move what the head needs.
         first, *others = model.children()
         on_host = not others and HANDLES in vars(getattr(first, "model", first))
         self._input_device = torch.device("cpu") if on_host else self.device
@@ -313,15 +313,15 @@ class CrossEngine(SentenceTransformersEngine):
 
 
 class PlainEngine(Engine):
-    """A model of transformers, with pooling of its last hidden states.
+    """A transformers model, with pooling of its last hidden states.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        pooling: How hidden states become a vector.
-        finish: Makes rows of the pooled vectors.
-        prompt: What every text begins with.
-        max_length: Longer texts are truncated, in tokens; None for the tokenizer's own limit.
+        pooling: Pooling of the hidden states.
+        finish: Computes the output from the pooled vectors.
+        prompt: Prefix of every text.
+        max_length: Maximum length of a text in tokens; None for the tokenizer's own limit.
     """
 
     def __init__(
@@ -390,7 +390,7 @@ class PlainEngine(Engine):
 
 
 def tokenizer_of(model: Any) -> PreTrainedTokenizerBase | None:
-    """Returns the tokenizer of a model of sentence-transformers; None if it has none of transformers."""
+    """Returns the transformers tokenizer of a sentence-transformers model; None if it has none."""
     tokenizer = model.tokenizer
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
@@ -400,6 +400,6 @@ def _strings(text: Text) -> tuple[str, ...]:
 
 
 def _overrides(value: object, methods: Iterable[str]) -> bool:
-    """Whether an object, or a class of it outside of the libraries, has one of some methods of its own."""
+    """Whether an object, or a class of it outside the libraries, overrides one of the methods."""
     own = [vars(value), *(vars(k) for k in type(value).__mro__ if k.__module__.partition(".")[0] not in _LIBRARIES)]
     return any(name in names for names in own for name in methods)

@@ -1,4 +1,4 @@
-"""What is known of a model between calls, and whether it still holds."""
+"""Per-model cache of tokenizers and preprocessing, kept between calls."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MAX_PREPARATIONS = 64
 
 @dataclass(frozen=True, slots=True)
 class FastPreparation:
-    """How to make a model's features without its own preprocessing.
+    """Replacement for a model's own preprocessing.
 
     Args:
-        tokenise: Makes ids and type ids.
-        constants: All other features, which are the same for every batch.
+        tokenise: Returns token ids and token type ids.
+        constants: All other features, the same for every batch.
     """
 
     tokenise: TextTokenizer
@@ -32,10 +32,10 @@ class FastPreparation:
 
 
 class ModelCache:
-    """What is known of a model. It lives as long as the model, or until the model's tokenizer changes.
+    """Cache of one model. It lives as long as the model, or until the model's tokenizer changes.
 
     Args:
-        tokenizer: Tokenizer of the model; None if it has none of the tokenizers library.
+        tokenizer: Tokenizer of the model; None if it is not of the tokenizers library.
         state: State of the tokenizer.
     """
 
@@ -49,7 +49,7 @@ class ModelCache:
 
     @classmethod
     def of(cls, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> ModelCache:
-        """Returns what is known of a model with the tokenizer as it is now."""
+        """Returns the cache of a model, a new one if its tokenizer has changed."""
         state = None if tokenizer is None else TextTokenizer.state_of(tokenizer)
         known = _known.get(model)
         if known is None or known._tokenizer is not tokenizer or known._state != state:
@@ -57,7 +57,7 @@ class ModelCache:
         return known
 
     def tokeniser(self, max_length: int | None, type_ids: TypeIds) -> TextTokenizer:
-        """Returns a copy of the tokenizer, made at first use."""
+        """Returns a copy of the tokenizer, made on first use."""
         assert self._tokenizer is not None
         key = max_length, type_ids
         if key not in self._tokenisers:
@@ -65,22 +65,22 @@ class ModelCache:
         return self._tokenisers[key]
 
     def preparation(self, key: object) -> tuple[bool, FastPreparation | None]:
-        """Returns whether a way of preparing texts was looked for, and what was found."""
+        """Returns whether the key is cached, and its value."""
         return key in self._preparations, self._preparations.get(key)
 
     def keep_preparation(self, key: object, found: FastPreparation | None) -> None:
-        """Keeps how texts are prepared; None if the model has to do it."""
+        """Caches how texts are prepared; None for the model's own preprocessing."""
         if len(self._preparations) >= _MAX_PREPARATIONS:
             self._preparations.clear()
         self._preparations[key] = found
 
     def enter_eval(self, model: torch.nn.Module) -> None:
-        """Puts a model into eval mode; faster than `model.eval()` if all modules known are the same and in it."""
+        """Puts a model into eval mode. Faster than `model.eval()` if no module was exchanged or is in training mode."""
         found = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
         is_known = len(found) == len(self._children) and all(map(operator.is_, found, self._children))
         if not self._dicts or not is_known or any(map(operator.attrgetter("training"), [model, *self._modules])):
             model.eval()
-            # Without the model itself, which must not be kept alive.
+            # Without the model itself, which the cache must not keep alive.
             self._modules = [module for module in model.modules() if module is not model]
             self._dicts = [module._modules for module in [model, *self._modules]]
             self._children = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))

@@ -1,4 +1,4 @@
-"""Tokenising in background threads while the model runs, in bounded memory, with results in order."""
+"""Background threads tokenise while the model runs, in bounded memory; results are in order."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# One thread unpacks token ids while another is in the tokenizers library, which has threads of its own.
+# One thread unpacks token ids while another runs the tokenizers library, which has threads of its own.
 THREADS = 3
 _WINDOWS_AHEAD = 5
-# Texts of the first window, before it is known how long they are; of a later one at most.
+# Texts of the first window, whose lengths are unknown; maximum of a later one.
 _FIRST_TEXTS, _MAX_TEXTS = 256, 2_048
-# Of the tokens that fit, since some windows have more than expected.
+# Windows are planned for this share of the token budget, since some have more tokens than expected.
 _FILL = 0.9
-# Batches launched before the host waits for the first of them.
+# Batches launched before the host waits for the first one.
 _BATCHES_AHEAD = 2
 
 
@@ -38,20 +38,20 @@ def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: b
 
     Args:
         engine: The model.
-        inputs: Strings or pairs of strings; consumed as outputs are.
+        inputs: Strings or pairs of strings; consumed lazily.
         budget: Size of a batch.
-        to_host: Whether to return outputs of one tensor as arrays; float32 for bfloat16.
+        to_host: Whether to return tensors as arrays, bfloat16 as float32.
 
     Yields:
-        Outputs of some texts at a time, in the order of the texts.
+        Outputs of several texts at a time, in the order of the texts.
 
     Raises:
-        TypeError: If an input is neither a string nor, for a model that takes them, a pair of strings.
+        TypeError: If an input is not a string (or a pair of strings, for a model of pairs).
         ValueError: If a text cannot be tokenised.
     """
     sizes = _WindowSize(budget, engine.sorts)
     under_way: deque[tuple[list[_Copy], Numbers]] = deque()
-    # Windows of several batches are large, and there is enough to run meanwhile.
+    # A window of several batches keeps the model busy for longer.
     ahead = _WINDOWS_AHEAD if engine.sorts == 1 else 2
     # The model's own preprocessing may not be made for several threads.
     threads = 1 if engine.fast_tokenizer is None else THREADS
@@ -73,11 +73,11 @@ def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: b
 
 
 class _WindowSize:
-    """Number of texts that are expected to fill some batches.
+    """Number of texts expected to fill several batches.
 
     Args:
         budget: Size of a batch.
-        batches: How many to fill.
+        batches: Number of batches.
     """
 
     def __init__(self, budget: Budget, batches: int) -> None:
@@ -87,16 +87,16 @@ class _WindowSize:
         self._per_text: float | None = None
 
     def update(self, window: Window) -> None:
-        """Takes the texts of a window as an example of those to come."""
+        """Updates the estimate with the texts of a window."""
         per_text = max(window.tokens / len(window.order), 1)
-        # Smoothed, since each other size of a batch is another CUDA graph.
+        # Smoothed, since each new batch size captures a CUDA graph.
         self._per_text = per_text if self._per_text is None else 0.8 * self._per_text + 0.2 * per_text
         self.texts = max(min(int(self._tokens / self._per_text), self._rows), 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Texts that follow each other.
+    """Consecutive texts.
 
     Args:
         start: Index of the first text.
@@ -115,7 +115,7 @@ def _chunks(engine: Engine, inputs: Iterable[Any], size: _WindowSize) -> Iterato
 
 
 def prepare(engine: Engine, chunk: Chunk, budget: Budget) -> Window:
-    """Prepares a window, in any thread; an error names the text by its index."""
+    """Prepares a window, in any thread; errors have the index of the text."""
     try:
         return engine.prepare(chunk.texts, budget)
     except (TypeError, ValueError) as error:
@@ -139,11 +139,11 @@ def _reason_of_unicode(text: Text) -> str | None:
 
 
 class _Copy:
-    """An output, and its copy to the host, which may be under way.
+    """An output and its asynchronous copy to the host.
 
     Args:
-        output: What to copy.
-        to_host: Whether to copy it at all.
+        output: The output.
+        to_host: Whether to copy it.
     """
 
     def __init__(self, output: Output, *, to_host: bool) -> None:
@@ -151,7 +151,7 @@ class _Copy:
         self._event: torch.cuda.Event | None = None
         if not to_host or not isinstance(output, torch.Tensor):
             return
-        # There are no arrays of bfloat16.
+        # numpy has no bfloat16.
         self._output = output = output.float() if output.dtype is torch.bfloat16 else output
         if output.is_cuda:
             self._output = torch.empty_like(output, device="cpu", pin_memory=True)
@@ -160,7 +160,7 @@ class _Copy:
             self._event.record(torch.cuda.current_stream(output.device))
 
     def wait(self) -> Output | Array:
-        """Waits until the output is where it is to be, and returns it."""
+        """Waits for the copy and returns the output."""
         if self._event is not None:
             self._event.synchronize()
         return self._output.numpy() if self._to_host and isinstance(self._output, torch.Tensor) else self._output
@@ -170,7 +170,7 @@ def _in_order(copies: list[_Copy], order: Numbers) -> Output | Array:
     """Returns the rows of a window in the order of its texts."""
     parts, places = [copy.wait() for copy in copies], np.argsort(order)
     if all(isinstance(part, np.ndarray) for part in parts):
-        # Not in torch, whose threads would wake up and take the processors from the tokenizer's.
+        # Not in torch, whose threads would take cores from the tokenizer.
         array: Array = np.concatenate(parts)[places]
         return array
     if all(isinstance(part, torch.Tensor) for part in parts):
@@ -183,7 +183,7 @@ def _in_order(copies: list[_Copy], order: Numbers) -> Output | Array:
 def _in_background(
     function: Callable[[Item], Result], items: Iterator[Item], ahead: int, count: int
 ) -> Generator[Result, None, None]:
-    """Maps a function over items, in order and in threads, some items ahead; a single item stays in this thread."""
+    """Maps a function over items in threads, in order, `ahead` items ahead. A single item runs in this thread."""
     first = list(itertools.islice(items, 2))
     if len(first) < 2:
         yield from map(function, first)

@@ -20,27 +20,27 @@ from .tokens import Numbers, Tokens
 
 __all__ = ["SentenceEngine"]
 
-# Features of packed tokens, which are padded for the modules after the transformer or left out.
+# Features that are padded for the modules after the transformer, or left out.
 _PACKED_FEATURES = frozenset(
     {
         "attention_mask", "cu_seq_lens_k", "cu_seq_lens_q", "input_ids", "max_length_k", "max_length_q", "position_ids",
         "return_dict", "token_embeddings", "token_type_ids", "use_cache",
     }
 )  # fmt: skip
-# Rows are padded together if the longest has at most this many times the tokens of the shortest, or few tokens.
+# Rows form a group if the longest has at most 4 times the tokens of the shortest, or at most 16 tokens.
 _MAX_RATIO, _MAX_SHORT = 4, 16
 
 
 class SentenceEngine(SentenceTransformersEngine):
     """A `SentenceTransformer`.
 
-    Where its transformer can be given packed tokens, the other modules are given the padded token embeddings of some
-    rows of similar length at a time: what they compute is what they compute in `encode`.
+    If the transformer takes packed tokens, its token embeddings are padded again for the other modules, in groups of
+    rows of similar length. The other modules compute the same as in `SentenceTransformer.encode`.
 
     Args:
         model: The model.
-        select: Makes rows of the features that the model returns.
-        prompt: What every text begins with.
+        select: Selects the output from the features that the model returns.
+        prompt: Prefix of every text.
         options: Further arguments of its `preprocess` and `forward`.
     """
 
@@ -57,7 +57,7 @@ class SentenceEngine(SentenceTransformersEngine):
 
     def _batch_of(self, tokens: Tokens) -> Batch:
         backbone = self._backbone
-        # What modules make of a text without tokens depends on the padding.
+        # The output for a text without tokens depends on padding.
         if backbone is None or not tokens.lengths.all():
             return super()._batch_of(tokens)
         groups = _groups_of(tokens.lengths, self._padding())
@@ -86,26 +86,26 @@ class SentenceEngine(SentenceTransformersEngine):
         return [row for output in outputs for row in output]
 
     def _options_of(self, name: str, module: torch.nn.Module) -> dict[str, Any]:
-        """Returns the arguments that sentence-transformers passes on to a module."""
+        """Returns the options that sentence-transformers passes to a module."""
         if not self.options:
             return {}
         names = {*(cast(Any, self.model).module_kwargs or {}).get(name, ()), *getattr(module, "forward_kwargs", ())}
         return {name: value for name, value in self.options.items() if name in names}
 
     def _find_backbone(self) -> PreTrainedModel | None:
-        """Returns the model that can be given packed tokens; None if batches have to be padded."""
+        """Returns the backbone if it takes packed tokens; None if batches must be padded."""
         if self._fast is None:
             return None
         transformer, *others = self.model.children()
         reason: str | None = None
         if not _runs_as_written(self.model):
-            reason = "its own forward was replaced or has hooks"
+            reason = "its forward was replaced or has hooks"
         elif has_other_hooks(transformer):
             reason = f"its {type(transformer).__name__} has hooks"
         elif not forwards_features(transformer):
-            reason = f"a {type(transformer).__name__} comes first in it"
+            reason = f"its first module is a {type(transformer).__name__}"
         elif any(hasattr(module, "sub_modules") for module in others):
-            reason = "it chooses its modules by task"
+            reason = "it routes inputs by task"
         elif is_asked_for("output_hidden_states", cast(Any, transformer).model, {}):
             reason = "output_hidden_states=True"
         else:
@@ -124,11 +124,11 @@ class _Group:
     """Rows of a packed batch that are padded together.
 
     Args:
-        rows: Which rows.
-        tokens: Which tokens.
-        width: Tokens of the longest row.
-        lengths: Tokens of each row.
-        padding: Id and type id of padding, and whether it is on the left.
+        rows: Rows of the group.
+        tokens: Tokens of the group.
+        width: Length of the longest row.
+        lengths: Length of each row.
+        padding: Padding id, its token type id, and whether padding is on the left.
     """
 
     rows: slice
@@ -139,22 +139,22 @@ class _Group:
 
     @property
     def is_full(self) -> bool:
-        """Whether rows are of one length."""
+        """Whether all rows have the same length."""
         return bool(len(self.lengths) * self.width == self.tokens.stop - self.tokens.start)
 
     @property
     def slots(self) -> Numbers:
-        """Slot of each row's first token among those of the group, int64, shape `(rows,)`."""
+        """Padded position of each row's first token in the group, int64, shape `(rows,)`."""
         starts: Numbers = np.arange(len(self.lengths)) * self.width
         return starts + (self.width - self.lengths) if self.padding[2] else starts
 
     def pad(self, packed: Features, slots: torch.Tensor | None, lengths: torch.Tensor | None) -> Features:
-        """Pads token embeddings, with zeros, and ids, on their device.
+        """Pads token embeddings (with zeros) and ids, on their device.
 
         Args:
             packed: Features of the whole batch.
-            slots: Slot of each token in its group, int64, shape `(1, total_tokens)`; None if no group has padding.
-            lengths: Tokens of all rows, int64, shape `(rows,)`; None if no group has padding.
+            slots: Padded position of each token in its group, int64, shape `(1, total_tokens)`; None without padding.
+            lengths: Lengths of all rows, int64, shape `(rows,)`; None without padding.
         """
         padded = {name: value for name, value in packed.items() if name not in _PACKED_FEATURES}
         pad_id, pad_type_id, on_left = self.padding
@@ -180,7 +180,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _PackedBatch:
-    """Packed tokens, and which of their rows are padded together after the transformer."""
+    """Packed tokens, and the groups of rows that are padded together after the transformer."""
 
     tokens: PackedTokens
     groups: list[_Group]
@@ -202,7 +202,7 @@ def _groups_of(lengths: Numbers, padding: tuple[int, int, bool]) -> list[_Group]
 
 
 def _runs_as_written(model: torch.nn.Module) -> bool:
-    """Whether a call of the model runs the forward of sentence-transformers, and nothing besides."""
+    """Whether the model runs the unmodified sentence-transformers forward, without hooks."""
     is_own = type(model).forward.__module__.startswith("sentence_transformers.") and "forward" not in vars(model)
     has_hooks = model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl is not None
     return is_own and not has_hooks

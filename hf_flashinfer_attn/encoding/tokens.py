@@ -1,4 +1,4 @@
-"""Token ids without padding, straight from the tokenizers library."""
+"""Token ids without padding, from the tokenizers library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TypeIds = Literal["none", "zeros", "own"]
 Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
-# Options of the tokenizers library's models besides their vocabulary.
+# Options of the tokenizers library's models, without the vocabulary.
 _MODEL_OPTIONS = (
     "byte_fallback", "continuing_subword_prefix", "dropout", "end_of_word_suffix", "fuse_unk", "ignore_merges",
     "max_input_chars_per_word", "unk_token",
@@ -31,8 +31,8 @@ class Budget:
     """Size of a batch.
 
     Args:
-        tokens: Most tokens; a text that has more is a batch of its own.
-        rows: Most texts.
+        tokens: Maximum number of tokens; a longer text is a batch of its own.
+        rows: Maximum number of texts.
 
     Raises:
         ValueError: If a number is not positive.
@@ -49,11 +49,11 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens of several texts, one text after the other.
+    """Concatenated tokens of several texts.
 
     Args:
         ids: Token ids, int64, shape `(total_tokens,)`.
-        lengths: Tokens of each text, int64, shape `(texts,)`.
+        lengths: Length of each text, int64, shape `(texts,)`.
         type_ids: Token type ids, int64, shape `(total_tokens,)`; None if the model takes none.
     """
 
@@ -65,7 +65,7 @@ class Tokens:
         return len(self.lengths)
 
     def split(self, budget: Budget, *, padded: bool) -> list[Tokens]:
-        """Cuts tokens, the longest text first, into batches, in order.
+        """Cuts tokens into batches, in order. The longest text is first.
 
         Args:
             budget: Size of a batch.
@@ -90,7 +90,7 @@ class Tokens:
         return batches
 
     def pad(self, pad_id: int, pad_type_id: int, *, on_left: bool) -> dict[str, torch.Tensor]:
-        """Returns `input_ids`, `attention_mask` and, if there are any, `token_type_ids`, as a tokenizer would.
+        """Returns `input_ids`, `attention_mask` and, if any, `token_type_ids`, padded as by a tokenizer.
 
         Each is int64, on the CPU, of shape `(texts, longest)`.
         """
@@ -110,19 +110,19 @@ def _spread(values: Numbers, valid: np.ndarray[Any, Any], filler: int) -> Number
 
 
 class TextTokenizer:
-    """A private copy of a fast tokenizer, which truncates and does not pad. Threads may share it.
+    """A private copy of a fast tokenizer that truncates and does not pad. It is thread-safe.
 
     Args:
         tokenizer: Tokenizer of the tokenizers library.
-        max_length: Longer texts are truncated, in tokens; None for the tokenizer's own limit.
-        type_ids: Whether to return token type ids: none, zeros, or those of the tokenizer.
+        max_length: Maximum length of a text in tokens; None for the tokenizer's own limit.
+        type_ids: Token type ids to return: none, zeros, or the tokenizer's own.
     """
 
-    # What transformers calls the limit of a tokenizer without one is far above.
+    # A tokenizer without a limit has a far larger `model_max_length`.
     UNLIMITED = 1_000_000_000
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, type_ids: TypeIds) -> None:
-        # transformers writes truncation and padding into the tokenizer that it shares with all of its users.
+        # transformers writes truncation and padding into the tokenizer object, which other threads may use.
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         limit = tokenizer.model_max_length if max_length is None else max_length
         self._type_ids = type_ids
@@ -134,7 +134,7 @@ class TextTokenizer:
 
     @staticmethod
     def state_of(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
-        """Returns what a copy depends on, the vocabulary by its size alone."""
+        """Returns the state that a copy depends on; of the vocabulary, only its size."""
         backend = tokenizer.backend_tokenizer
         parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
         return (
@@ -145,16 +145,16 @@ class TextTokenizer:
         )  # fmt: skip
 
     def __call__(self, texts: Sequence[Text]) -> tuple[Tokens, Numbers]:
-        """Tokenises texts, or pairs of texts. Other threads run meanwhile.
+        """Tokenises texts or pairs of texts. The interpreter lock is released meanwhile.
 
         Returns:
-            Tokens, the longest text first, and the index of each text, int64, shape `(texts,)`.
+            Tokens, longest text first, and the index of each text, int64, shape `(texts,)`.
 
         Raises:
             TypeError: If a text cannot be tokenised, such as one that is not valid Unicode.
         """
         if len(texts) == 1 and isinstance(texts[0], str):
-            # Without the wait for the threads of a batch.
+            # Avoids waiting for the thread pool of a batch.
             encodings = [self.backend.encode(texts[0])]
         else:
             encodings = self.backend.encode_batch_fast(texts)

@@ -1,4 +1,4 @@
-"""Inputs of a backbone for tokens that were never padded."""
+"""Backbone inputs from tokens that were never padded."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
 
 def reason_against_packed_inputs(backbone: torch.nn.Module) -> str | None:
-    """Returns why a model cannot be given `PackedTokens`; None if it can."""
+    """Returns why a model cannot take `PackedTokens`; None if it can."""
     family = family_of(backbone)
     if family is None or HANDLES not in vars(backbone):
         return f"{type(backbone).__name__} is not unpadded"
     if not family.packs_ids_alone:
-        return f"{type(backbone).__name__} reads more of a row than its token ids"
+        return f"{type(backbone).__name__} needs padded rows, not only token ids"
     if is_copied_with(backbone):
-        return f"the forward of this {type(backbone).__name__} is that of the model it is a copy of"
+        return f"this {type(backbone).__name__} is a copy that shares its forward with the original"
     assert isinstance(backbone, PreTrainedModel)
     ids = torch.zeros(1, 1, dtype=torch.long)
     return reason_to_stay(backbone, {"input_ids": ids, "attention_mask": ids, "use_cache": False})
 
 
 class PackedTokens:
-    """Tokens on the host, ready for one copy to a device. May be made in another thread than the model runs in.
+    """Tokens on the host, ready for one copy to a device. Any thread may create them.
 
     Args:
-        backbone: An unpadded model, which `reason_against_packed_inputs` has nothing against.
+        backbone: An unpadded model that `reason_against_packed_inputs` accepts.
         device: Device of the model.
-        lengths: Tokens of each row, int64, shape `(rows,)`.
+        lengths: Length of each row, int64, shape `(rows,)`.
         ids: Token ids, int64, shape `(total_tokens,)`.
         type_ids: Token type ids, int64, shape `(total_tokens,)`; None if the model takes none.
-        slots: Slot of each row's first token where the caller pads the rows again, int64, shape `(rows,)`.
+        slots: Padded position of each row's first token, if the caller pads the rows again, int64, shape `(rows,)`.
 
     Raises:
-        IndexError: If a row is longer than the model's table of positions.
+        IndexError: If a row is longer than the model's position table.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class PackedTokens:
                 parts["position_ids"] = _positions_after(padding_id, ids, lengths)
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._sizes = [len(part) for part in self._parts.values()]
-        # Without pinned memory the host would wait for all that was launched before. Pinning takes the current device.
+        # Copies from unpinned memory wait for all earlier launches. Pinning uses the current device.
         on_gpu = device.type == "cuda"
         with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
             size = sum(self._sizes) + len(lengths) + 1
@@ -80,14 +80,14 @@ class PackedTokens:
         np.concatenate([*self._parts.values(), [0], np.cumsum(lengths)], out=self._numbers.numpy())
 
     def inputs(self) -> dict[str, Any]:
-        """Copies the tokens to the device, without a wait, and returns the keyword arguments of a forward.
+        """Copies the tokens to the device asynchronously and returns the keyword arguments of a forward.
 
-        The forward's output is packed, too: `last_hidden_state` has the shape `(1, total_tokens, hidden_size)`.
+        The forward's output is packed too: `last_hidden_state` has the shape `(1, total_tokens, hidden_size)`.
 
         Returns:
-            `input_ids`, `position_ids`, `token_type_ids` and `slots` (slot of each token), int64, shape
-            `(1, total_tokens)`; `cu_seq_lens_q` and `cu_seq_lens_k`, one tensor on the device, int64, shape
-            `(rows + 1,)`; `max_length_q`, `max_length_k`, and what else the model needs.
+            `input_ids`, `position_ids`, `token_type_ids` and `slots` (padded position of each token), int64, shape
+            `(1, total_tokens)`; `cu_seq_lens_q` and `cu_seq_lens_k`, the same int64 tensor of shape `(rows + 1,)`;
+            `max_length_q`, `max_length_k`, and the model's other arguments.
         """
         layout = RaggedLayout.from_lengths(self._lengths)
         total, longest, rows = layout.query.total_tokens, layout.query.max_length, len(self._lengths)
@@ -115,7 +115,7 @@ class PackedTokens:
 
 
 def _positions_after(padding_id: int, ids: Numbers, lengths: Numbers) -> Numbers:
-    """Numbers the tokens of each row that are not padding, as RoBERTa does; the others get the id of padding."""
+    """Returns RoBERTa's position ids: tokens other than padding are numbered, padding gets the padding id."""
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     is_token = ids != padding_id
     counts = np.concatenate([[0], np.cumsum(is_token)])
