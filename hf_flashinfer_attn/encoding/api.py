@@ -459,6 +459,8 @@ def _run_to_end(
                 # Copied at once, so that the pinned memory is reused.
                 if whole is None:
                     whole = np.empty((count, *output.shape[1:]), output.dtype)
+                if done + len(output) > count:
+                    raise ValueError(f"inputs yields more than its length, {count}.")
                 whole[done : done + len(output)] = output
             else:
                 parts.append(output)

@@ -45,7 +45,7 @@ def place(model: torch.nn.Module, device: str | torch.device | None) -> None:
     if device is not None and torch.device(device) != getattr(model, "device", None):
         model.to(device)
     first = model if isinstance(model, PreTrainedModel) else next(model.children(), model)
-    if HANDLES in vars(getattr(first, "model", first)):
+    if HANDLES in vars(getattr(first, "model", first)) and not _unpadding.locked():
         return
     with _unpadding:
         if not any(HANDLES in vars(module) for module in model.modules()):
@@ -110,7 +110,8 @@ def quantizer_of(precision: Precision | None) -> Callable[[Any], Any] | None:
 
 def require_iterable(inputs: object) -> None:
     """Raises a `TypeError` for inputs that are not a list, array or other iterable of texts."""
-    if isinstance(inputs, (Mapping, bytes)) or not isinstance(inputs, Iterable):
+    is_scalar = not isinstance(inputs, str) and getattr(inputs, "ndim", 1) == 0
+    if is_scalar or isinstance(inputs, (Mapping, bytes)) or not isinstance(inputs, Iterable):
         raise TypeError(f"inputs is a {type(inputs).__name__}; expected strings, or pairs of strings for predict.")
 
 

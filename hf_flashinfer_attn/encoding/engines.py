@@ -115,7 +115,7 @@ class Engine(abc.ABC):
         return None if self._fast is None else self._fast.tokenise
 
     @property
-    def sorts(self) -> int:
+    def batches_per_window(self) -> int:
         """Number of batches in a window, which is sorted by length: more if batches are padded."""
         return 8
 
@@ -159,7 +159,9 @@ class Engine(abc.ABC):
             return self._prepare_window_slowly(texts, budget)
         tokens, order = self._fast.tokenise(self._prompted(texts))
         return Window(
-            [self._batch_of(part) for part in tokens.split(budget, padded=self.sorts > 1)], order, len(tokens.ids)
+            [self._batch_of(part) for part in tokens.split(budget, padded=self.batches_per_window > 1)],
+            order,
+            len(tokens.ids),
         )
 
     def _prepare_window_slowly(self, texts: Sequence[Text], budget: Budget) -> Window:
@@ -305,7 +307,7 @@ class CrossEngine(SentenceTransformersEngine):
         self._input_device = torch.device("cpu") if on_host else self.device
 
     @property
-    def sorts(self) -> int:
+    def batches_per_window(self) -> int:
         return 8 if self._input_device == self.device else 2
 
     def _forward(self, batch: Batch) -> Output:
@@ -343,7 +345,7 @@ class PlainEngine(Engine):
             log_once(f"batches of {type(model).__name__} are padded: {reason}")
 
     @property
-    def sorts(self) -> int:
+    def batches_per_window(self) -> int:
         return 1 if self._packs else 8
 
     def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
@@ -363,13 +365,16 @@ class PlainEngine(Engine):
         return PackedTokens(cast(PreTrainedModel, self.model), self.device, tokens.lengths, tokens.ids, tokens.type_ids)
 
     def _forward(self, batch: Batch) -> Output:
-        if isinstance(batch, PackedTokens):
-            inputs = batch.inputs()
-            hidden = self.model(**inputs).last_hidden_state[0]
-            return self._finish(self._pool_packed(hidden, inputs["cu_seq_lens_q"]))
-        features = self._moved(batch, self.device)
-        hidden = self.model(**features).last_hidden_state
-        return self._finish(self._pool_padded(hidden, features["attention_mask"].bool()))
+        is_packed = isinstance(batch, PackedTokens)
+        inputs = batch.inputs() if is_packed else {**self._moved(batch, self.device), "return_dict": True}
+        hidden = getattr(self.model(**inputs), "last_hidden_state", None)
+        if hidden is None:
+            raise TypeError(
+                f"{type(self.model).__name__} returns no last_hidden_state; expected a model without a head."
+            )
+        if is_packed:
+            return self._finish(self._pool_packed(hidden[0], inputs["cu_seq_lens_q"]))
+        return self._finish(self._pool_padded(hidden, inputs["attention_mask"].bool()))
 
     def _pool_packed(self, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         if self._pooling == "cls":

@@ -49,10 +49,10 @@ def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: b
         TypeError: If an input is not a string (or a pair of strings, for a model of pairs).
         ValueError: If a text cannot be tokenised.
     """
-    sizes = _WindowSize(budget, engine.sorts)
+    sizes = _WindowSize(budget, engine.batches_per_window)
     under_way: deque[tuple[list[_Copy], Numbers]] = deque()
     # A window of several batches keeps the model busy for longer.
-    ahead = _WINDOWS_AHEAD if engine.sorts == 1 else 2
+    ahead = _WINDOWS_AHEAD if engine.batches_per_window == 1 else 2
     # The model's own preprocessing may not be made for several threads.
     threads = 1 if engine.fast_tokenizer is None else THREADS
     chunks = _chunks(engine, inputs, sizes)
@@ -139,7 +139,7 @@ def _reason_of_unicode(text: Text) -> str | None:
 
 
 class _Copy:
-    """An output and its asynchronous copy to the host.
+    """An output and, for the host, its asynchronous copy.
 
     Args:
         output: The output.
@@ -147,23 +147,33 @@ class _Copy:
     """
 
     def __init__(self, output: Output, *, to_host: bool) -> None:
-        self._output, self._to_host = output, to_host
+        self._to_host = to_host and isinstance(output, torch.Tensor)
+        if isinstance(output, torch.Tensor) and to_host:
+            # numpy has no bfloat16.
+            output = output.float() if output.dtype is torch.bfloat16 else output
+        self._output = output
         self._event: torch.cuda.Event | None = None
-        if not to_host or not isinstance(output, torch.Tensor):
+        self._stream: Any = None
+        first = output if isinstance(output, torch.Tensor) else next(iter(output), None)
+        if first is None or not first.is_cuda:
             return
-        # numpy has no bfloat16.
-        self._output = output = output.float() if output.dtype is torch.bfloat16 else output
-        if output.is_cuda:
+        if isinstance(output, torch.Tensor) and to_host:
             self._output = torch.empty_like(output, device="cpu", pin_memory=True)
             self._output.copy_(output, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(output.device))
+        self._stream = torch.cuda.current_stream(first.device)
+        self._event = torch.cuda.Event()
+        self._event.record(self._stream)
 
     def wait(self) -> Output | Array:
-        """Waits for the copy and returns the output."""
-        if self._event is not None:
+        """Returns the output; the host waits for its copy, the current stream for the output itself."""
+        output = self._output
+        if self._event is not None and self._to_host:
             self._event.synchronize()
-        return self._output.numpy() if self._to_host and isinstance(self._output, torch.Tensor) else self._output
+        elif self._event is not None and (current := torch.cuda.current_stream(self._stream.device)) != self._stream:
+            current.wait_event(self._event)
+            for tensor in [output] if isinstance(output, torch.Tensor) else output:
+                tensor.record_stream(current)
+        return output.numpy() if self._to_host and isinstance(output, torch.Tensor) else output
 
 
 def _in_order(copies: list[_Copy], order: Numbers) -> Output | Array:

@@ -52,7 +52,7 @@ class SentenceEngine(SentenceTransformersEngine):
         self._backbone = self._find_backbone()
 
     @property
-    def sorts(self) -> int:
+    def batches_per_window(self) -> int:
         return 8 if self._backbone is None else 1
 
     def _batch_of(self, tokens: Tokens) -> Batch:
