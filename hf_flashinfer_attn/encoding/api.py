@@ -142,7 +142,8 @@ def encode(
     if quantize is not None and len(rows):
         found = quantize(rows)
     if convert_to_tensor:
-        found = torch.as_tensor(found) if len(found) else torch.tensor([], device=engine.device)
+        found = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
+        found = found if len(found) else torch.tensor([], device=engine.device)
     elif convert_to_numpy:
         found = (found if isinstance(found, np.ndarray) else _to_numpy(found)) if len(found) else np.array([])
     else:

@@ -32,7 +32,7 @@ def reason_against_packed_inputs(backbone: torch.nn.Module) -> str | None:
     if is_copied_with(backbone):
         return f"this {type(backbone).__name__} is a copy that shares its forward with the original"
     assert isinstance(backbone, PreTrainedModel)
-    ids = torch.zeros(1, 1, dtype=torch.long)
+    ids = torch.zeros(1, 1, dtype=torch.long, device="cpu")
     return reason_to_stay(backbone, {"input_ids": ids, "attention_mask": ids, "use_cache": False})
 
 
