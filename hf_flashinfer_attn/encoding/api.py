@@ -141,13 +141,7 @@ def encode(
     found: Any = rows
     if quantize is not None and len(rows):
         found = quantize(rows)
-    if convert_to_tensor:
-        found = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
-        found = found if len(found) else torch.tensor([], device=engine.device)
-    elif convert_to_numpy:
-        found = (found if isinstance(found, np.ndarray) else _to_numpy(found)) if len(found) else np.array([])
-    else:
-        found = list(torch.from_numpy(found) if isinstance(found, np.ndarray) else found)
+    found = _converted(found, engine, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
     return found[0] if isinstance(inputs, str) else found
 
 
@@ -307,13 +301,7 @@ def predict(
         engine, pairs, count_of(pairs), Budget(tokens_per_batch, batch_size),
         to_host=convert_to_numpy and not convert_to_tensor, bar=wants_bar(show_progress_bar),
     )  # fmt: skip
-    found: Any = scores
-    if convert_to_tensor:
-        found = scores if len(scores) else torch.tensor([], device=engine.device)
-    elif convert_to_numpy:
-        found = _to_numpy(scores) if len(scores) else np.array([])
-    else:
-        found = list(scores)
+    found = _converted(scores, engine, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
     return found[0] if is_single else found
 
 
@@ -474,8 +462,13 @@ def _run_to_end(
     return np.concatenate(parts) if parts and to_host else [row for part in parts for row in part]
 
 
-def _to_numpy(vectors: Any) -> Array:
-    if isinstance(vectors, np.ndarray):
-        return vectors
-    array: Array = (vectors.float() if vectors.dtype is torch.bfloat16 else vectors).cpu().numpy()
-    return array
+def _converted(rows: Any, engine: Engine, *, to_tensor: bool, to_numpy: bool) -> Any:
+    """Converts rows to one tensor, one array or a list of tensors, as sentence-transformers does."""
+    if to_numpy and not to_tensor:
+        if isinstance(rows, torch.Tensor):
+            rows = (rows.float() if rows.dtype is torch.bfloat16 else rows).cpu().numpy()
+        return rows if len(rows) else np.array([])
+    rows = torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows
+    if not to_tensor:
+        return list(rows)
+    return rows if len(rows) else torch.tensor([], device=engine.device)

@@ -19,7 +19,7 @@ from ..movement import sent
 from ..unpadding.hooks import HANDLES, has_other_hooks
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
 from .model_cache import FastPreparation, ModelCache
-from .tokens import Budget, Numbers, Text, TextTokenizer, Tokens, TypeIds
+from .tokens import Budget, Numbers, Text, TextTokenizer, Tokens, TypeIds, limit_of, strings_of
 
 __all__ = [
     "Batch",
@@ -165,7 +165,7 @@ class Engine(abc.ABC):
         )
 
     def _prepare_window_slowly(self, texts: Sequence[Text], budget: Budget) -> Window:
-        sizes = np.array([sum(map(len, _strings(text))) // _CHARACTERS_PER_TOKEN + 1 for text in texts])
+        sizes = np.array([sum(map(len, strings_of(text))) // _CHARACTERS_PER_TOKEN + 1 for text in texts])
         order = np.argsort(-sizes, kind="stable")
         batches, start = [], 0
         while start < len(texts):
@@ -222,8 +222,8 @@ class Engine(abc.ABC):
     def _compare_preparations(self) -> FastPreparation | None:
         """Compares the tokenizers library with the model's own preprocessing on a few texts; None if they differ."""
         assert self._tokenizer is not None
-        limit = self._tokenizer.model_max_length if self.max_length is None else self.max_length
-        texts = [*_SENTENCES, *(["word " * (limit + 2)] if limit <= TextTokenizer.UNLIMITED else [])]
+        limit = limit_of(self._tokenizer, self.max_length)
+        texts = [*_SENTENCES, *([] if limit is None else ["word " * (limit + 2)])]
         inputs: list[Text] = [(text, _SENTENCES[1]) for text in texts] if self.takes_pairs else [*texts]
         own = self._prepare_slowly(inputs)
         types = own.get("token_type_ids")
@@ -350,8 +350,8 @@ class PlainEngine(Engine):
 
     def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
         assert self._tokenizer is not None
-        limit = self._tokenizer.model_max_length if self.max_length is None else self.max_length
-        truncation = {"truncation": True, "max_length": limit} if limit <= TextTokenizer.UNLIMITED else {}
+        limit = limit_of(self._tokenizer, self.max_length)
+        truncation = {} if limit is None else {"truncation": True, "max_length": limit}
         features = dict(self._tokenizer(self._prompted(texts), padding=True, return_tensors="pt", **truncation))
         if not features["attention_mask"].any(1).all():
             raise ValueError(_NO_TOKENS)
@@ -398,10 +398,6 @@ def tokenizer_of(model: Any) -> PreTrainedTokenizerBase | None:
     """Returns the transformers tokenizer of a sentence-transformers model; None if it has none."""
     tokenizer = model.tokenizer
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-
-
-def _strings(text: Text) -> tuple[str, ...]:
-    return (text,) if isinstance(text, str) else text
 
 
 def _overrides(value: object, methods: Iterable[str]) -> bool:

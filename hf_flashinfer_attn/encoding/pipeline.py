@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .engines import Engine, Output, Window
-from .tokens import Budget, Numbers, Text
+from .tokens import Budget, Numbers, Text, strings_of
 
 __all__ = ["THREADS", "Array", "Chunk", "prepare", "run_all"]
 
@@ -62,9 +62,7 @@ def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: b
             sizes.update(window)
             # The caller may have trained the model since the last vectors.
             engine.enter_eval()
-            copies = []
-            for batch in window.batches:
-                copies.append(_Copy(engine.run(batch), to_host=to_host))
+            copies = [_Copy(engine.run(batch), to_host=to_host) for batch in window.batches]
             under_way.append((copies, window.order))
             while sum(len(copies) for copies, _ in under_way) > _BATCHES_AHEAD and len(under_way) > 1:
                 yield _in_order(*under_way.popleft())
@@ -83,7 +81,6 @@ class _WindowSize:
     def __init__(self, budget: Budget, batches: int) -> None:
         self._tokens, self._rows = _FILL * budget.tokens * batches, min(budget.rows * batches, _MAX_TEXTS)
         self.texts = min(_FIRST_TEXTS, self._rows)
-
         self._per_text: float | None = None
 
     def update(self, window: Window) -> None:
@@ -130,7 +127,7 @@ def prepare(engine: Engine, chunk: Chunk, budget: Budget) -> Window:
 
 
 def _reason_of_unicode(text: Text) -> str | None:
-    for part in (text,) if isinstance(text, str) else text:
+    for part in strings_of(text):
         try:
             part.encode()
         except UnicodeEncodeError as error:

@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Budget", "Numbers", "Text", "TextTokenizer", "Tokens", "TypeIds"]
+from ..unpadding.packed_inputs import Numbers
+
+__all__ = ["Budget", "Numbers", "Text", "TextTokenizer", "Tokens", "TypeIds", "limit_of", "strings_of"]
 
 Text: TypeAlias = "str | tuple[str, str]"
 TypeIds = Literal["none", "zeros", "own"]
-Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
-
+# A tokenizer without a limit has a far larger `model_max_length`.
+_UNLIMITED = 1_000_000_000
 # Options of the tokenizers library's models, without the vocabulary.
 _MODEL_OPTIONS = (
     "byte_fallback", "continuing_subword_prefix", "dropout", "end_of_word_suffix", "fuse_unk", "ignore_merges",
@@ -118,19 +120,15 @@ class TextTokenizer:
         type_ids: Token type ids to return: none, zeros, or the tokenizer's own.
     """
 
-    # A tokenizer without a limit has a far larger `model_max_length`.
-    UNLIMITED = 1_000_000_000
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, type_ids: TypeIds) -> None:
         # transformers writes truncation and padding into the tokenizer object, which other threads may use.
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        limit = tokenizer.model_max_length if max_length is None else max_length
         self._type_ids = type_ids
         self.backend.no_padding()
-        if limit <= self.UNLIMITED:
-            self.backend.enable_truncation(limit, direction=tokenizer.truncation_side)
-        else:
+        if (limit := limit_of(tokenizer, max_length)) is None:
             self.backend.no_truncation()
+        else:
+            self.backend.enable_truncation(limit, direction=tokenizer.truncation_side)
 
     @staticmethod
     def state_of(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
@@ -169,6 +167,17 @@ class TextTokenizer:
         elif self._type_ids == "own":
             types = _flat((encoding.type_ids for encoding in encodings), len(ids))
         return Tokens(ids, lengths, types), order
+
+
+def limit_of(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
+    """Returns the maximum length of a text in tokens, by default the tokenizer's own; None if there is none."""
+    limit: int = tokenizer.model_max_length if max_length is None else max_length
+    return limit if limit <= _UNLIMITED else None
+
+
+def strings_of(text: Text) -> tuple[str, ...]:
+    """Returns the one string of a text, or the two of a pair."""
+    return (text,) if isinstance(text, str) else text
 
 
 def _flat(lists: Iterable[list[int]], count: int) -> Numbers:

@@ -17,7 +17,7 @@ from .hooks import HANDLES
 from .packing import RIDER, Packing
 from .reasons import reason_to_stay, require_positions
 
-__all__ = ["PackedTokens", "reason_against_packed_inputs"]
+__all__ = ["Numbers", "PackedTokens", "reason_against_packed_inputs"]
 
 Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 

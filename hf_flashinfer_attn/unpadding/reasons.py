@@ -80,20 +80,27 @@ def _reason_of_positions(module: PreTrainedModel, inputs: dict[str, Any], mask: 
     Raises:
         IndexError: If the model would read beyond the table.
     """
-    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
-    size: int | None = getattr(table, "num_embeddings", None)
-    if table is None or size is None or inputs.get("position_ids") is not None:
+    table = _position_table(module)
+    if table is None or inputs.get("position_ids") is not None:
         return None
+    size, padding_id = table
     ids, width = inputs.get("input_ids"), mask.shape[1]
-    if table.padding_idx is None:
+    if padding_id is None:
         # The model itself raises an error.
         return None if width <= size else f"{width} positions in a row, more than the model's {size}"
     # Tokens are numbered from padding_idx + 1. Families that embed padded rows have no packed positions yet.
-    first = table.padding_idx + 1
+    first = padding_id + 1
     if first + width <= size or (ids is None and required_family(module).embeds_rows):
         return None
-    require_positions(module, width if ids is None else LengthsRead(ids.ne(table.padding_idx).sum(1).max()).values)
+    require_positions(module, width if ids is None else LengthsRead(ids.ne(padding_id).sum(1).max()).values)
     return None
+
+
+def _position_table(module: PreTrainedModel) -> tuple[int, int | None] | None:
+    """Returns the size and padding_idx of a table of learned positions; None if the model has none."""
+    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
+    size: int | None = getattr(table, "num_embeddings", None)
+    return None if table is None or size is None else (size, table.padding_idx)
 
 
 def require_positions(module: PreTrainedModel, longest: int) -> None:
@@ -102,11 +109,11 @@ def require_positions(module: PreTrainedModel, longest: int) -> None:
     Raises:
         IndexError: If the model would read beyond the table.
     """
-    table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
-    size: int | None = getattr(table, "num_embeddings", None)
-    if table is None or size is None:
+    table = _position_table(module)
+    if table is None:
         return
-    first = 0 if table.padding_idx is None else table.padding_idx + 1
+    size, padding_id = table
+    first = 0 if padding_id is None else padding_id + 1
     if first + longest > size:
         raise IndexError(
             f"a row of {longest} tokens for {type(module).__name__}, expected at most {size - first}: its table of "
