@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import hf_flashinfer_attn
-from hf_flashinfer_attn import prepared
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.tools.environment import describe_environment
 from model_families import FAMILIES, Family, Padding, build_model
 
 BUDGET = 1.25

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from hf_flashinfer_attn.accuracy import KernelError, measure_kernel_error
-from hf_flashinfer_attn.backends.flashinfer import KERNEL_HEAD_DIMS, Kernel
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.kernels.flashinfer import KERNEL_HEAD_DIMS, Kernel
+from hf_flashinfer_attn.tools.accuracy import KernelError, measure_kernel_error
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 HEAD_DIMS = (8, 16, 24, 26, 32, 48, 64, 72, 80, 96, 112, 120, 128, 192, 256)
 DTYPES = (torch.float16, torch.bfloat16)

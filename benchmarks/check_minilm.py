@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.demo import embed, load_encoder, load_passages
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.tools.demo import embed, load_encoder, load_passages
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 MEAN_BOUND = 1.89e-5
 MAX_BOUND = 9.77e-4

@@ -21,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import prepared
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 BUDGET = 1.25
 ROWS, SLOTS = 256, 40
@@ -119,7 +119,7 @@ def within(errors: dict[str, dict[str, float]]) -> bool:
 
 @torch.no_grad()
 def minilm(dtypes: list[str], passages: int) -> list[dict[str, Any]]:
-    from hf_flashinfer_attn.demo import load_encoder, load_passages
+    from hf_flashinfer_attn.tools.demo import load_encoder, load_passages
 
     cells = []
     for dtype in dtypes:

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_flashinfer_attn.bench import draw_chart, load_reports
-from hf_flashinfer_attn.bench.workload import REQUEST_SETS, SHAPES
+from hf_flashinfer_attn.tools.bench import draw_chart, load_reports
+from hf_flashinfer_attn.tools.bench.workload import REQUEST_SETS, SHAPES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

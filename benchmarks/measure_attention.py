@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from hf_flashinfer_attn.backends import flashinfer, reference
-from hf_flashinfer_attn.bench.workload import chat_lengths
-from hf_flashinfer_attn.environment import describe_environment
-from hf_flashinfer_attn.layout import RaggedLayout, uniform_layout
-from hf_flashinfer_attn.pattern import CAUSAL, FULL, band
-from hf_flashinfer_attn.prepared import prepare
+from hf_flashinfer_attn.attention.plan import prepare
+from hf_flashinfer_attn.kernels import flashinfer
+from hf_flashinfer_attn.kernels import torch_ragged as reference
+from hf_flashinfer_attn.ragged.band import CAUSAL, FULL, band
+from hf_flashinfer_attn.ragged.layout import RaggedLayout, uniform_layout
+from hf_flashinfer_attn.tools.bench.workload import chat_lengths
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 Call = Callable[[], torch.Tensor]
 

@@ -23,10 +23,11 @@ from unittest import mock
 
 import torch
 
-from hf_flashinfer_attn import BackendUnavailableError, jit
-from hf_flashinfer_attn.environment import describe_environment
-from hf_flashinfer_attn.kernel_cache import KernelModule, compiled_library, compiled_modules
-from hf_flashinfer_attn.warmup import _archs, _capability, _compile_all, _default_workers
+from hf_flashinfer_attn import BackendUnavailableError
+from hf_flashinfer_attn.kernels import jit
+from hf_flashinfer_attn.kernels.modules import KernelModule, compiled_library, compiled_modules
+from hf_flashinfer_attn.tools.environment import describe_environment
+from hf_flashinfer_attn.tools.kernel_warmup import _archs, _capability, _compile_all, _default_workers
 
 KERNELS = (
     KernelModule("fa2", torch.float16, 64, window=False, softcap=False),

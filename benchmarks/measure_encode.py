@@ -31,12 +31,12 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.demo import model_path
 from hf_flashinfer_attn.encoding import pipeline
 from hf_flashinfer_attn.encoding.api import ROWS_PER_BATCH, TOKENS_PER_BATCH
 from hf_flashinfer_attn.encoding.sentence_engine import SentenceEngine
 from hf_flashinfer_attn.encoding.tokens import Budget, TextTokenizer
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.tools.demo import model_path
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 SHAPES = {
     "1x64": {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64},

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
-from hf_flashinfer_attn.environment import describe_environment
-from hf_flashinfer_attn.layout import uniform_layout
-from hf_flashinfer_attn.pattern import CAUSAL, FULL
-from hf_flashinfer_attn.prepared import prepare
+from hf_flashinfer_attn.attention.plan import prepare
+from hf_flashinfer_attn.ragged.band import CAUSAL, FULL
+from hf_flashinfer_attn.ragged.layout import uniform_layout
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 SHAPES = [(12, 12, 64, False), (16, 16, 64, False), (12, 12, 128, False), (16, 8, 128, True)]
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 8192)

@@ -23,9 +23,9 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.bench.contenders import twin
-from hf_flashinfer_attn.bench.workload import REQUEST_SETS, chat_lengths, shape_config
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.tools.bench.contenders import twin
+from hf_flashinfer_attn.tools.bench.workload import REQUEST_SETS, chat_lengths, shape_config
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 
 def batch_of(lengths: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -34,9 +34,9 @@ from transformers import AutoModel, PreTrainedModel
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import GraphOptions
-from hf_flashinfer_attn.bench.contenders import twin
-from hf_flashinfer_attn.bench.workload import REQUEST_SETS, shape_config, synthetic_batches
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.tools.bench.contenders import twin
+from hf_flashinfer_attn.tools.bench.workload import REQUEST_SETS, shape_config, synthetic_batches
+from hf_flashinfer_attn.tools.environment import describe_environment
 from hf_flashinfer_attn.unpadding import graphs, hooks, model_state
 from hf_flashinfer_attn.unpadding.graphs import graphs_of
 from hf_flashinfer_attn.unpadding.packing import Packing

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from transformers import AutoModel, PreTrainedModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import prepared
-from hf_flashinfer_attn.bench.contenders import twin
-from hf_flashinfer_attn.bench.workload import shape_config
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.tools.bench.contenders import twin
+from hf_flashinfer_attn.tools.bench.workload import shape_config
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 BACKENDS = {-1: "none", 0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
 SHAPES = ("gte-small", "bge-base")

@@ -20,10 +20,10 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.backends.wrappers import planning_ways
-from hf_flashinfer_attn.bench.contenders import twin
-from hf_flashinfer_attn.bench.workload import shape_config
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.kernels.wrapper_pool import planning_ways
+from hf_flashinfer_attn.tools.bench.contenders import twin
+from hf_flashinfer_attn.tools.bench.workload import shape_config
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 SHAPES = {"12 x 32": "gte-small", "12 x 64": "bge-base"}
 # Rows per batch, batches, and the mean, deviation and range of lengths.

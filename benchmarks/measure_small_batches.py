@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 import hf_flashinfer_attn  # noqa: F401 - registers it
-from hf_flashinfer_attn import prepared
-from hf_flashinfer_attn.bench.contenders import twin
-from hf_flashinfer_attn.bench.workload import shape_config
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.tools.bench.contenders import twin
+from hf_flashinfer_attn.tools.bench.workload import shape_config
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 SHAPES = ("gte-small", "bge-base", "bge-large")
 # Rows, and the longest of them; the others are shorter.

@@ -38,8 +38,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from hf_flashinfer_attn.bench.workload import shape_config
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.tools.bench.workload import shape_config
+from hf_flashinfer_attn.tools.environment import describe_environment
 from random_model import random_lengths, random_texts, save_random_model
 
 TARGET = 1.8

@@ -27,8 +27,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.bench.workload import chat_lengths
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.tools.bench.workload import chat_lengths
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 GTE_SMALL = BertConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536)
 # Parts of the attention function, by the place where their caller looks them up; those of other versions are left out.
@@ -112,8 +112,8 @@ class _Unlaunched:
 @contextmanager
 def without_launches() -> Iterator[int]:
     """Leaves out the launches of gather, attention and scatter; gives how many plans that concerns."""
-    from hf_flashinfer_attn import kernels
-    from hf_flashinfer_attn.backends.wrappers import _Replay
+    from hf_flashinfer_attn.kernels import triton_pad as kernels
+    from hf_flashinfer_attn.kernels.wrapper_pool import _Replay
 
     replays = [found for found in gc.get_objects() if isinstance(found, _Replay)]
     launch, modules = kernels._Launch.__call__, [replay.module for replay in replays]

@@ -23,7 +23,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 NOTEBOOKS = ROOT / "notebooks"
 # The key of the metadata that tells where outputs come from.

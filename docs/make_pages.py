@@ -17,9 +17,9 @@ from typing import Any
 
 import hf_flashinfer_attn
 from benchmarks import make_tables
-from hf_flashinfer_attn import support
-from hf_flashinfer_attn.backends import flashinfer
-from hf_flashinfer_attn.bench.workload import REQUEST_SETS
+from hf_flashinfer_attn.kernels import flashinfer
+from hf_flashinfer_attn.tools import support
+from hf_flashinfer_attn.tools.bench.workload import REQUEST_SETS
 
 DOCS = Path(__file__).resolve().parent
 MADE_BY = "<!-- Made by `python -m docs.make_pages`; change the source, not this page. -->"

@@ -209,7 +209,7 @@ def main() -> int:
     if (arguments.model is None) == (arguments.shape is None):
         parser.error("expected one of --model and --shape")
 
-    from hf_flashinfer_attn.environment import describe_environment
+    from hf_flashinfer_attn.tools.environment import describe_environment
     from random_model import random_lengths, random_texts, save_random_model
 
     report: dict[str, Any] = {
@@ -227,7 +227,7 @@ def main() -> int:
     with ExitStack() as stack:
         model = arguments.model
         if arguments.shape is not None:
-            from hf_flashinfer_attn.bench.workload import shape_config
+            from hf_flashinfer_attn.tools.bench.workload import shape_config
 
             model = stack.enter_context(tempfile.TemporaryDirectory())
             save_random_model(Path(model), shape_config(arguments.shape, arguments.layers))

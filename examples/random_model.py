@@ -16,7 +16,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoModel, BertTokenizerFast, PreTrainedConfig
 
-from hf_flashinfer_attn.bench.workload import chat_lengths, shape_config
+from hf_flashinfer_attn.tools.bench.workload import chat_lengths, shape_config
 
 __all__ = ["random_texts", "random_words", "save_random_model"]
 

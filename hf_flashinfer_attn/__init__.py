@@ -14,19 +14,19 @@ import sys
 if (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__) or (
     sys.argv and sys.argv[0].endswith("hf-flashinfer-attn")
 ):
-    from .cli import check_usage
+    from .tools.cli import check_usage
 
     check_usage(sys.argv[1:])
 
-from .doctor import Diagnosis, doctor
 from .encoding import encode, encode_iter, predict, rank
 from .errors import BackendUnavailableError, FlashInferAttentionError, UnsupportedAttentionError
-from .registration import register
+from .integration.registration import register
 from .settings import Settings, configure, current_settings
-from .trace import AttentionCall, Trace, trace
+from .tools.diagnosis import Diagnosis, doctor
+from .tools.kernel_warmup import WarmupReport, warmup
+from .tracing import AttentionCall, Trace, trace
 from .unpadding import GraphOptions, GraphStatistics, capture_graphs, graph_statistics, repad, unpad
 from .version import __version__
-from .warmup import WarmupReport, warmup
 
 __all__ = [
     "AttentionCall",

@@ -6,7 +6,11 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-__all__ = ["BackendName", "JitMode", "PaddedQueries", "Settings", "configure", "current_settings"]
+__all__ = ["NAME", "PAGED_NAME", "BackendName", "JitMode", "PaddedQueries", "Settings", "configure", "current_settings"]
+
+# Names of the attention implementation in transformers.
+NAME = "flashinfer"
+PAGED_NAME = f"paged|{NAME}"
 
 BackendName = Literal["auto", "flashinfer", "torch"]
 JitMode = Literal["wait", "background", "never"]

@@ -8,7 +8,8 @@ import hypothesis
 import pytest
 import torch
 
-from hf_flashinfer_attn import dispatch, settings
+from hf_flashinfer_attn import settings
+from hf_flashinfer_attn.attention import select as dispatch
 
 # A first call may compile or load something, on a machine of any speed.
 hypothesis.settings.register_profile("any-machine", deadline=None, print_blob=True)

@@ -16,7 +16,8 @@ from test_sentence_transformers import TURNS_CACHES_OFF, random_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from hf_flashinfer_attn import demo, repad, unpad
+from hf_flashinfer_attn import repad, unpad
+from hf_flashinfer_attn.tools import demo
 
 st = pytest.importorskip("sentence_transformers", "5.4", reason="needs sentence-transformers of 5.4 or newer")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hf_flashinfer_attn.demo import model_path
+from hf_flashinfer_attn.tools.demo import model_path
 
 
 def python_blocks(page: Path) -> list[str]:

@@ -28,7 +28,7 @@ from paired_models import (
 from torch import Tensor, nn
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.mask import RaggedMask
+from hf_flashinfer_attn.ragged.lazy_mask import RaggedMask
 
 LENGTHS = (9, 5, 7, 3)
 TOLERANCE = 1e-5

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.accuracy import measure_kernel_error
-from hf_flashinfer_attn.backends import dense, flashinfer, reference, wrappers
-from hf_flashinfer_attn.bias import LogitsBias
-from hf_flashinfer_attn.integration import attention_forward
-from hf_flashinfer_attn.layout import RaggedLayout, RaggedSide
-from hf_flashinfer_attn.varlen import flash_attn_func, flash_attn_varlen_func
+from hf_flashinfer_attn.integration.flash_api import flash_attn_func, flash_attn_varlen_func
+from hf_flashinfer_attn.integration.functions import attention_forward
+from hf_flashinfer_attn.kernels import dense, flashinfer
+from hf_flashinfer_attn.kernels import torch_ragged as reference
+from hf_flashinfer_attn.kernels import wrapper_pool as wrappers
+from hf_flashinfer_attn.ragged.bias import LogitsBias
+from hf_flashinfer_attn.ragged.layout import RaggedLayout, RaggedSide
+from hf_flashinfer_attn.tools.accuracy import measure_kernel_error
 
 HEAD_DIMS = (8, 16, 24, 26, 32, 48, 64, 72, 80, 96, 112, 120, 128, 192, 256)
 BOUND = st.one_of(st.none(), st.integers(0, 4))

@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from benchmarks import make_tables
-from hf_flashinfer_attn import bench, cli
-from hf_flashinfer_attn.backends import reference
-from hf_flashinfer_attn.bench import contenders, floors, measure, verify, workload
-from hf_flashinfer_attn.bench.contenders import CONTENDERS, twin
-from hf_flashinfer_attn.bench.progress import Progress
-from hf_flashinfer_attn.layout import RaggedLayout
+from hf_flashinfer_attn.kernels import torch_ragged as reference
+from hf_flashinfer_attn.ragged.layout import RaggedLayout
+from hf_flashinfer_attn.tools import bench, cli
+from hf_flashinfer_attn.tools.bench import contenders, floors, measure, verify, workload
+from hf_flashinfer_attn.tools.bench.contenders import CONTENDERS, twin
+from hf_flashinfer_attn.tools.bench.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from transformers import (
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError
-from hf_flashinfer_attn.integration import attention_forward
+from hf_flashinfer_attn.integration.functions import attention_forward
 
 SMALL = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,

@@ -39,8 +39,8 @@ from transformers import (
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_chunked_causal_mask
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import integration
-from hf_flashinfer_attn.graph_mask import GraphMask
+from hf_flashinfer_attn.integration import functions as integration
+from hf_flashinfer_attn.integration.traced_mask import GraphMask
 
 SMALL = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50,

@@ -12,9 +12,9 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, MPNetConfig, MPNetModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.bench.workload import synthetic_batches
-from hf_flashinfer_attn.layout import RaggedLayout, offsets_of
-from hf_flashinfer_attn.movement import TokenMap
+from hf_flashinfer_attn.ragged.layout import RaggedLayout, offsets_of
+from hf_flashinfer_attn.ragged.token_map import TokenMap
+from hf_flashinfer_attn.tools.bench.workload import synthetic_batches
 
 PACKAGE = Path(hf_flashinfer_attn.__file__).parent
 CPU = torch.device("cpu")

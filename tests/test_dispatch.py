@@ -9,10 +9,10 @@ from transformers import BertConfig, BertModel, Gemma2Config, Gemma2Model
 from transformers.masking_utils import sliding_window_bidirectional_mask_function
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import dispatch
-from hf_flashinfer_attn.backends import flashinfer
-from hf_flashinfer_attn.dispatch import AttentionRequest, Path, decide
-from hf_flashinfer_attn.pattern import CAUSAL, FULL, Pattern, dense_pattern, recognise
+from hf_flashinfer_attn.attention import select as dispatch
+from hf_flashinfer_attn.attention.select import AttentionRequest, Path, decide
+from hf_flashinfer_attn.kernels import flashinfer
+from hf_flashinfer_attn.ragged.band import CAUSAL, FULL, Pattern, dense_pattern, recognise
 from hf_flashinfer_attn.settings import Settings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -11,7 +11,7 @@ import snippets
 
 import hf_flashinfer_attn
 from docs import make_pages
-from hf_flashinfer_attn import cli
+from hf_flashinfer_attn.tools import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(hf_flashinfer_attn.__file__).parent

@@ -19,14 +19,15 @@ import transformers
 from paired_models import decoder_config
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import cli, environment, probes, settings
-from hf_flashinfer_attn.backends import flashinfer as flashinfer_backend
-from hf_flashinfer_attn.doctor import KernelCheck, Section
+from hf_flashinfer_attn import settings
 from hf_flashinfer_attn.html_table import html_table
-from hf_flashinfer_attn.kernel_cache import KernelModule
-from hf_flashinfer_attn.pretrained import UnreadableModelError
-from hf_flashinfer_attn.probes import Probe, probe_cache, probe_compilers, probe_gpus, probe_versions
-from hf_flashinfer_attn.trace import AttentionCall, Trace
+from hf_flashinfer_attn.kernels import flashinfer as flashinfer_backend
+from hf_flashinfer_attn.kernels.modules import KernelModule
+from hf_flashinfer_attn.tools import cli, environment, probes
+from hf_flashinfer_attn.tools.diagnosis import KernelCheck, Section
+from hf_flashinfer_attn.tools.pretrained import UnreadableModelError
+from hf_flashinfer_attn.tools.probes import Probe, probe_cache, probe_compilers, probe_gpus, probe_versions
+from hf_flashinfer_attn.tracing import AttentionCall, Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
@@ -341,7 +342,7 @@ def test_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_kernels_of_a_model_in_the_cache(cache: Path, gpu: dict[str, Probe], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_flashinfer_attn.model_plan._capability_here", lambda: (9, 0))
+    monkeypatch.setattr("hf_flashinfer_attn.tools.model_plan._capability_here", lambda: (9, 0))
     config = transformers.MistralConfig(
         hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, sliding_window=512
     )
@@ -378,7 +379,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Probe]:
     def section(name: str) -> tuple[Probe, ...]:
         return tuple(probe for where, probe in given.items() if where.startswith(f"{name}."))
 
-    module = sys.modules["hf_flashinfer_attn.doctor"]
+    module = sys.modules["hf_flashinfer_attn.tools.diagnosis"]
     for name, function in zip(SECTIONS, ("probe_versions", "probe_gpus", "probe_compilers", "probe_cache")):
         monkeypatch.setattr(module, function, lambda name=name: section(name))
     monkeypatch.setattr(module, "_device_here", lambda: torch.device("cuda", 0))
@@ -440,7 +441,7 @@ def test_kernel_that_fails_its_check(gpu: dict[str, Probe], error: Exception, mo
         raise error
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("hf_flashinfer_attn.accuracy.measure_kernel_error", fail)
+    monkeypatch.setattr("hf_flashinfer_attn.tools.accuracy.measure_kernel_error", fail)
     steps: list[str] = []
     diagnosis = hf_flashinfer_attn.doctor(check=True, on_step=steps.append)
     assert {check.kernel for check in diagnosis.checks} == {"fa2", "fa3"}
@@ -454,8 +455,8 @@ def test_kernel_that_fails_its_check(gpu: dict[str, Probe], error: Exception, mo
 @pytest.mark.parametrize("excess", [1.3, float("nan")])
 @without_gpu
 def test_numbers_that_are_wrong(excess: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_flashinfer_attn import accuracy
-    from hf_flashinfer_attn.backends import reference
+    from hf_flashinfer_attn.kernels import torch_ragged as reference
+    from hf_flashinfer_attn.tools import accuracy
 
     attend = reference.attend
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.integration import attention_mask
+from hf_flashinfer_attn.integration.functions import attention_mask
 
 NEW_TOKENS = 8
 # The longest is longer than the window, which so cuts keys off in the prompt already; the shorter ones are short enough

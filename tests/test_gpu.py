@@ -25,12 +25,13 @@ from transformers import (
 )
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import prepared
-from hf_flashinfer_attn.accuracy import measure_kernel_error
-from hf_flashinfer_attn.backends import flashinfer, reference
-from hf_flashinfer_attn.bias import LogitsBias
-from hf_flashinfer_attn.integration import attention_forward
-from hf_flashinfer_attn.layout import RaggedLayout, RaggedSide, uniform_layout
+from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.integration.functions import attention_forward
+from hf_flashinfer_attn.kernels import flashinfer
+from hf_flashinfer_attn.kernels import torch_ragged as reference
+from hf_flashinfer_attn.ragged.bias import LogitsBias
+from hf_flashinfer_attn.ragged.layout import RaggedLayout, RaggedSide, uniform_layout
+from hf_flashinfer_attn.tools.accuracy import measure_kernel_error
 
 pytestmark = pytest.mark.gpu
 

@@ -29,8 +29,8 @@ from transformers import (
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import GraphOptions, graph_statistics, repad, unpad
-from hf_flashinfer_attn.bench.workload import REQUEST_SETS
-from hf_flashinfer_attn.layout import RaggedLayout
+from hf_flashinfer_attn.ragged.layout import RaggedLayout
+from hf_flashinfer_attn.tools.bench.workload import REQUEST_SETS
 from hf_flashinfer_attn.unpadding.graph_options import row_bucket, token_bucket
 from hf_flashinfer_attn.unpadding.graphs import GraphedForward, graphs_of
 from hf_flashinfer_attn.unpadding.model_state import ModelState

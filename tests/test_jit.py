@@ -24,26 +24,30 @@ from paired_models import T5_IS_ON_THE_INTERFACE
 from transformers import BertConfig, BertModel, Gemma2Config, ModernBertConfig, T5Config
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import compiled, dispatch, integration, jit, layer_attention, prepared
-from hf_flashinfer_attn.attention import RaggedCall, attend_ragged
-from hf_flashinfer_attn.backends import flashinfer, reference
-from hf_flashinfer_attn.backends.biased import biased_module_arguments
-from hf_flashinfer_attn.dispatch import Decision, KernelPendingError, decide_compiled
-from hf_flashinfer_attn.kernel_cache import (
+from hf_flashinfer_attn.attention import driver as layer_attention
+from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.attention import select as dispatch
+from hf_flashinfer_attn.attention.ragged_call import RaggedCall, attend_ragged
+from hf_flashinfer_attn.attention.select import Decision, KernelPendingError, decide_compiled
+from hf_flashinfer_attn.integration import functions as integration
+from hf_flashinfer_attn.integration import ops as compiled
+from hf_flashinfer_attn.kernels import flashinfer, jit
+from hf_flashinfer_attn.kernels import torch_ragged as reference
+from hf_flashinfer_attn.kernels.biased import biased_module_arguments
+from hf_flashinfer_attn.kernels.modules import (
     KernelModule,
     aot_directories,
     cache_directory,
     compiled_library,
     compiled_modules,
     is_compiled,
-    modules_of,
 )
-from hf_flashinfer_attn.layout import RaggedLayout
-from hf_flashinfer_attn.model_plan import plan_of_config
-from hf_flashinfer_attn.pattern import FULL
+from hf_flashinfer_attn.ragged.band import FULL
+from hf_flashinfer_attn.ragged.layout import RaggedLayout
 from hf_flashinfer_attn.settings import Settings
-from hf_flashinfer_attn.trace import AttentionCall, record_call
-from hf_flashinfer_attn.warmup import warmup
+from hf_flashinfer_attn.tools.kernel_warmup import warmup
+from hf_flashinfer_attn.tools.model_plan import modules_of, plan_of_config
+from hf_flashinfer_attn.tracing import AttentionCall, record_call
 
 needs_flashinfer = pytest.mark.skipif(
     importlib.util.find_spec("flashinfer") is None, reason="FlashInfer's build files come from FlashInfer"

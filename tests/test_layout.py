@@ -22,10 +22,11 @@ from transformers.masking_utils import (
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError
-from hf_flashinfer_attn.integration import NAME, attention_forward, attention_mask
-from hf_flashinfer_attn.layout import PackedCarrier, RaggedLayout, RaggedSide, offsets_of, uniform_layout
-from hf_flashinfer_attn.mask import RaggedMask, _LazyLayout
-from hf_flashinfer_attn.reuse import _kept_of_packed
+from hf_flashinfer_attn.attention.plan_cache import _kept_of_packed
+from hf_flashinfer_attn.integration.functions import attention_forward, attention_mask
+from hf_flashinfer_attn.ragged.layout import PackedCarrier, RaggedLayout, RaggedSide, offsets_of, uniform_layout
+from hf_flashinfer_attn.ragged.lazy_mask import RaggedMask, _LazyLayout
+from hf_flashinfer_attn.settings import NAME
 
 MASKS = st.integers(1, 5).flatmap(
     lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=6)

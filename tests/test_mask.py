@@ -16,10 +16,10 @@ from transformers.masking_utils import (
 )
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import mask as mask_module
-from hf_flashinfer_attn.integration import attention_forward, attention_mask
-from hf_flashinfer_attn.mask import RaggedMask
-from hf_flashinfer_attn.pattern import PatternKind
+from hf_flashinfer_attn.integration.functions import attention_forward, attention_mask
+from hf_flashinfer_attn.ragged import lazy_mask as mask_module
+from hf_flashinfer_attn.ragged.band import PatternKind
+from hf_flashinfer_attn.ragged.lazy_mask import RaggedMask
 
 VALID = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 1, 1]]).bool()
 

@@ -13,9 +13,10 @@ import torch
 from test_jit import Toolkit, needs_flashinfer, toolkit  # noqa: F401 - a fixture
 
 from benchmarks import measure_compile_time, measure_host_time
-from hf_flashinfer_attn import jit, unpad
-from hf_flashinfer_attn.bench.workload import shape_config
-from hf_flashinfer_attn.kernel_cache import cache_directory, compiled_modules
+from hf_flashinfer_attn import unpad
+from hf_flashinfer_attn.kernels import jit
+from hf_flashinfer_attn.kernels.modules import cache_directory, compiled_modules
+from hf_flashinfer_attn.tools.bench.workload import shape_config
 from hf_flashinfer_attn.unpadding.graphs import GraphedForward, graphs_of
 from hf_flashinfer_attn.unpadding.model_state import ModelState
 

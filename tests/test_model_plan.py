@@ -16,8 +16,8 @@ from paired_models import T5_IS_ON_THE_INTERFACE, TRANSFORMERS_VERSION, decoder_
 from transformers import AutoModel, BertConfig, PreTrainedConfig
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import integration
-from hf_flashinfer_attn.model_plan import LayerPlan, plan_of_config
+from hf_flashinfer_attn.integration import functions as integration
+from hf_flashinfer_attn.tools.model_plan import LayerPlan, plan_of_config
 from model_families import FAMILIES, Family
 
 HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 6), (7, 5), (10, 0)

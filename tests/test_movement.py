@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flashinfer_attn.movement import Packer, TokenMap, Unpacker, aligned
+from hf_flashinfer_attn.kernels.pad_head_dim import Packer, Unpacker, aligned
+from hf_flashinfer_attn.ragged.token_map import TokenMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -17,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
     pytest.importorskip("triton")
-    from hf_flashinfer_attn import kernels
+    from hf_flashinfer_attn.kernels import triton_pad as kernels
 
     return kernels
 

@@ -18,8 +18,8 @@ from paired_models import BOS, EOS, PAD, VOCAB_SIZE, build_model, decoder_config
 from torch import Tensor
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import mask as lazy
-from hf_flashinfer_attn import prepared
+from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.ragged import lazy_mask as lazy
 
 
 @pytest.fixture(autouse=True)

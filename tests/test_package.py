@@ -17,7 +17,7 @@ import user_program
 from packaging.version import Version
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.environment import TESTED
+from hf_flashinfer_attn.tools.environment import TESTED
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(hf_flashinfer_attn.__file__).parent
@@ -52,7 +52,7 @@ def test_help_and_wrong_usage_import_nothing_heavy(
     program: str, arguments: list[str], status: int, tmp_path: Path
 ) -> None:
     script = tmp_path / "hf-flashinfer-attn"
-    script.write_text("import sys\nfrom hf_flashinfer_attn.cli import main\nsys.exit(main())\n")
+    script.write_text("import sys\nfrom hf_flashinfer_attn.tools.cli import main\nsys.exit(main())\n")
     run = ["-m", "hf_flashinfer_attn"] if program == "-m" else [str(script)]
     ran = subprocess.run(
         [sys.executable, "-X", "importtime", *run, *arguments],
@@ -60,7 +60,7 @@ def test_help_and_wrong_usage_import_nothing_heavy(
     )  # fmt: skip
     assert ran.returncode == status
     imported = set(re.findall(r"^import time: .*\| +(\S+)$", ran.stderr, re.MULTILINE))
-    assert "hf_flashinfer_attn.cli" in imported
+    assert "hf_flashinfer_attn.tools.cli" in imported
     assert not imported & {"torch", "transformers", "numpy"}
 
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.integration import attention_forward
+from hf_flashinfer_attn.integration.functions import attention_forward
 
 ROWS, SLOTS = 5, 11
 SMALL = {

@@ -19,8 +19,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from hf_flashinfer_attn.mask import lazy_mask
-from hf_flashinfer_attn.pattern import PatternKind, recognise
+from hf_flashinfer_attn.ragged.band import PatternKind, recognise
+from hf_flashinfer_attn.ragged.lazy_mask import lazy_mask
 
 MaskFunction = Callable[..., torch.Tensor]
 SIZES = [3, 128, 2043, 262_144, 2**31 - 1]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.backends import wrappers
-from hf_flashinfer_attn.backends.recorded_calls import find
-from hf_flashinfer_attn.backends.wrappers import (
+from hf_flashinfer_attn.kernels import wrapper_pool as wrappers
+from hf_flashinfer_attn.kernels.plan_replay import find
+from hf_flashinfer_attn.kernels.wrapper_pool import (
     GraphWorkspace,
     GraphWrapper,
     PlanKey,
@@ -24,7 +24,7 @@ from hf_flashinfer_attn.backends.wrappers import (
     planned,
     planning_ways,
 )
-from hf_flashinfer_attn.layout import RaggedLayout
+from hf_flashinfer_attn.ragged.layout import RaggedLayout
 
 flashinfer = pytest.importorskip("flashinfer")
 prefill = pytest.importorskip("flashinfer.prefill")

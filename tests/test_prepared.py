@@ -12,11 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import bidirectional_mask_function
 
-from hf_flashinfer_attn.integration import attention_mask
-from hf_flashinfer_attn.layout import uniform_layout
-from hf_flashinfer_attn.mask import RaggedMask
-from hf_flashinfer_attn.pattern import CAUSAL, FULL, Pattern
-from hf_flashinfer_attn.prepared import NativeAttention, native, native_masked
+from hf_flashinfer_attn.attention.plan import NativeAttention, native, native_masked
+from hf_flashinfer_attn.integration.functions import attention_mask
+from hf_flashinfer_attn.ragged.band import CAUSAL, FULL, Pattern
+from hf_flashinfer_attn.ragged.layout import uniform_layout
+from hf_flashinfer_attn.ragged.lazy_mask import RaggedMask
 
 SCALE = 0.3
 aten = torch.ops.aten

@@ -12,8 +12,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from hf_flashinfer_attn.integration import attention_forward, attention_mask
-from hf_flashinfer_attn.mask import RaggedMask
+from hf_flashinfer_attn.integration.functions import attention_forward, attention_mask
+from hf_flashinfer_attn.ragged.lazy_mask import RaggedMask
 
 PATTERNS = {
     "full": bidirectional_mask_function,

@@ -35,10 +35,10 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import dispatch
-from hf_flashinfer_attn.integration import attention_forward
-from hf_flashinfer_attn.layer_kinds import why_padded_queries_stay
-from hf_flashinfer_attn.model_plan import plan_of_config
+from hf_flashinfer_attn.attention import select as dispatch
+from hf_flashinfer_attn.attention.quirks import why_padded_queries_stay
+from hf_flashinfer_attn.integration.functions import attention_forward
+from hf_flashinfer_attn.tools.model_plan import plan_of_config
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])

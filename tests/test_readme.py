@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import snippets
 
-from hf_flashinfer_attn.backends import flashinfer
-from hf_flashinfer_attn.environment import versions_tested
+from hf_flashinfer_attn.kernels import flashinfer
+from hf_flashinfer_attn.tools.environment import versions_tested
 from hf_flashinfer_attn.unpadding.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -39,9 +39,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gptj import modeling_gptj
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import dispatch
-from hf_flashinfer_attn.hooks import weights_are_collected
-from hf_flashinfer_attn.integration import attention_forward, attention_mask
+from hf_flashinfer_attn.attention import select as dispatch
+from hf_flashinfer_attn.integration.functions import attention_forward, attention_mask
+from hf_flashinfer_attn.integration.transformers_patches import weights_are_collected
 from model_families import FAMILIES, find_class
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn import UnsupportedAttentionError, demo, repad, unpad
-from hf_flashinfer_attn import prepared as prepared_module
+from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
+from hf_flashinfer_attn.attention import plan as prepared_module
+from hf_flashinfer_attn.tools import demo
 
 st = pytest.importorskip("sentence_transformers", "5.4", reason="needs sentence-transformers of 5.4 or newer")
 

@@ -16,7 +16,7 @@ from paired_models import VOCAB_SIZE, build_model, left_padded, right_padded
 from torch import Tensor, nn
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.integration import attention_forward
+from hf_flashinfer_attn.integration.functions import attention_forward
 
 TOLERANCE = 1e-5
 LENGTHS = (24, 17, 9)

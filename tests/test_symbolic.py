@@ -19,8 +19,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from hf_flashinfer_attn.pattern import PatternKind, band, recognise
-from hf_flashinfer_attn.symbolic import interpret
+from hf_flashinfer_attn.ragged.band import PatternKind, band, recognise
+from hf_flashinfer_attn.ragged.mask_functions import interpret
 
 SEQUENCES = torch.tensor([[0, 0, 1, 1, 1]])
 POSITIONS = torch.tensor([[0, 1, 0, 1, 2]])

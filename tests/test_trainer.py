@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.integration import attention_forward
-from hf_flashinfer_attn.layout import RaggedLayout, offsets_of
+from hf_flashinfer_attn.integration.functions import attention_forward
+from hf_flashinfer_attn.ragged.layout import RaggedLayout, offsets_of
 
 STEPS, ROWS = 6, 4
 TOLERANCE = 1e-5

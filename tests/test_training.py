@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from transformers import PreTrainedConfig
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.integration import attention_forward
+from hf_flashinfer_attn.integration.functions import attention_forward
 
 LENGTHS, DECODER_LENGTHS = (9, 5, 7, 3), (4, 6, 3, 5)
 DROPOUT = 0.3

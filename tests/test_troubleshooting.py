@@ -11,8 +11,8 @@ import pytest
 from transformers import BertConfig, BertModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.dispatch import RULES
-from hf_flashinfer_attn.jit import NO_NVCC
+from hf_flashinfer_attn.attention.select import RULES
+from hf_flashinfer_attn.kernels.jit import NO_NVCC
 
 PACKAGE = Path(hf_flashinfer_attn.__file__).parent
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md"

@@ -25,10 +25,10 @@ from transformers.masking_utils import and_masks, causal_mask_function, sliding_
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
-from hf_flashinfer_attn.integration import attention_mask
-from hf_flashinfer_attn.layout import PreparedStore, RaggedLayout, offsets_of
-from hf_flashinfer_attn.movement import TokenMap
-from hf_flashinfer_attn.reuse import _kept_of_packed
+from hf_flashinfer_attn.attention.plan_cache import _kept_of_packed
+from hf_flashinfer_attn.integration.functions import attention_mask
+from hf_flashinfer_attn.ragged.layout import PreparedStore, RaggedLayout, offsets_of
+from hf_flashinfer_attn.ragged.token_map import TokenMap
 from hf_flashinfer_attn.unpadding import hooks
 from hf_flashinfer_attn.unpadding.families import family_of
 from hf_flashinfer_attn.unpadding.packing import Packing, PackingAhead

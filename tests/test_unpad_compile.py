@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import unpad
-from hf_flashinfer_attn.layout import LengthsRead
+from hf_flashinfer_attn.ragged.layout import LengthsRead
 from hf_flashinfer_attn.unpadding.packing import Packing
 
 _SIZES: dict[str, Any] = {

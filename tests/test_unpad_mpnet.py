@@ -19,7 +19,7 @@ from transformers.models.mpnet import modeling_mpnet
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
-from hf_flashinfer_attn.layout import RaggedLayout, offsets_of
+from hf_flashinfer_attn.ragged.layout import RaggedLayout, offsets_of
 from hf_flashinfer_attn.unpadding import mpnet
 
 LENGTHS = (9, 5, 7, 3)

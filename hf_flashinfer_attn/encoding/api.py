@@ -98,7 +98,7 @@ def encode(
     Examples:
         >>> import hf_flashinfer_attn
         >>> from transformers import AutoModel, AutoTokenizer
-        >>> from hf_flashinfer_attn.demo import model_path
+        >>> from hf_flashinfer_attn.tools.demo import model_path
         >>> path = model_path()  # all-MiniLM-L6-v2
         >>> model = AutoModel.from_pretrained(path, attn_implementation="flashinfer")
         >>> tokenizer = AutoTokenizer.from_pretrained(path)
@@ -196,7 +196,7 @@ def encode_iter(
     Examples:
         >>> import hf_flashinfer_attn
         >>> from transformers import AutoModel, AutoTokenizer
-        >>> from hf_flashinfer_attn.demo import model_path
+        >>> from hf_flashinfer_attn.tools.demo import model_path
         >>> path = model_path()  # all-MiniLM-L6-v2
         >>> model = AutoModel.from_pretrained(path, attn_implementation="flashinfer")
         >>> tokenizer = AutoTokenizer.from_pretrained(path)
@@ -271,7 +271,7 @@ def predict(
 
     Examples:
         >>> import hf_flashinfer_attn
-        >>> from hf_flashinfer_attn.demo import model_path
+        >>> from hf_flashinfer_attn.tools.demo import model_path
         >>> from sentence_transformers import CrossEncoder
         >>> settings = {"attn_implementation": "flashinfer"}
         >>> model = CrossEncoder(str(model_path()), num_labels=1, model_kwargs=settings)  # an untrained head
@@ -334,7 +334,7 @@ def rank(
 
     Examples:
         >>> import hf_flashinfer_attn
-        >>> from hf_flashinfer_attn.demo import model_path
+        >>> from hf_flashinfer_attn.tools.demo import model_path
         >>> from sentence_transformers import CrossEncoder
         >>> settings = {"attn_implementation": "flashinfer"}
         >>> model = CrossEncoder(str(model_path()), num_labels=1, model_kwargs=settings)  # an untrained head

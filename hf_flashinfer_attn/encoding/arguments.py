@@ -10,9 +10,9 @@ from typing import Any, Literal, cast, get_args
 import torch
 from transformers import PreTrainedModel
 
-from ..dispatch import log_once
 from ..errors import UnsupportedAttentionError, first_line
-from ..integration import NAME
+from ..log import log_once
+from ..settings import NAME
 from ..unpadding.families import family_of
 from ..unpadding.hooks import HANDLES
 from ..unpadding.model import unpad

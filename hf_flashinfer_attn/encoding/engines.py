@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..dispatch import log_once
-from ..movement import sent
+from ..log import log_once
+from ..ragged.token_map import sent
 from ..unpadding.hooks import HANDLES, has_other_hooks
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
 from .model_cache import FastPreparation, ModelCache

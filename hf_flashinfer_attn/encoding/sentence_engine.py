@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..dispatch import log_once
+from ..log import log_once
 from ..unpadding.features import admit_packed_inputs, forwards_features
 from ..unpadding.hooks import HANDLES, has_other_hooks
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs

@@ -22,14 +22,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..backends.flashinfer import unavailable_reason
-from ..backends.wrappers import GraphWorkspace, plan_graph
-from ..dispatch import KernelPendingError, log_once
+from ..attention.select import KernelPendingError
 from ..errors import UnsupportedAttentionError, first_line
-from ..layout import RaggedLayout, known_layout, offsets_of
-from ..mask import is_mask_of_ones, mask_of_ones
+from ..kernels.flashinfer import unavailable_reason
+from ..kernels.wrapper_pool import GraphWorkspace, plan_graph
+from ..log import log_once
+from ..ragged.layout import RaggedLayout, known_layout, offsets_of
+from ..ragged.lazy_mask import is_mask_of_ones, mask_of_ones
 from ..settings import Settings, current_settings
-from ..trace import AttentionCall, is_tracing, record_call, trace
+from ..tracing import AttentionCall, is_tracing, record_call, trace
 from .graph_options import GraphOptions, GraphStatistics, row_bucket, token_bucket
 from .model_state import ModelState, numerics
 from .packing import CALLER, RIDER, leave_sizes_open

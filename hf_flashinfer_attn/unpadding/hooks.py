@@ -17,12 +17,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..dispatch import log_once
+from ..attention.recorders import refuse_recording
 from ..errors import UnsupportedAttentionError
-from ..layout import LengthsRead, offsets_of
-from ..mask import mask_of_ones
-from ..movement import sent
-from ..recording import refuse_recording
+from ..log import log_once
+from ..ragged.layout import LengthsRead, offsets_of
+from ..ragged.lazy_mask import mask_of_ones
+from ..ragged.token_map import sent
 from ..settings import current_settings
 from .families import Positions, family_of, required_family
 from .features import pack_features

@@ -8,10 +8,10 @@ from typing import TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
-from .. import jit
-from ..dispatch import log_once
 from ..errors import UnsupportedAttentionError
-from ..integration import NAME
+from ..kernels import jit
+from ..log import log_once
+from ..settings import NAME
 from .families import family_of, reason_against, required_family
 from .features import forwards_features, is_transformer, resume_flattening, spread_features, stop_flattening
 from .graph_options import GraphOptions, GraphStatistics

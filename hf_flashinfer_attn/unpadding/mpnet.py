@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 
 from ..errors import UnsupportedAttentionError
-from ..integration import attention_forward
-from ..layout import is_of_graph, packed_layout
-from ..mask import RaggedMask
+from ..ragged.layout import is_of_graph, packed_layout
+from ..ragged.lazy_mask import RaggedMask
+from ..settings import NAME
 
 __all__ = [
     "RaggedMPNetEncoder",
@@ -132,7 +133,7 @@ class RaggedMPNetSelfAttention(MPNetSelfAttention):  # type: ignore[misc]
             return outputs
         shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
         query, key, value = (side(hidden_states).view(shape).transpose(1, 2) for side in (self.q, self.k, self.v))
-        output, _ = attention_forward(
+        output, _ = ALL_ATTENTION_FUNCTIONS[NAME](
             self,
             query,
             key,

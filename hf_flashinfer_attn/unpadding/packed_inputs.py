@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..layout import RaggedLayout, carry_layout
-from ..mask import mask_of_ones
+from ..ragged.layout import RaggedLayout, carry_layout
+from ..ragged.lazy_mask import mask_of_ones
 from .families import Positions, family_of, required_family
 from .graphs import is_copied_with
 from .hooks import HANDLES

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..layout import LengthsRead, RaggedLayout
-from ..movement import TokenMap, sent
+from ..ragged.layout import LengthsRead, RaggedLayout
+from ..ragged.token_map import TokenMap, sent
 
 __all__ = ["CALLER", "RIDER", "Packing", "PackingAhead", "leave_sizes_open"]
 

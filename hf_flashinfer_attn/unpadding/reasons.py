@@ -8,9 +8,8 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from ..integration import NAME
-from ..layout import LengthsRead
-from ..settings import current_settings
+from ..ragged.layout import LengthsRead
+from ..settings import NAME, current_settings
 from .families import family_of, required_family
 from .packing import CALLER
 

@@ -48,7 +48,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 from expected_failures import expected_failure
 
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 REPOSITORY = "https://github.com/huggingface/transformers"
 # What the tests of models import, besides each other.

@@ -24,7 +24,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel, set_seed
 from transformers.masking_utils import AttentionMaskInterface
 
-from hf_flashinfer_attn.integration import attention_forward, attention_mask
+from hf_flashinfer_attn.integration.functions import attention_forward, attention_mask
 
 REPLACED = "sdpa"
 

@@ -1,0 +1,85 @@
+"""The whole mask of a call that no ragged kernel serves, whatever a model gave it as."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UnsupportedAttentionError
+from ..ragged.band import Pattern
+from ..ragged.lazy_mask import RaggedMask
+
+__all__ = ["dense_mask_of", "mask_of_chosen", "require_2d_mask_fits"]
+
+
+def dense_mask_of(
+    mask: torch.Tensor | None,
+    offsets: tuple[torch.Tensor, torch.Tensor] | None,
+    position_bias: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    pattern: Pattern,
+) -> torch.Tensor | None:
+    """Returns the whole mask of a call, bool or additive, with the bias in it."""
+    q_length, kv_length = query.shape[2], key.shape[2]
+    if isinstance(mask, RaggedMask):
+        mask = mask.dense()
+    elif mask is None and pattern.is_causal and q_length > 1:
+        mask = torch.ones(q_length, kv_length, dtype=torch.bool, device=query.device).tril(kv_length - q_length)
+    elif mask is not None and mask.ndim == 2:
+        require_2d_mask_fits(mask, query, key)
+        mask = mask.to(torch.bool)[:, None, None, :]
+        if pattern.is_causal:
+            mask = mask & mask.new_ones(q_length, kv_length).tril(kv_length - q_length)
+    if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool:
+        mask = mask.to(torch.bool)
+    if offsets is not None:
+        query_owners, key_owners = _owners(query, offsets[0]), _owners(key, offsets[1])
+        mask = _intersect(mask, (query_owners[:, :, None] == key_owners[:, None, :])[:, None])
+    if position_bias is None or mask is None:
+        return mask if position_bias is None else position_bias
+    return _intersect(position_bias, mask) if mask.dtype == torch.bool else position_bias + mask
+
+
+def require_2d_mask_fits(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raises if a 2D mask is not of shape `(batch, kv_length)`.
+
+    Raises:
+        UnsupportedAttentionError: With both shapes.
+    """
+    expected = (key.shape[0], key.shape[2])
+    if tuple(mask.shape) != expected:
+        raise UnsupportedAttentionError(
+            f"a 2D attention mask of shape {tuple(mask.shape)} for {query.shape[2]} queries, expected {expected}",
+            "Use attn_implementation='eager' for this model.",
+        )
+
+
+def mask_of_chosen(
+    mask: torch.Tensor | None, indices: torch.Tensor, query: torch.Tensor, key: torch.Tensor, pattern: Pattern
+) -> torch.Tensor:
+    """Returns a mask that hides all keys but the chosen ones too, which transformers leaves to flash kernels.
+
+    Args:
+        mask: As a model gave it.
+        indices: Keys chosen for each query, integers, shape `(batch, q_length, chosen)`.
+        query: Shape `(batch, heads, q_length, head_dim)`.
+        key: Shape `(batch, kv_heads, kv_length, head_dim)`.
+        pattern: Which keys a query may see. Where there are fewer than are chosen, the choice holds others too.
+    """
+    mask = dense_mask_of(mask, None, None, query, key, pattern)
+    shape = (query.shape[0], query.shape[2], key.shape[2])
+    chosen = torch.zeros(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), True)
+    return _intersect(mask, chosen.unsqueeze(1))
+
+
+def _owners(side: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Returns the packed sequence of each token, counted over all rows, shape `(batch, tokens)`."""
+    tokens = torch.arange(side.shape[0] * side.shape[2], device=offsets.device)
+    return torch.bucketize(tokens, offsets[1:], right=True).view(side.shape[0], side.shape[2]).to(side.device)
+
+
+def _intersect(mask: torch.Tensor | None, allowed: torch.Tensor) -> torch.Tensor:
+    """Returns a mask, bool or additive, that also hides what is not allowed; `allowed` itself where there is none."""
+    if mask is None:
+        return allowed
+    return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)

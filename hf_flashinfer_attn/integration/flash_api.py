@@ -1,0 +1,114 @@
+"""Functions of flash-attn's shape over our backends, for callers that ask transformers for a flash kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from ..attention.ragged_call import RaggedCall, attend_ragged, decide_ragged
+from ..errors import UnsupportedAttentionError
+from ..ragged.band import CAUSAL, FULL
+from ..ragged.layout import RaggedLayout, uniform_layout
+
+__all__ = ["flash_attn_func", "flash_attn_varlen_func"]
+
+_NO_WINDOW = ((-1, -1), (None, None), None)
+
+
+def _refuse(window_size: object, softcap: float, alibi_slopes: object) -> None:
+    if tuple(window_size) not in _NO_WINDOW if isinstance(window_size, (tuple, list)) else window_size is not None:
+        raise UnsupportedAttentionError(
+            f"window_size={window_size} in a direct flash-attention call, expected (-1, -1) or None",
+            "Call the model through transformers' masks.",
+        )
+    if softcap:
+        raise UnsupportedAttentionError(
+            f"softcap={softcap} in a direct flash-attention call, expected 0", "Use attn_implementation='eager'."
+        )
+    if alibi_slopes is not None:
+        given = (
+            f"of shape {tuple(alibi_slopes.shape)}" if isinstance(alibi_slopes, torch.Tensor) else repr(alibi_slopes)
+        )
+        raise UnsupportedAttentionError(
+            f"alibi_slopes {given} in a direct flash-attention call, expected None",
+            "Use attn_implementation='eager'.",
+        )
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention over packed sequences, with the signature of flash-attn's function of this name.
+
+    Args:
+        q: Shape `(total_query_tokens, heads, head_dim)`.
+        k: Shape `(total_key_tokens, kv_heads, head_dim)`.
+        v: Shape `(total_key_tokens, kv_heads, value_head_dim)`.
+        cu_seqlens_q: Offsets of the sequences, int32, shape `(batch + 1,)`.
+        cu_seqlens_k: The same of the keys.
+        max_seqlen_q: Not needed.
+        max_seqlen_k: Not needed.
+        dropout_p: Probability of dropping an attention weight.
+        softmax_scale: What logits are multiplied with; `head_dim ** -0.5` by default.
+        causal: Whether a query sees no later key; aligned to the last key.
+        window_size: Only "no window".
+        softcap: Only 0.
+        alibi_slopes: Only None.
+
+    Returns:
+        Shape `(total_query_tokens, heads, value_head_dim)`.
+
+    Raises:
+        UnsupportedAttentionError: For a window, softcap or ALiBi.
+    """
+    _refuse(window_size, softcap, alibi_slopes)
+    layout = RaggedLayout.from_offsets(cu_seqlens_q, cu_seqlens_k, (1, q.shape[0]), (1, k.shape[0]))
+    return _attend(q, k, v, layout, causal, softmax_scale, dropout_p)
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention over a batch without padding, with the signature of flash-attn's function of this name.
+
+    Shapes are `(batch, tokens, heads, head_dim)`; the arguments are those of [`flash_attn_varlen_func`].
+    """
+    _refuse(window_size, softcap, alibi_slopes)
+    layout = uniform_layout(q.shape[0], q.shape[1], k.shape[1])
+    query, key, value = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    output = _attend(query, key, value, layout, causal, softmax_scale, dropout_p)
+    return output.reshape(*q.shape[:2], *output.shape[1:])
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: RaggedLayout,
+    causal: bool,
+    softmax_scale: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    pattern = CAUSAL if causal else FULL
+    call = RaggedCall(q, k, v, layout, pattern, scale, softcap=None, dropout=dropout, layer="varlen")
+    return attend_ragged(call, decide_ragged(call))

@@ -1,0 +1,314 @@
+"""Attention under torch.compile: custom ops that the compiler does not look into, planning on the host as ever."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
+
+from ..attention.plan import prepared_on
+from ..attention.ragged_call import RaggedCall, attend_ragged, note_of
+from ..attention.select import AttentionRequest, Decision, Path, decide
+from ..errors import UnsupportedAttentionError
+from ..kernels import dense
+from ..ragged.band import MaskFunction, band
+from ..ragged.layout import RaggedLayout, packed_layout, uniform_layout
+from ..ragged.lazy_mask import RaggedMask, copy_of, lazy_mask
+from ..settings import current_settings
+from ..tracing import AttentionCall, is_tracing, record_call
+from .transformers_patches import weights_are_collected
+
+__all__ = ["mask_handle", "mask_of_handle", "mask_values", "ragged_attention", "unpadded_mask"]
+
+
+# They plan on the host and keep workspaces, neither of which may happen inside a graph's memory pool.
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
+# Annotations are read at run time to make an op's schema, on Python 3.10 too.
+@torch.library.custom_op("hf_flashinfer_attn::mask_handle", mutates_args=(), tags=_TAGS)
+def mask_handle(
+    padding_mask: Optional[torch.Tensor],  # noqa: UP045
+    packed: Optional[torch.Tensor],  # noqa: UP045
+    positions: Optional[torch.Tensor],  # noqa: UP045
+    first_query: Optional[torch.Tensor],  # noqa: UP045
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    left: Optional[int],  # noqa: UP045
+    right: Optional[int],  # noqa: UP045
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Makes the lazy mask of one forward, as an op; an attribute of the returned tensor holds it.
+
+    Args:
+        padding_mask: Valid positions, bool, shape `(batch, tokens seen so far)`.
+        packed: The sequence that each slot belongs to, never decreasing, shape `(batch, q_length)`.
+        positions: What the band counts in, stepping by one in every packed sequence, shape `(batch, q_length)`.
+        first_query: In the place of `q_offset` for a cache that counts on the device, an integer of no dimensions.
+        batch_size: Rows.
+        q_length: Query slots per row.
+        kv_length: Key slots per row.
+        q_offset: Position of the first query.
+        kv_offset: Position of the first key.
+        left: How many keys before its own position a query sees; None for all.
+        right: How many keys after its own position a query sees; None for all.
+        dtype: Of the mask's values.
+
+    Returns:
+        An empty tensor, to be handed to the other ops.
+
+    Raises:
+        RuntimeError: If sequences or positions are not those of packing; asynchronously on a GPU.
+    """
+    anchor = next(tensor for tensor in (padding_mask, packed, first_query) if tensor is not None)
+    # The lazy mask outlives this op, and the compiler may use the memory of its inputs again after their last use.
+    if padding_mask is not None:
+        padding_mask = copy_of(padding_mask)
+    if packed is not None:
+        packed = packed.clone()
+        # transformers counts sequences up, and positions up in each; a mask function of anybody else might not.
+        steps = packed.diff()
+        is_packing = steps >= 0
+        if positions is not None:
+            is_packing = is_packing & ((steps > 0) | (positions.diff() == 1))
+        torch._assert_async(is_packing.all(), "a mask function of packed sequences that are not one after another")
+    mask = lazy_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset if first_query is None else first_query,
+        kv_offset,
+        _mask_function(left, right, packed),
+        padding_mask,
+        dtype,
+        anchor.device,
+        use_vmap=False,
+    )
+    handle = torch.empty(0, dtype=torch.uint8, device=anchor.device)
+    handle._ragged_mask = mask  # type: ignore[attr-defined]
+    return handle
+
+
+@mask_handle.register_fake
+def _(
+    padding_mask: torch.Tensor | None,
+    packed: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    first_query: torch.Tensor | None,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    left: int | None,
+    right: int | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    anchor = next(tensor for tensor in (padding_mask, packed, first_query) if tensor is not None)
+    return torch.empty(0, dtype=torch.uint8, device=anchor.device)
+
+
+def mask_of_handle(handle: torch.Tensor) -> RaggedMask:
+    """Returns the lazy mask of a handle from `mask_handle`.
+
+    Raises:
+        RuntimeError: If the tensor was copied on its way.
+    """
+    mask: RaggedMask | None = getattr(handle, "_ragged_mask", None)
+    if mask is None:
+        raise RuntimeError(
+            "A compiled graph handed hf_flashinfer_attn a copy of its mask, expected the tensor itself. "
+            "Compile without the pass that copies op outputs, or run this model uncompiled."
+        )
+    return mask
+
+
+def unpadded_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    left: int | None,
+    right: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> RaggedMask:
+    """Makes the lazy mask of rows without padding, whose last query stands at the last key."""
+    mask_function = _mask_function(left, right, None)
+    return lazy_mask(
+        batch_size, q_length, kv_length, kv_length - q_length, 0, mask_function, None, dtype, device, use_vmap=False
+    )
+
+
+def _mask_function(left: int | None, right: int | None, packed: torch.Tensor | None) -> MaskFunction:
+    """Returns transformers' mask function for a band, causal or symmetric."""
+    function: MaskFunction
+    if right == 0:
+        function = causal_mask_function if left is None else sliding_window_causal_mask_function(left + 1)
+    else:
+        assert left == right
+        function = bidirectional_mask_function if left is None else sliding_window_bidirectional_mask_function(left)
+    return function if packed is None else and_masks(function, packed_sequence_mask_function(packed))
+
+
+@torch.library.custom_op("hf_flashinfer_attn::mask_values", mutates_args=(), tags=_TAGS)
+def mask_values(
+    handle: torch.Tensor, batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Returns the additive mask that a handle stands for, shape `(batch, 1, q_length, kv_length)`."""
+    return mask_of_handle(handle)._moved(dtype, handle.device).dense().clone()
+
+
+@mask_values.register_fake
+def _(handle: torch.Tensor, batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype) -> torch.Tensor:
+    return handle.new_empty(batch_size, 1, q_length, kv_length, dtype=dtype)
+
+
+@torch.library.custom_op("hf_flashinfer_attn::ragged_attention", mutates_args=(), tags=_TAGS)
+def ragged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    handle: Optional[torch.Tensor],  # noqa: UP045
+    query_offsets: Optional[torch.Tensor],  # noqa: UP045
+    key_offsets: Optional[torch.Tensor],  # noqa: UP045
+    left: Optional[int],  # noqa: UP045
+    right: Optional[int],  # noqa: UP045
+    kept_queries: Optional[str],  # noqa: UP045
+    sm_scale: float,
+    softcap: Optional[float],  # noqa: UP045
+) -> torch.Tensor:
+    """Attention over padded or packed tokens, as an op; forward only.
+
+    Args:
+        query: Shape `(rows, q_slots, heads, head_dim)`.
+        key: Shape `(rows, kv_slots, kv_heads, head_dim)`.
+        value: Shape `(rows, kv_slots, kv_heads, value_head_dim)`.
+        handle: The mask, from `mask_handle`; None for rows without padding, aligned to the last key.
+        query_offsets: Offsets of packed sequences, shape `(sequences + 1,)`; None for those of the mask.
+        key_offsets: The same of the keys.
+        left: How many keys before its own position a query sees, where there is no handle; None for all.
+        right: How many keys after its own position a query sees, where there is no handle; None for all.
+        kept_queries: Why padded queries are computed; None if they are not.
+        sm_scale: What logits are multiplied with.
+        softcap: Caps logits to `softcap * tanh(logits / softcap)`.
+
+    Returns:
+        Shape `(rows, q_slots, heads, value_head_dim)`, contiguous.
+
+    Raises:
+        UnsupportedAttentionError: If offsets come with a padding mask, weights are collected that an op cannot return,
+            or a fallback is needed that was forbidden.
+    """
+    if weights_are_collected():
+        raise UnsupportedAttentionError(
+            "output_attentions=True in a model that is compiled in parts",
+            "Compile the whole model or none of it, or use attn_implementation='eager'.",
+        )
+    mask = None if handle is None else mask_of_handle(handle)
+    pattern = band(left, right) if mask is None else mask.spec.pattern
+    packed = query_offsets is not None and key_offsets is not None
+    if packed and mask is not None and mask.has_padding:
+        raise UnsupportedAttentionError(
+            "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
+            "Packed input has no padding: leave the attention_mask out.",
+        )
+    head_dim = max(query.shape[-1], value.shape[-1])
+    # Read when the graph runs: settings are not part of the graph.
+    keeps_on_request = current_settings().padded_queries == "keep"
+    request = AttentionRequest(
+        pattern=pattern,
+        device=query.device,
+        dtype=query.dtype,
+        head_dim=head_dim,
+        mask_holes=mask is not None and mask.has_holes,
+        window_keeps_padded_queries=(
+            mask is not None and pattern.is_window and kept_queries is not None and mask.has_padding
+        ),
+        padded_queries_need_mask=mask is not None and keeps_on_request and mask.padded_queries_need_mask,
+    )
+    decision = decide(request, current_settings())
+    if decision.path is Path.DENSE:
+        assert mask is not None
+        query, key, value = (side.transpose(1, 2) for side in (query, key, value))
+        if is_tracing():
+            note = kept_queries if request.window_keeps_padded_queries else None
+            record_call(AttentionCall("compiled", pattern.name, "dense", head_dim, head_dim, decision.reason, note))
+        return dense.attend(query, key, value, mask.dense(), sm_scale=sm_scale, softcap=softcap)[0]
+    if query_offsets is not None and key_offsets is not None:
+        shapes = ((query.shape[0], query.shape[1]), (key.shape[0], key.shape[1]))
+        layout = _packed_layout(mask, query_offsets, key_offsets, shapes)
+    elif mask is not None:
+        layout = mask.layout_of_forward(keep_padded_queries=kept_queries is not None or keeps_on_request)
+    else:
+        layout = uniform_layout(query.shape[0], query.shape[1], key.shape[1])
+    note = note_of(layout, kept_queries)
+    if decision.path is Path.FLASHINFER:
+        sides = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        prepared = prepared_on(layout, *sides, pattern, sm_scale=sm_scale, softcap=softcap, note=note)
+        if not isinstance(prepared, Decision):
+            return prepared(*sides, "compiled")
+        decision = prepared
+    call = RaggedCall(
+        query=layout.query.gather(query),
+        key=layout.key.gather(key),
+        value=layout.key.gather(value),
+        layout=layout,
+        pattern=pattern,
+        sm_scale=sm_scale,
+        softcap=softcap,
+        dropout=0.0,
+        layer="compiled",
+        note=note,
+    )
+    return layout.query.scatter(attend_ragged(call, decision))
+
+
+def _packed_layout(
+    mask: RaggedMask | None,
+    query_offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    shapes: tuple[tuple[int, int], tuple[int, int]],
+) -> RaggedLayout:
+    """Returns the layout of packed sequences, read once per forward, and makes sure that the offsets are still those.
+
+    Offsets that a graph computes lie in memory that generated code may use again for other offsets, unseen by version
+    counters.
+    """
+    layout = packed_layout(query_offsets if mask is None else mask, query_offsets, key_offsets, shapes)
+    same = (layout.query.cu_seqlens(query_offsets.device) == query_offsets).all()
+    if key_offsets is not query_offsets:
+        same = same & (layout.key.cu_seqlens(key_offsets.device) == key_offsets).all()
+    if same.is_cuda:
+        # Without making the host wait in every layer, this can only be checked, not mended.
+        torch._assert_async(same, "cu_seqlens that changed between two layers")
+    elif not same:
+        layout = RaggedLayout.from_offsets(query_offsets, key_offsets, *shapes)
+    return layout
+
+
+@ragged_attention.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    handle: torch.Tensor | None,
+    query_offsets: torch.Tensor | None,
+    key_offsets: torch.Tensor | None,
+    left: int | None,
+    right: int | None,
+    kept_queries: str | None,
+    sm_scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])

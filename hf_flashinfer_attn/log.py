@@ -1,0 +1,24 @@
+"""Warnings of this package, each logged once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+__all__ = ["log_once", "logger"]
+
+logger = logging.getLogger("hf_flashinfer_attn")
+
+_logged: set[str] = set()
+_logged_lock = threading.Lock()
+
+
+def log_once(message: str, key: str | None = None) -> None:
+    """Logs a warning once per `key`, by default once per message."""
+    key = message if key is None else key
+    if key not in _logged:
+        with _logged_lock:
+            if key in _logged:
+                return
+            _logged.add(key)
+        logger.warning(message)

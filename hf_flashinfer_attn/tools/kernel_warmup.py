@@ -1,0 +1,395 @@
+"""Compiles every kernel that a model may need before it runs, in parallel, on a machine without a GPU too."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from ..errors import BackendUnavailableError, FlashInferAttentionError
+from ..kernels import flashinfer, jit
+from ..kernels.modules import KernelModule, cache_directory
+from ..settings import NAME
+from ..unpadding import capture_graphs, graph_statistics, unpad
+from .model_plan import modules_of, plan_of_config
+from .pretrained import reading
+
+__all__ = ["GraphCheck", "WarmedKernel", "WarmupReport", "warmup"]
+
+ARCH_VARIABLE = "FLASHINFER_CUDA_ARCH_LIST"
+
+
+@dataclass(frozen=True, slots=True)
+class WarmedKernel:
+    """Result for one kernel.
+
+    Args:
+        module: Which.
+        seconds: That compiling it took; None where it was compiled before.
+        error: Why it could not be compiled, with the path of the log; None if it is there.
+    """
+
+    module: KernelModule
+    seconds: float | None
+    error: str | None
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"{self.module}: failed, {self.error}"
+        return f"{self.module}: " + ("was there" if self.seconds is None else f"compiled in {self.seconds:.0f} s")
+
+
+@dataclass(frozen=True, slots=True)
+class GraphCheck:
+    """Whether CUDA graphs of the model can be captured, and at what price; they ended with the check.
+
+    Args:
+        captured: How many graphs.
+        memory_mib: Of the GPU that they took, MiB.
+        seconds: From the unpadded model to the last graph, kernels of Triton compiled on the way.
+        problem: Why not all could be; None if they could.
+    """
+
+    captured: int
+    memory_mib: float
+    seconds: float
+    problem: str | None
+
+    def __str__(self) -> str:
+        figures = f"graphs: {self.captured} captured in {self.seconds:.1f} s, {self.memory_mib:.0f} MiB of the GPU"
+        return figures if self.problem is None else f"{figures}; {self.problem}"
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupReport:
+    """Result of `warmup`; `print(report)` shows it.
+
+    Args:
+        model_type: Model type of the config.
+        archs: Compute capabilities that kernels were compiled for, in FlashInfer's notation.
+        directory: Folder of the compiled kernels.
+        kernels: All kernels that the model may need.
+        notes: Why the model may need none, or kernels that cannot be predicted.
+        graphs: Result of the check of graphs; None without `graphs`.
+        seconds: Total time.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from hf_flashinfer_attn import WarmupReport
+        >>> notes = ("it computes attention by itself",)
+        >>> report = WarmupReport("deberta", ("9.0a",), Path("cached_ops"), (), notes, None, 0.2)
+        >>> report.passed
+        True
+        >>> print(report)
+        kernels of deberta for 9.0a in cached_ops
+        note: it computes attention by itself
+        0 of 0 kernels are ready after 0 s
+    """
+
+    model_type: str
+    archs: tuple[str, ...]
+    directory: Path
+    kernels: tuple[WarmedKernel, ...]
+    notes: tuple[str, ...]
+    graphs: GraphCheck | None
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all kernels are compiled and all requested graphs were captured."""
+        has_graphs = self.graphs is None or self.graphs.problem is None
+        return has_graphs and all(kernel.error is None for kernel in self.kernels)
+
+    def __str__(self) -> str:
+        ready = sum(kernel.error is None for kernel in self.kernels)
+        return "\n".join(
+            [
+                f"kernels of {self.model_type} for {' '.join(self.archs)} in {self.directory}",
+                *(f"  {kernel}" for kernel in self.kernels),
+                *(f"note: {note}" for note in self.notes),
+                *([] if self.graphs is None else [str(self.graphs)]),
+                f"{ready} of {len(self.kernels)} kernels are ready after {self.seconds:.0f} s",
+            ]
+        )
+
+
+def warmup(
+    model: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str],
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    arch: str | None = None,
+    graphs: Iterable[tuple[int, int]] = (),
+    workers: int | None = None,
+    progress: bool = True,
+) -> WarmupReport:
+    """Compiles all FlashInfer kernels that a model may need, which otherwise happens on first use.
+
+    Args:
+        model: A model, its config, its path or its id; weights are only read for `graphs`.
+        dtypes: torch.float16, torch.bfloat16 or both; by default that of the model if it is one of these, else float16.
+        arch: Compute capability to compile for, such as "8.0" or "9.0a", in a separate process and without a GPU;
+            by default those in `FLASHINFER_CUDA_ARCH_LIST`, or of this machine's GPUs.
+        graphs: Rows and tokens of batches to capture CUDA graphs of, which checks that it works and reports the memory;
+            needs a GPU, and a path or id. Graphs end with the process: a server captures its own with `capture_graphs`.
+            Compiled kernels, Triton's included, stay in the caches.
+        workers: Parallel compilers; by default by cores and memory.
+        progress: Whether to show a bar on stderr, or lines if stderr is no terminal.
+
+    Returns:
+        The report. For kernels that could not be compiled it has the path of the compiler's log.
+
+    Raises:
+        BackendUnavailableError: If there is nothing to compile for, or with: no GPU and no `arch`, no nvcc, no ninja.
+        FlashInferAttentionError: If the model or its config cannot be read.
+        ValueError: If `arch`, a dtype or a graph size is invalid.
+
+    Examples:
+        >>> import hf_flashinfer_attn
+        >>> from transformers import BertConfig
+        >>> try:
+        ...     report = hf_flashinfer_attn.warmup(BertConfig(), arch="5.2")
+        ... except hf_flashinfer_attn.BackendUnavailableError as error:
+        ...     print(error.reason)
+        the GPU has compute capability 5.2, FlashInfer needs 7.5 or newer
+    """
+    start = time.perf_counter()
+    shapes = tuple(graphs)
+    if shapes and (arch is not None or not isinstance(model, (str, os.PathLike))):
+        raise ValueError("graphs are captured on this machine's GPU, of a path or id; leave arch out, or graphs.")
+    if any(rows < 1 or tokens < rows for rows, tokens in shapes):
+        raise ValueError(f"graphs={shapes}: expected rows above 0, and at least one token a row.")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers}: expected a number above 0.")
+    config = model.config if isinstance(model, PreTrainedModel) else model
+    if not isinstance(config, PreTrainedConfig):
+        with reading(config):
+            config = AutoConfig.from_pretrained(config)
+    archs = _archs(arch)
+    chosen = _dtypes(config, dtypes)
+    modules: dict[KernelModule, None] = {}
+    notes: dict[str, None] = {}
+    for dtype in chosen:
+        for capability in map(_capability, archs):
+            plan = plan_of_config(config, dtype=dtype, capability=capability)
+            found = modules_of(plan, dtype)
+            modules.update(dict.fromkeys(found))
+            if plan.problem is not None:
+                notes[f"what its attention needs is not known: {plan.problem}"] = None
+            elif not found:
+                reasons = dict.fromkeys(layer.reason or "the settings in force" for layer in plan.layers)
+                notes[f"no kernel of FlashInfer serves it in {_named(dtype)}: {'; '.join(reasons)}"] = None
+            if any("auto" in layer.kernels for layer in plan.layers):
+                major, minor = capability
+                notes[f"on {major}.{minor} FlashInfer itself chooses, and may compile more on first use"] = None
+    at_once = workers or _default_workers()
+    if arch is None:
+        directory, kernels = cache_directory(), _compile_all(tuple(modules), at_once, progress)
+    else:
+        directory, kernels = _compile_elsewhere(tuple(modules), arch, at_once, progress)
+    check = _check_graphs(str(model), chosen[0], shapes) if shapes else None
+    seconds = time.perf_counter() - start
+    return WarmupReport(config.model_type, archs, directory, kernels, tuple(notes), check, seconds)
+
+
+def _archs(arch: str | None) -> tuple[str, ...]:
+    named = os.environ.get(ARCH_VARIABLE) if arch is None else arch
+    if named:
+        archs = tuple(named.split())
+    elif torch.cuda.is_available():
+        of_gpus = (torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+        archs = tuple(dict.fromkeys(f"{major}.{minor}" for major, minor in of_gpus))
+    else:
+        raise BackendUnavailableError(
+            "flashinfer",
+            "there is no GPU to compile kernels for",
+            "Name the compute capability of the GPU that they are for: --arch 9.0a, or warmup(..., arch='9.0a').",
+        )
+    for one in archs:
+        if (reason := flashinfer.capability_reason(_capability(one))) is not None:
+            raise BackendUnavailableError("flashinfer", reason, "Use hf_flashinfer_attn.configure(backend='torch').")
+    return archs
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    if (found := re.fullmatch(r"(\d+)\.(\d)[af]?", arch)) is None:
+        raise ValueError(f"arch={arch!r} is not a compute capability; expected one such as '8.0', '9.0a' or '12.0f'.")
+    return int(found[1]), int(found[2])
+
+
+def _dtypes(config: PreTrainedConfig, dtypes: Sequence[torch.dtype] | None) -> tuple[torch.dtype, ...]:
+    if dtypes is None:
+        return (config.dtype if config.dtype in flashinfer.DTYPES else torch.float16,)
+    if not dtypes or any(dtype not in flashinfer.DTYPES for dtype in dtypes):
+        named = ", ".join(map(_named, dtypes))
+        raise ValueError(f"dtypes=({named}): expected torch.float16, torch.bfloat16 or both.")
+    return tuple(dict.fromkeys(dtypes))
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# What one compiler of a file is given, GiB; a generous guess.
+_COMPILER_GIB = 3
+
+
+def _default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return cores
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
+    return max(1, min(cores, free // _COMPILER_GIB))
+
+
+class _Progress:
+    """Files compiled so far, on stderr: a bar on a terminal, and else a line now and then."""
+
+    def __init__(self, shown: bool) -> None:
+        self._start = time.perf_counter()
+        self._lock = threading.Lock()
+        self._steps: dict[KernelModule, tuple[int, int]] = {}
+        self._shown = shown
+        self._bar: Any = _make_bar() if shown and sys.stderr.isatty() else None
+        self._over = threading.Event()
+
+    def __enter__(self) -> _Progress:
+        if self._shown:
+            threading.Thread(target=self._tick, name="hf_flashinfer_attn-progress", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._bar is not None:
+            self._bar.close()
+
+    def say(self, text: str) -> None:
+        """Says something on a line of its own."""
+        if not self._shown:
+            return
+        line = f"[{time.perf_counter() - self._start:6.1f} s] {text}"
+        with self._lock:
+            if self._bar is None:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                self._bar.write(line, file=sys.stderr)
+
+    def step(self, module: KernelModule, done: int, total: int) -> None:
+        """Counts the files of one module."""
+        with self._lock:
+            self._steps[module] = done, total
+            if self._bar is not None:
+                files, self._bar.total = self._files()
+                self._bar.update(files - self._bar.n)
+
+    def _files(self) -> tuple[int, int]:
+        counts = self._steps.values()
+        return sum(done for done, _ in counts), sum(total for _, total in counts)
+
+    def _tick(self) -> None:
+        # A single file can take minutes.
+        while not self._over.wait(1.0 if self._bar is not None else jit.HEARTBEAT):
+            if self._bar is None:
+                done, total = self._files()
+                self.say(f"compiled {done} of {total} files" if total else "compiling the first files")
+            else:
+                self._bar.refresh()
+
+
+def _make_bar() -> Any:
+    from tqdm import tqdm
+
+    return tqdm(desc="compiling", unit=" files", leave=False, file=sys.stderr)
+
+
+def _compile_all(modules: Sequence[KernelModule], workers: int, shown: bool) -> tuple[WarmedKernel, ...]:
+    """Compiles what is missing; each module has a ninja of its own, which runs compilers."""
+    missing = [module for module in modules if not jit.is_up_to_date(module)]
+    if missing and jit.nvcc_path() is None:
+        raise BackendUnavailableError("flashinfer", jit.NO_NVCC, jit.GET_NVCC)
+    # Those of fa3 take longest.
+    missing.sort(key=lambda module: module.kernel, reverse=True)
+    at_once = max(1, min(workers, len(missing)))
+
+    def compile_one(module: KernelModule) -> WarmedKernel:
+        seconds = error = None
+        try:
+            seconds = jit.compile_module(
+                module, jobs=max(1, workers // at_once), on_step=lambda *counts: progress.step(module, *counts)
+            )
+        except BackendUnavailableError as failure:
+            error = f"{failure.reason}. {failure.way_out}"
+        kernel = WarmedKernel(module, seconds, error)
+        # Why is in the report, which comes last.
+        progress.say(str(kernel) if error is None else f"{module}: failed")
+        return kernel
+
+    with _Progress(shown and bool(missing)) as progress, ThreadPoolExecutor(at_once) as pool:
+        progress.say(f"compiling {len(missing)} of {len(modules)} kernels, with {workers} compilers at a time")
+        compiled = {kernel.module: kernel for kernel in pool.map(compile_one, missing)}
+    return tuple(compiled.get(module, WarmedKernel(module, None, None)) for module in modules)
+
+
+def _compile_elsewhere(
+    modules: Sequence[KernelModule], arch: str, workers: int, shown: bool
+) -> tuple[Path, tuple[WarmedKernel, ...]]:
+    """Compiles for GPUs of another kind in a process of its own: FlashInfer settles on one kind when it is imported."""
+    with tempfile.TemporaryDirectory(prefix="hf_flashinfer_attn-") as folder:
+        (Path(folder) / "request").write_bytes(pickle.dumps((modules, workers, shown)))
+        here = str(Path(__file__).parents[1])
+        code = f"import sys; sys.path.append({here!r}); from {__name__} import _answer; _answer({folder!r})"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env={**os.environ, ARCH_VARIABLE: arch}, check=False)
+        answer = Path(folder) / "answer"
+        if not answer.is_file():
+            raise BackendUnavailableError(
+                "flashinfer",
+                f"the process that compiles its kernels for {arch} ended with status {done.returncode}",
+                "What it wrote to stderr says why.",
+            )
+        found: tuple[Path, tuple[WarmedKernel, ...]] | tuple[str, str] = pickle.loads(answer.read_bytes())
+    if isinstance(found[0], str) and isinstance(found[1], str):
+        raise BackendUnavailableError("flashinfer", found[0], found[1])
+    return found
+
+
+def _answer(folder: str) -> None:
+    """What that process runs."""
+    modules, workers, shown = pickle.loads((Path(folder) / "request").read_bytes())
+    found: tuple[object, object]
+    try:
+        found = cache_directory(), _compile_all(modules, workers, shown)
+    except BackendUnavailableError as error:
+        found = error.reason, error.way_out
+    (Path(folder) / "answer").write_bytes(pickle.dumps(found))
+
+
+def _check_graphs(name: str, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> GraphCheck:
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            "flashinfer", "there is no GPU to capture CUDA graphs on", "Leave the graphs out on this machine."
+        )
+    with reading(name):
+        model = AutoModel.from_pretrained(name, attn_implementation=NAME, dtype=dtype)
+    model.to("cuda").eval()
+    start, problem = time.perf_counter(), None
+    try:
+        unpad(model, cuda_graphs=True)
+        capture_graphs(model, shapes)
+    except (ValueError, FlashInferAttentionError) as error:
+        problem = str(error)
+    torch.cuda.synchronize()
+    seconds, statistics = time.perf_counter() - start, graph_statistics(model)
+    return GraphCheck(statistics.captured, statistics.memory_bytes / 2**20, seconds, problem)

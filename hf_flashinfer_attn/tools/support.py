@@ -1,0 +1,98 @@
+"""The support tables, made from the rules that the dispatcher and `unpad` go by.
+
+python -m hf_flashinfer_attn.support
+"""
+
+from __future__ import annotations
+
+from ..attention.select import RULES, Path
+from ..unpadding.families import FAMILIES, REFUSED, Family
+
+__all__ = ["refused_table", "support_table", "unpadding_table"]
+
+# What no rule takes away from FlashInfer.
+_NATIVE = (
+    "full and causal attention, with a cache or without",
+    "sliding windows, causal and two-sided, of any width",
+    "padding: right, left, holes, rows of padding only, none",
+    "packed sequences (`cu_seq_lens_q` and `cu_seq_lens_k`)",
+    "packed sequences by restarting `position_ids` alone, in decoders, without a mask and a cache",
+    "cross-attention with its own padding",
+    "grouped-query and multi-query heads, values of another head_dim",
+    "head_dim up to 256, softcap, any softmax scale",
+    "attention sinks (`s_aux`), `position_bias` (T5, and MPNet after `unpad`; compiles a kernel of its own)",
+)
+# Where torch's own kernel is faster (benchmarks/NOTES.md); `backend="flashinfer"` does without it.
+_FASTER_ELSEWHERE = (
+    "full or causal attention without padding, of a head_dim that would be padded",
+    "padded batches of under 67 million logits per layer, for which planning costs more than it saves",
+)
+# transformers detects packed sequences only when it makes a causal mask (EmbeddingGemma's included).
+_NOT_NOTICED = (
+    "packed sequences by restarting `position_ids` alone, in encoders and in decoders with `config.is_causal=False`",
+)
+_REFUSED = (
+    "continuous batching with versions of transformers that request `paged\\|flashinfer`, such as 5.17",
+    "`torch.export`, `torch.jit.trace` and `make_fx` of attention",
+    "planning while a CUDA graph is captured",
+    "`cu_seq_lens` together with a padding mask",
+)
+_RUNS_ON = {Path.DENSE: "dense attention", Path.TORCH: "ragged torch backend"}
+
+
+def support_table() -> str:
+    """Returns what runs where on a GPU that FlashInfer supports, as a Markdown table.
+
+    Examples:
+        >>> from hf_flashinfer_attn.tools.support import support_table
+        >>> print(support_table().splitlines()[0])
+        | request | on a GPU |
+    """
+    rows: list[tuple[str, ...]] = [(feature, "FlashInfer") for feature in _NATIVE]
+    rows += [(feature, "torch's sdpa") for feature in _FASTER_ELSEWHERE]
+    rows += [(rule.feature, f"{_RUNS_ON[rule.path]}, logged once") for rule in RULES]
+    rows += [(feature, "one sequence, as in eager attention") for feature in _NOT_NOTICED]
+    rows += [(feature, "`UnsupportedAttentionError`") for feature in _REFUSED]
+    return _table(("request", "on a GPU"), rows)
+
+
+def unpadding_table() -> str:
+    """Returns the families of models that `unpad` takes, as a Markdown table.
+
+    Examples:
+        >>> from hf_flashinfer_attn.tools.support import unpadding_table
+        >>> print(unpadding_table().splitlines()[3])
+        | `BertModel` | by slot, from 0 |  |
+    """
+    rows = [(f"`{name}`", family.positions.value, "; ".join(_besides(family))) for name, family in FAMILIES.items()]
+    return _table(("backbone", "tokens are numbered", "besides"), sorted(rows))
+
+
+def _besides(family: Family) -> list[str]:
+    besides = {
+        "packed with `use_cache=False`": family.is_causal,
+        "embeddings run padded, before packing; no CUDA graphs": family.embeds_rows,
+        "its own attention is replaced; no CUDA graphs": family.own_attention is not None,
+        "rows with holes stay padded": family.measures_slots,
+    }
+    return [text for text, applies in besides.items() if applies]
+
+
+def refused_table() -> str:
+    """Returns the model types that `unpad` refuses by name, and why, as a Markdown table.
+
+    Examples:
+        >>> from hf_flashinfer_attn.tools.support import refused_table
+        >>> "mobilebert" in refused_table()
+        True
+    """
+    return _table(("model type", "why"), [(f"`{model_type}`", reason) for model_type, reason in REFUSED.items()])
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    head, *body = (f"| {' | '.join(cells)} |" for cells in [header, *rows])
+    return "\n".join([head, "|---" * len(header) + "|", *body])
+
+
+if __name__ == "__main__":
+    print(support_table())
