@@ -254,9 +254,10 @@ def test_another_version_of_its_attention_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_the_bias_of_lengths_that_change_is_refused() -> None:
     encoder = unpad(build()).encoder
-    mpnet.enter(offsets_of(RaggedLayout.for_graph([2, 3], rows=8, tokens=5, workspace=object())))
+    offsets = offsets_of(RaggedLayout.for_graph([2, 3], rows=8, tokens=5, workspace=object()))
+    mpnet.enter(offsets)
     try:
         with pytest.raises(UnsupportedAttentionError, match=r"a relative position bias.* in a captured graph"):
             encoder.compute_position_bias(torch.zeros(1, 5, 32))
     finally:
-        mpnet.enter(None)
+        mpnet.leave(offsets)
