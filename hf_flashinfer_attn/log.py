@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 
-__all__ = ["log_once", "logger"]
+__all__ = ["log_once", "logged", "logger"]
 
 logger = logging.getLogger("hf_flashinfer_attn")
 
-_logged: set[str] = set()
+# Keys of warnings that were logged.
+logged: set[str] = set()
 _logged_lock = threading.Lock()
 
 
 def log_once(message: str, key: str | None = None) -> None:
     """Logs a warning once per `key`, by default once per message."""
     key = message if key is None else key
-    if key not in _logged:
+    if key not in logged:
         with _logged_lock:
-            if key in _logged:
+            if key in logged:
                 return
-            _logged.add(key)
+            logged.add(key)
         logger.warning(message)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_flashinfer_attn import settings
-from hf_flashinfer_attn.attention import select as dispatch
+from hf_flashinfer_attn.log import logged
 
 # A first call may compile or load something, on a machine of any speed.
 hypothesis.settings.register_profile("any-machine", deadline=None, print_blob=True)
@@ -41,8 +41,8 @@ def _default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_logged_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_logged", set())
+def _nothing_logged_yet() -> None:
+    logged.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gptj import modeling_gptj
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.attention import select as dispatch
 from hf_flashinfer_attn.integration.functions import attention_forward, attention_mask
 from hf_flashinfer_attn.integration.transformers_patches import weights_are_collected
 from model_families import FAMILIES, find_class
@@ -262,9 +261,8 @@ def test_models_that_call_flash_attn_themselves_are_refused_by_name(model_class,
     ],
 )
 def test_a_model_that_never_calls_us_is_named(
-    config: PreTrainedConfig, says: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    config: PreTrainedConfig, says: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(dispatch, "_logged", set())
     with torch.device("meta"), caplog.at_level(logging.WARNING, logger="hf_flashinfer_attn"):
         for _ in range(2):
             AutoModel.from_config(copy.deepcopy(config), attn_implementation="flashinfer")
@@ -274,9 +272,8 @@ def test_a_model_that_never_calls_us_is_named(
 
 
 def test_families_on_the_interface_are_not_said_to_have_attention_of_their_own(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(dispatch, "_logged", set())
     silent = 0
     for family in FAMILIES:
         if family.kind != "text" or not family.is_in_this_transformers or not family.takes_any_name:
