@@ -1,19 +1,20 @@
-"""The whole mask of a call that no ragged kernel serves, whatever a model gave it as."""
+"""The whole mask of a call that no ragged kernel computes, whatever form the model gave it in."""
 
 from __future__ import annotations
 
 import torch
 
-from ..errors import UnsupportedAttentionError
 from ..ragged.band import Pattern
+from ..ragged.layout import RaggedLayout
 from ..ragged.lazy_mask import RaggedMask
+from .spec import require_2d_mask_fits
 
-__all__ = ["dense_mask_of", "mask_of_chosen", "require_2d_mask_fits"]
+__all__ = ["bias_of_packed", "dense_mask_of", "mask_of_chosen"]
 
 
 def dense_mask_of(
     mask: torch.Tensor | None,
-    offsets: tuple[torch.Tensor, torch.Tensor] | None,
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None,
     position_bias: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -32,26 +33,29 @@ def dense_mask_of(
             mask = mask & mask.new_ones(q_length, kv_length).tril(kv_length - q_length)
     if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool:
         mask = mask.to(torch.bool)
-    if offsets is not None:
-        query_owners, key_owners = _owners(query, offsets[0]), _owners(key, offsets[1])
+    if cu_seqlens is not None:
+        query_owners, key_owners = _owners(query, cu_seqlens[0]), _owners(key, cu_seqlens[1])
         mask = _intersect(mask, (query_owners[:, :, None] == key_owners[:, None, :])[:, None])
     if position_bias is None or mask is None:
         return mask if position_bias is None else position_bias
     return _intersect(position_bias, mask) if mask.dtype == torch.bool else position_bias + mask
 
 
-def require_2d_mask_fits(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
-    """Raises if a 2D mask is not of shape `(batch, kv_length)`.
+def bias_of_packed(bias: torch.Tensor, layout: RaggedLayout) -> torch.Tensor:
+    """Returns the bias of packed sequences on all of their tokens, zero between two sequences; differentiable.
 
-    Raises:
-        UnsupportedAttentionError: With both shapes.
+    Args:
+        bias: Shape `(sequences, heads, longest_query, longest_key)`.
+        layout: Layout of the packed sequences.
+
+    Returns:
+        Shape `(1, heads, total_query_tokens, total_key_tokens)`.
     """
-    expected = (key.shape[0], key.shape[2])
-    if tuple(mask.shape) != expected:
-        raise UnsupportedAttentionError(
-            f"a 2D attention mask of shape {tuple(mask.shape)} for {query.shape[2]} queries, expected {expected}",
-            "Use attn_implementation='eager' for this model.",
-        )
+    whole = bias.new_zeros(1, bias.shape[1], layout.query.total_tokens, layout.key.total_tokens)
+    for row, (query, key) in enumerate(zip(layout.query.offsets[:-1], layout.key.offsets[:-1])):
+        queries, keys = layout.query.lengths[row], layout.key.lengths[row]
+        whole[0, :, query : query + queries, key : key + keys] = bias[row, :, :queries, :keys]
+    return whole
 
 
 def mask_of_chosen(
@@ -72,10 +76,10 @@ def mask_of_chosen(
     return _intersect(mask, chosen.unsqueeze(1))
 
 
-def _owners(side: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _owners(side: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Returns the packed sequence of each token, counted over all rows, shape `(batch, tokens)`."""
-    tokens = torch.arange(side.shape[0] * side.shape[2], device=offsets.device)
-    return torch.bucketize(tokens, offsets[1:], right=True).view(side.shape[0], side.shape[2]).to(side.device)
+    tokens = torch.arange(side.shape[0] * side.shape[2], device=cu_seqlens.device)
+    return torch.bucketize(tokens, cu_seqlens[1:], right=True).view(side.shape[0], side.shape[2]).to(side.device)
 
 
 def _intersect(mask: torch.Tensor | None, allowed: torch.Tensor) -> torch.Tensor:

@@ -1,118 +1,95 @@
-"""Per-forward plan cache."""
+"""Plan reuse: later layers of a forward find the plan of the first one by a guard, without parsing their arguments."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
 
-from ..ragged.layout import PreparedStore, known_layout, uniform_layout, versions_of
+from ..ragged.forward_state import ForwardState, attached_state, uniform_state
 from ..ragged.lazy_mask import RaggedMask
 from ..settings import current_settings
+from .plan import AttentionPlan
 from .quirks import PACKED_IMAGES, is_one_of
-from .ragged_call import needs_grad
-from .recorders import recorder
+from .spec import LayerArguments
 
-__all__ = ["Kept", "kept_of", "signature_of"]
+__all__ = ["Found", "find_plan"]
 
 
-def signature_of(
+class Found(NamedTuple):
+    """State of a forward and the guard of a call; the plan of a layer with an equal guard, or None."""
+
+    state: ForwardState
+    pattern: object
+    guard: tuple[Any, ...]
+    plan: AttentionPlan | None
+
+    def keep(self, plan: AttentionPlan) -> None:
+        """Keeps a plan for the next layers."""
+        self.state.recent[self.pattern] = self.guard, plan
+
+
+def find_plan(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scaling: float | None,
-    is_causal: bool | None,
-    softcap: float | None,
-) -> tuple[Any, ...]:
-    """Cache key of a plan: what it depends on besides the mask or layout that holds the cache."""
+    mask: torch.Tensor | None,
+    given: LayerArguments,
+) -> Found | None:
+    """Finds the plan of an earlier layer of the forward.
+
+    Returns:
+        None if the plan of the call cannot be reused: it depends on tensors besides query, key and value, needs
+        gradients or weights, is recorded or captured, or its mask was modified.
+    """
+    if given.dropout or given.output_attentions or given.position_bias is not None or given.s_aux is not None:
+        return None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
     device = query.get_device()
-    return (
-        # The configuration lives longer than a mask; where there is none, nothing but causality depends on the module.
-        type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", None), query.shape, key.shape,
-        value.shape, query.dtype, key.dtype, value.dtype, scaling, is_causal, softcap, device,
-        torch._C._cuda_getCurrentRawStream(device), current_settings(),
-    )  # fmt: skip
-
-
-class Kept(NamedTuple):
-    """Cached plans and the object that keeps them alive; a tuple, as one is made in every call."""
-
-    owner: object
-    store: PreparedStore
-
-
-class _PackedLane(NamedTuple):
-    """Plan cache of packed sequences, an attribute of the mask; signatures distinguish shapes."""
-
-    query_offsets: torch.Tensor
-    key_offsets: torch.Tensor
-    versions: tuple[int, int] | None
-    kept: Kept
-
-    def is_of(self, query_offsets: torch.Tensor, key_offsets: torch.Tensor) -> bool:
-        return (
-            self.query_offsets is query_offsets
-            and self.key_offsets is key_offsets
-            and self.versions == versions_of(query_offsets, key_offsets)
-        )
-
-
-def kept_of(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sliding_window: int | None,
-    offsets: tuple[torch.Tensor, torch.Tensor] | None,
-    position_ids: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-) -> Kept | None:
-    """Returns the plan cache of a call; None if the call cannot be cached."""
-    if torch.cuda.is_current_stream_capturing() or recorder() is not None:
+    # A tensor as factor may be written to between two calls. Forward-mode tangents, tracers and captures need checks.
+    if (
+        isinstance(given.scaling, torch.Tensor)
+        or isinstance(given.softcap, torch.Tensor)
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or (device >= 0 and torch.cuda.is_current_stream_capturing())
+    ):
         return None
-    # Tensors may be written to between two calls.
-    if isinstance(scaling, torch.Tensor) or isinstance(softcap, torch.Tensor):
-        return None
-    if needs_grad(query, key, value):
-        return None
-    if offsets is not None:
-        return _kept_of_packed(query, key, mask, sliding_window, offsets)
+    state: ForwardState | None
+    pattern: object = None
+    cu_seqlens = given.cu_seq_lens_q
     if isinstance(mask, RaggedMask):
-        return None if mask.was_modified else Kept(mask, mask.prepared)
-    if mask is not None or sliding_window is not None or query.shape[0] != key.shape[0]:
-        return None
-    if position_ids is not None and is_one_of(type(module), PACKED_IMAGES):
-        return None
-    layout = uniform_layout(query.shape[0], query.shape[2], key.shape[2])
-    return Kept(layout, layout.prepared)
-
-
-def _kept_of_packed(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    sliding_window: int | None,
-    offsets: tuple[torch.Tensor, torch.Tensor],
-) -> Kept | None:
-    """Returns the plan cache of packed sequences; None before their layout is known."""
-    pattern, carrier = None, None
-    if isinstance(mask, RaggedMask):
-        if mask.was_modified or mask.spec.padding_mask is not None:
+        if mask.was_modified:
             return None
-        lane: _PackedLane | None = mask.packed_lane
-        if lane is not None and lane.is_of(*offsets):
-            return lane.kept
-        pattern, carrier = mask.spec.pattern, mask.carrier
-    elif mask is not None or sliding_window is not None:
+        state, pattern = mask.state, mask.state.spec.pattern
+        if cu_seqlens is not None and state.spec.padding_mask is not None:
+            return None
+    elif mask is not None or given.sliding_window is not None:
         return None
-    layout = known_layout(carrier, *offsets, ((query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])))
-    if layout is None:
-        return None
-    # Layers with another band share the layout, and nothing else.
-    kept = Kept(layout, layout.derived.setdefault(("prepared", pattern), PreparedStore()))
-    if isinstance(mask, RaggedMask):
-        mask.packed_lane = _PackedLane(*offsets, versions_of(*offsets), kept)
-    return kept
+    else:
+        state = None
+    if cu_seqlens is not None and given.cu_seq_lens_k is not None:
+        packed = attached_state(cu_seqlens)
+        shapes = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
+        if packed is None or not packed.is_of(module, cu_seqlens, given.cu_seq_lens_k, shapes):
+            return None
+        state = packed
+    elif state is None:
+        if query.shape[0] != key.shape[0]:
+            return None
+        if given.position_ids is not None and is_one_of(type(module), PACKED_IMAGES):
+            return None
+        state = uniform_state(query.shape[0], query.shape[2], key.shape[2])
+    guard = (
+        # A configuration lives longer than a mask. Without one, nothing but causality depends on the module.
+        type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", None), query.shape, key.shape,
+        value.shape, query.dtype, key.dtype, value.dtype, given.scaling, given.is_causal, given.softcap, device,
+        torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0, current_settings(),
+        0 if state.is_shared else threading.get_ident(),
+    )  # fmt: skip
+    recent = state.recent.get(pattern)
+    return Found(state, pattern, guard, recent[1] if recent is not None and recent[0] == guard else None)

@@ -16,7 +16,7 @@ __all__ = [
     "READS_NEIGHBOURS",
     "is_one_of",
     "layer_name",
-    "why_padded_queries_stay",
+    "padded_queries_reason",
 ]
 
 # Padding included, Blt's bytes become patches, DiffusionGemma's prompt the keys of its canvas, and MiniMax M3's tokens
@@ -93,7 +93,7 @@ def _parameter_of_second_sequence(layer: type, is_encoder: bool) -> str | None:
     return None
 
 
-def why_padded_queries_stay(module: torch.nn.Module, *, is_causal: bool) -> str | None:
+def padded_queries_reason(module: torch.nn.Module, *, is_causal: bool) -> str | None:
     """Returns why padded queries must be computed; None if no valid output can depend on them.
 
     A mask function cannot tell cross-attention to a sequence of equal length from self-attention; a layer that takes

@@ -1,4 +1,4 @@
-"""From a request to the path that serves it: FlashInfer, a fallback with its reason, or an error. Needs no GPU."""
+"""Selection of a backend and a kernel for a spec: every rule, threshold and fallback. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -10,212 +10,283 @@ import torch
 
 from ..errors import BackendUnavailableError, UnsupportedAttentionError
 from ..kernels import flashinfer, jit
+from ..kernels.flashinfer import Kernel
 from ..kernels.modules import KernelModule
 from ..log import log_once
-from ..ragged.band import Pattern, PatternKind
+from ..ragged.band import CAUSAL, FULL, Opaque
+from ..ragged.layout import RaggedLayout
 from ..settings import Settings
+from .spec import WHOLE_MASK_FEATURES, AttentionSpec
 
 __all__ = [
     "RULES",
-    "AttentionRequest",
-    "Decision",
+    "Backend",
+    "Choice",
     "KernelPendingError",
-    "Path",
     "Rule",
-    "decide",
-    "decide_compiled",
+    "compiling_reason",
     "fallback_of",
+    "kernel_for",
+    "may_run_sdpa",
+    "select",
+    "select_kernel",
+    "uses_flash_directly",
 ]
 
 
-class Path(Enum):
-    """Who computes a call."""
+class Backend(Enum):
+    """What computes attention."""
 
     FLASHINFER = "flashinfer"
+    SDPA = "sdpa"
     TORCH = "torch"
     DENSE = "dense"
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionRequest:
-    """One call of the attention function, as far as the choice of a path depends on it.
+class Choice:
+    """A backend, and why FlashInfer does not run; the reason is None if the settings select it or it is faster."""
 
-    Args:
-        pattern: Which keys a query may see, padding aside.
-        device: Where the tensors are.
-        dtype: Of query, key and value.
-        head_dim: The widest of the query's and the value's.
-        needs_grad: Whether gradients must flow.
-        dropout: Probability of dropping an attention weight in this call.
-        output_attentions: Whether the weights themselves are asked for.
-        biased_packed: Whether a bias is added to the logits that is not told apart by the rows of the layout.
-        biased_window: Whether a bias is added where there is a window or softcap too.
-        mask_holes: Whether padding splits a row in which distances matter, or a packed sequence is in pieces.
-        window_keeps_padded_queries: Whether distances matter, and padded queries, which have none, are kept.
-        causal_padding_is_read: Whether a causal mask has padding whose hidden states the model reads later.
-        padded_queries_need_mask: Whether `padded_queries="keep"` is set and padded queries attend to other keys than
-            those of a ragged row.
-        mask_shape_differs: Whether the mask was made for other lengths than those of this call.
-        mask_modified: Whether the model wrote to the mask's values.
-    """
-
-    pattern: Pattern
-    device: torch.device
-    dtype: torch.dtype
-    head_dim: int
-    needs_grad: bool = False
-    dropout: float = 0.0
-    output_attentions: bool = False
-    biased_packed: bool = False
-    biased_window: bool = False
-    mask_holes: bool = False
-    window_keeps_padded_queries: bool = False
-    causal_padding_is_read: bool = False
-    padded_queries_need_mask: bool = False
-    mask_shape_differs: bool = False
-    mask_modified: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The path of a call, and why FlashInfer does not run it; `reason` is None if the settings select that path."""
-
-    path: Path
-    reason: str | None
+    backend: Backend
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A feature that FlashInfer's kernels do not compute here, and the path that does.
+    """A feature that FlashInfer's kernels do not support, and the backend that does.
 
     Args:
-        feature: What the support table calls it.
-        path: Who computes it.
-        reason: Names the feature of a request that has it, None for one that has not.
+        feature: Name in the support table.
+        backend: What computes it.
+        reason: Returns the feature of a spec that has it, None otherwise.
     """
 
     feature: str
-    path: Path
-    reason: Callable[[AttentionRequest], str | None]
+    backend: Backend
+    reason: Callable[[AttentionSpec], str | None]
 
 
-def _flag(feature: str, path: Path, attribute: str) -> Rule:
-    return Rule(feature, path, lambda request: feature if getattr(request, attribute) else None)
+def _flag(feature: str, backend: Backend, applies: Callable[[AttentionSpec], bool]) -> Rule:
+    return Rule(feature, backend, lambda spec: feature if applies(spec) else None)
 
 
-# In this order: what needs a whole mask first, then what only needs another kernel.
+def _needs_whole_mask(feature: str) -> Rule:
+    return _flag(feature, Backend.DENSE, lambda spec: spec.whole_mask == feature)
+
+
+# In order: what needs the whole mask first, then what only needs another kernel.
 RULES: tuple[Rule, ...] = (
-    _flag("output_attentions=True", Path.DENSE, "output_attentions"),
-    _flag("position_bias over packed sequences by slot, or of a shape of its own", Path.DENSE, "biased_packed"),
+    _flag("output_attentions=True", Backend.DENSE, lambda spec: spec.needs_weights),
+    _needs_whole_mask(WHOLE_MASK_FEATURES[0]),
     Rule(
         "user 4D masks, additive masks, chunks, image blocks, any mask that is not recognised",
-        Path.DENSE,
-        lambda request: f"the mask {request.pattern.name}" if request.pattern.kind is PatternKind.DENSE else None,
+        Backend.DENSE,
+        lambda spec: f"the mask {spec.pattern.name}" if isinstance(spec.pattern, Opaque) else None,
     ),
-    _flag("a window over padding with holes, packed sequences in pieces", Path.DENSE, "mask_holes"),
-    _flag("a window over padding in a layer that keeps padded queries", Path.DENSE, "window_keeps_padded_queries"),
-    _flag("causal attention over padding that the model reads later", Path.DENSE, "causal_padding_is_read"),
+    *map(_needs_whole_mask, WHOLE_MASK_FEATURES[1:]),
     _flag(
-        "padded_queries='keep' with causal attention, a window, a row of padding only or a 2D mask",
-        Path.DENSE,
-        "padded_queries_need_mask",
+        "position_bias together with a window or softcap",
+        Backend.TORCH,
+        lambda spec: spec.biased and (spec.pattern.is_window or spec.softcap is not None),
     ),
-    _flag("a mask of another shape than the call", Path.DENSE, "mask_shape_differs"),
-    _flag("a mask that the model wrote to", Path.DENSE, "mask_modified"),
-    _flag("position_bias together with a window or softcap", Path.TORCH, "biased_window"),
-    _flag("gradients (the kernels are forward only)", Path.TORCH, "needs_grad"),
-    Rule(
-        "dropout in training", Path.TORCH, lambda request: f"dropout {request.dropout}" if request.dropout > 0 else None
-    ),
+    _flag("gradients (the kernels are forward only)", Backend.TORCH, lambda spec: spec.needs_grad),
+    Rule("dropout in training", Backend.TORCH, lambda spec: f"dropout {spec.dropout}" if spec.dropout > 0 else None),
     Rule(
         "float32 and other dtypes than float16 and bfloat16",
-        Path.TORCH,
-        lambda request: flashinfer.dtype_reason(request.dtype, request.device),
+        Backend.TORCH,
+        lambda spec: flashinfer.dtype_reason(spec.dtype, _capability(spec.device)),
     ),
-    Rule("head_dim above 256", Path.TORCH, lambda request: flashinfer.head_dim_reason(request.head_dim)),
+    Rule("head_dim above 256", Backend.TORCH, lambda spec: flashinfer.head_dim_reason(spec.widest_head_dim)),
 )
 
+# Logits of padded attention in one layer below which torch's kernel with a padding mask costs less than a wait for the
+# lengths, a plan, a gather and a scatter: 0.18 ms on an H200, at any head_dim up to 64
+# (benchmarks/results/attention_alone.json, benchmarks/NOTES.md).
+SMALL_LOGITS = 1 << 26
+# Padded positions of a batch without padding below which cuDNN is not used: it plans each new shape.
+PLANNED_POSITIONS = 8192
+# Below this many keys per query fa2's smaller tiles are faster than fa3: benchmarks/results/attention_alone.json.
+FA3_KEYS = 256
 
-def fallback_of(request: AttentionRequest) -> tuple[Path, str] | None:
-    """Returns who computes a request that FlashInfer's kernels do not compute, and why; None where they do."""
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def fallback_of(spec: AttentionSpec) -> Choice | None:
+    """Returns the backend of a spec that FlashInfer's kernels do not support, and why; None if they do."""
     for rule in RULES:
-        if (feature := rule.reason(request)) is not None:
-            return rule.path, feature
+        if (feature := rule.reason(spec)) is not None:
+            return Choice(rule.backend, feature)
     return None
 
 
-def decide(request: AttentionRequest, settings: Settings) -> Decision:
-    """Chooses the path of a call.
+def select(spec: AttentionSpec, settings: Settings) -> Choice:
+    """Selects a backend before row lengths are known.
+
+    Returns:
+        The backend; for `Backend.FLASHINFER`, [`select_kernel`] selects again once lengths are known.
 
     Raises:
-        BackendUnavailableError: If FlashInfer cannot run on the request's device, and backend="flashinfer" or
-            strict=True forbids a fallback.
-        UnsupportedAttentionError: If the call would fall back and backend="flashinfer" or strict=True forbids it.
+        BackendUnavailableError: If FlashInfer cannot run on the device, and backend="flashinfer" or strict=True forbids
+            a fallback.
+        UnsupportedAttentionError: If the spec needs a fallback that backend="flashinfer" or strict=True forbids.
     """
-    unavailable = flashinfer.unavailable_reason(request.device) if settings.backend != "torch" else None
+    unavailable = flashinfer.unavailable_reason(spec.device) if settings.backend != "torch" else None
     if unavailable is not None and settings.backend == "flashinfer":
         raise BackendUnavailableError("flashinfer", *unavailable)
     if unavailable is not None and settings.strict:
         reason, way_out = unavailable
         raise BackendUnavailableError("flashinfer", f"{reason}, and strict=True forbids a fallback", way_out)
-    path, feature = fallback_of(request) or (Path.FLASHINFER, None)
+    fallback = fallback_of(spec)
     if settings.backend == "torch" or unavailable is not None:
         if unavailable is not None:
             log_once(f"attention runs on the torch backend: {unavailable[0]}")
-        if path is Path.DENSE:
-            return Decision(path, feature)
-        return Decision(Path.TORCH, None if unavailable is None else unavailable[0])
-    if feature is None:
-        return Decision(Path.FLASHINFER, None)
+        if fallback is not None and fallback.backend is Backend.DENSE:
+            return fallback
+        return Choice(Backend.TORCH, None if unavailable is None else unavailable[0])
+    if fallback is None:
+        logits = spec.rows * spec.num_heads * spec.q_length * spec.kv_length
+        if settings.backend == "auto" and may_run_sdpa(spec) and spec.sees_all_valid and logits < SMALL_LOGITS:
+            return Choice(Backend.SDPA)
+        return Choice(Backend.FLASHINFER)
     if settings.backend == "flashinfer" or settings.strict:
         named = "backend='flashinfer'" if settings.backend == "flashinfer" else "strict=True"
         raise UnsupportedAttentionError(
-            f"FlashInfer's kernels do not compute {feature}, and {named} forbids a fallback",
+            f"FlashInfer's kernels do not compute {fallback.reason}, and {named} forbids a fallback",
             "Use hf_flashinfer_attn.configure(backend='auto', strict=False) to let "
-            f"{'dense' if path is Path.DENSE else 'torch'} attention serve such calls.",
+            f"{'dense' if fallback.backend is Backend.DENSE else 'torch'} attention serve such calls.",
         )
-    log_once(f"falling back to {path.value} attention: {feature}")
-    return Decision(path, feature)
+    log_once(f"falling back to {fallback.backend.value} attention: {fallback.reason}")
+    return fallback
+
+
+def may_run_sdpa(spec: AttentionSpec) -> bool:
+    """Whether torch's fused kernels with a padding mask compute the same as FlashInfer's without it."""
+    return (
+        spec.is_plain
+        and spec.softcap is None
+        and spec.num_heads == spec.num_kv_heads
+        and spec.head_dim == spec.value_head_dim
+        and spec.head_dim % 8 == 0
+    )
+
+
+def select_kernel(spec: AttentionSpec, layout: RaggedLayout, settings: Settings) -> tuple[Backend, Kernel]:
+    """Selects torch's fused kernels or a kernel of FlashInfer, for a spec that these support.
+
+    Args:
+        spec: The spec.
+        layout: Row lengths.
+        settings: Settings in force.
+    """
+    capability = torch.cuda.get_device_capability(spec.device)
+    if settings.backend == "auto" and _is_faster_on_sdpa(spec, layout, capability):
+        return Backend.SDPA, "auto"
+    keys = _keys_per_query(spec, layout)
+    kernel = kernel_for(capability, spec.widest_head_dim, keys, biased=spec.biased, sinks=spec.sinks)
+    return Backend.FLASHINFER, kernel
+
+
+def _is_faster_on_sdpa(spec: AttentionSpec, layout: RaggedLayout, capability: tuple[int, int]) -> bool:
+    """Whether a batch is rows of one length without padding, and torch's fused kernels are faster."""
+    is_known = spec.pattern == FULL or (spec.pattern == CAUSAL and spec.q_length == spec.kv_length)
+    if not (
+        is_known
+        and spec.is_plain
+        and spec.softcap is None
+        and spec.head_dim == spec.value_head_dim
+        and spec.head_dim % 8 == 0
+        # Older GPUs have no fused kernel for grouped heads.
+        and (spec.num_heads == spec.num_kv_heads or capability >= (8, 0))
+    ):
+        return False
+    # Packed sequences are rows of a layout, not of the tensors.
+    if (layout.query.lengths, layout.key.lengths) != (
+        (spec.q_length,) * spec.rows, (spec.kv_length,) * spec.rows
+    ):  # fmt: skip
+        return False
+    if spec.head_dim not in flashinfer.KERNEL_HEAD_DIMS:
+        return True
+    # There it is cuDNN's. On an H200 it takes 4% to 33% less time than FlashInfer from 128 to 1,024 tokens, 8% less to
+    # 3% more at 2,048, and mostly more below 128 (benchmarks/results/full_batches.json). Below PLANNED_POSITIONS
+    # torch's flash kernel replaces it, which takes up to 14% more (benchmarks/results/new_shapes.json).
+    return spec.head_dim <= 128 and 128 <= spec.q_length <= 1024 and capability == (9, 0)
+
+
+def _keys_per_query(spec: AttentionSpec, layout: RaggedLayout) -> float:
+    """Returns how many keys a query sees on average, causality aside."""
+    total, band = layout.query.total_tokens, spec.pattern
+    keys = sum(q * k for q, k in zip(layout.query.lengths, layout.key.lengths)) / total if total else 0.0
+    assert not isinstance(band, Opaque)
+    return keys if band.left is None or band.right is None else min(keys, band.left + band.right + 1)
+
+
+def kernel_for(
+    capability: tuple[int, int], head_dim: int, keys_per_query: float, *, biased: bool = False, sinks: bool = False
+) -> Kernel:
+    """Returns FlashInfer's kernel: fa3 on Hopper, or fa2 where queries see few keys; elsewhere fa2, or FlashInfer's own
+    choice on Blackwell.
+
+    Args:
+        capability: Compute capability of the GPU.
+        head_dim: The larger head_dim of query and value.
+        keys_per_query: How many keys a query sees on average.
+        biased: Whether a bias is added to the logits; variants of fa3 know neither row nor head.
+        sinks: Whether there are attention sinks, which need the logsumexp.
+    """
+    if capability == (9, 0) and not biased:
+        return "fa2" if keys_per_query < FA3_KEYS else "fa3"
+    is_blackwell = capability[0] in (10, 11) and not biased and not sinks
+    return "auto" if is_blackwell and flashinfer.padded_head_dim(head_dim) == 128 else "fa2"
+
+
+def uses_flash_directly(spec: AttentionSpec, *, masked: bool) -> bool:
+    """Whether to call torch's flash or memory-efficient kernel instead of cuDNN's, which plans each new shape.
+
+    `sdpa_kernel` would select it for all threads.
+    """
+    # torch's choice takes empty tensors, which not every kernel does.
+    is_empty = 0 in (spec.rows, spec.q_length, spec.kv_length)
+    is_small = spec.rows * spec.q_length < PLANNED_POSITIONS and spec.num_heads == spec.num_kv_heads
+    return (masked or is_small) and not is_empty and torch.cuda.get_device_capability(spec.device) == (9, 0)
 
 
 class KernelPendingError(UnsupportedAttentionError):
     """The kernel is still compiling; retry the capture later."""
 
 
-def decide_compiled(module: KernelModule | None, settings: Settings, *, of_graph: bool) -> Decision:
-    """Chooses the path of a call that FlashInfer computes, by whether its kernel is compiled.
+def compiling_reason(module: KernelModule | None, settings: Settings, *, in_graph: bool) -> str | None:
+    """Returns why torch attention runs while a kernel is not compiled; None if FlashInfer runs.
 
-    Where the kernel is to be waited for, that happens when the call is planned.
+    A kernel that must be waited for is compiled when the call is planned.
 
     Args:
-        module: What the call needs; None where that is not known or nothing is computed.
-        settings: Those in force.
-        of_graph: Whether a graph of the whole model is captured from the call, which would keep a fallback for good.
+        module: Module of the kernel; None if only FlashInfer knows it.
+        settings: Settings in force.
+        in_graph: Whether a graph of the whole model is being captured, which would keep a fallback for good.
 
     Raises:
-        BackendUnavailableError: If the kernel must not be compiled and backend="flashinfer" was asked for.
+        BackendUnavailableError: If the kernel must not be compiled and backend="flashinfer" is set.
         KernelPendingError: If a graph must not be captured yet.
         UnsupportedAttentionError: If strict=True or a graph that is captured forbids a fallback.
     """
     if module is None or settings.jit == "wait" or jit.is_ready(module):
-        return _ON_FLASHINFER
+        return None
     may_fall_back = settings.backend == "auto" and not settings.strict
     if settings.jit == "never":
         reason = jit.why_not(module)
     else:
         reason = jit.compile_in_background(module) if may_fall_back and not jit.is_waiting() else None
     if reason is None:
-        return _ON_FLASHINFER
+        return None
     if not may_fall_back:
         if settings.backend == "flashinfer":
             raise BackendUnavailableError("flashinfer", reason, jit.COMPILE_AHEAD)
         raise UnsupportedAttentionError(f"{reason}, and strict=True forbids a fallback", jit.COMPILE_AHEAD)
-    if of_graph or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+    if in_graph or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         error = KernelPendingError if jit.is_pending(module) else UnsupportedAttentionError
         raise error(f"a captured graph of attention: {reason}", jit.COMPILE_AHEAD)
     if settings.jit == "never":
         log_once(f"falling back to torch attention: {reason}")
-    return Decision(Path.TORCH, reason)
-
-
-_ON_FLASHINFER = Decision(Path.FLASHINFER, None)
+    return reason

@@ -1,4 +1,4 @@
-"""Parsed attention arguments, shared by the runtime and `doctor`."""
+"""Attention of one layer as it was asked for: its tensors, and the `AttentionSpec` that plans are made for."""
 
 from __future__ import annotations
 
@@ -6,32 +6,42 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from ..errors import UnsupportedAttentionError
-from ..ragged.band import CAUSAL, FULL, Pattern, dense_pattern
-from ..ragged.bias import LogitsBias
-from ..ragged.layout import LengthsRead, RaggedLayout, packed_layout, with_versions
-from ..ragged.lazy_mask import MaskSpec, RaggedMask
+from ..ragged.band import CAUSAL, FULL, Opaque, Pattern
+from ..ragged.forward_state import ForwardState, image_state, packed_state, uniform_state
+from ..ragged.layout import RaggedLayout
+from ..ragged.lazy_mask import RaggedMask
 from ..settings import current_settings
-from .quirks import (
-    CAUSAL_BY_MASK,
-    CAUSAL_PADDING_IS_READ,
-    PACKED_IMAGES,
-    is_one_of,
-    layer_name,
-    why_padded_queries_stay,
-)
-from .ragged_call import needs_grad
-from .select import AttentionRequest
+from .quirks import CAUSAL_BY_MASK, CAUSAL_PADDING_IS_READ, PACKED_IMAGES, is_one_of, layer_name, padded_queries_reason
 
-__all__ = ["LayerArguments", "LayerRequest", "cast_as_flash", "is_cast_as_flash", "pattern_of"]
+__all__ = [
+    "WHOLE_MASK_FEATURES",
+    "WINDOW_KEEPS",
+    "AttentionInputs",
+    "AttentionSpec",
+    "LayerArguments",
+    "cast_as_flash",
+    "is_cast_as_flash",
+    "needs_grad",
+    "pattern_of",
+    "require_2d_mask_fits",
+]
+
+_PACKED_BIAS = "position_bias over packed sequences by slot, or of a shape of its own"
+_HOLES = "a window over padding with holes, packed sequences in pieces"
+WINDOW_KEEPS = "a window over padding in a layer that keeps padded queries"
+_CAUSAL_PADDING = "causal attention over padding that the model reads later"
+_KEEP = "padded_queries='keep' with causal attention, a window, a row of padding only or a 2D mask"
+_OTHER_SHAPE = "a mask of another shape than the call"
+_MODIFIED = "a mask that the model wrote to"
+# Why a call needs the whole mask, besides its pattern.
+WHOLE_MASK_FEATURES = (_PACKED_BIAS, _HOLES, WINDOW_KEEPS, _CAUSAL_PADDING, _KEEP, _OTHER_SHAPE, _MODIFIED)
 
 
 class LayerArguments(NamedTuple):
-    """What a layer passes besides query, key, value and mask; `attention_forward` tells of each.
-
-    A tuple, which torch.compile carries over a graph break.
-    """
+    """Arguments of `attention_forward` besides query, key, value and mask. torch.compile carries it over a break."""
 
     dropout: float
     scaling: float | None
@@ -47,46 +57,114 @@ class LayerArguments(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class LayerRequest:
-    """A call of the attention function, as it is understood.
+class AttentionSpec:
+    """What a plan is made for. Hashable: the key of a plan.
 
     Args:
-        request: What the choice of a path depends on.
-        layer: What to call the layer in a trace.
-        query: Shape `(batch, heads, q_length, head_dim)`; cast as for a flash kernel, with key and value.
-        key: Shape `(batch, kv_heads, kv_length, head_dim)`.
-        value: Shape `(batch, kv_heads, kv_length, value_head_dim)`.
-        mask: As it was given.
-        offsets: Of packed sequences, of queries and of keys, integers, shape `(sequences + 1,)`; None where there are
-            none.
-        position_bias: As it was given.
-        bias: The same by the rows of the layout; None where there is none or it does not fit them.
-        packed: The layout of packed sequences, where the bias needed it.
-        sinks: As they were given.
-        sm_scale: What logits are multiplied with.
-        softcap: What logits are capped to.
-        kept_queries: Why padded queries must be computed; None if no valid output can depend on them.
-        keep_padded_queries: Whether padded queries are computed, for that reason or by the settings.
+        pattern: Which keys a query may see, padding aside.
+        device: Device of the tensors.
+        dtype: dtype of query, key and value.
+        rows: Rows of the padded batch.
+        q_length: Padded length of the queries.
+        kv_length: Padded length of the keys.
+        num_heads: Heads of the query.
+        num_kv_heads: Heads of key and value.
+        head_dim: head_dim of query and key.
+        value_head_dim: head_dim of value.
+        sm_scale: Factor of the logits.
+        softcap: Caps logits to `softcap * tanh(logits / softcap)`; None for no cap.
+        biased: Whether a bias is added to the logits.
+        sinks: Whether there are attention sinks.
+        dropout: Probability of dropping an attention weight.
+        needs_grad: Whether gradients must flow.
+        needs_weights: Whether the attention weights are returned.
+        whole_mask: Why the call needs the whole mask, one of `WHOLE_MASK_FEATURES`; None if its pattern says it all.
+        has_lazy_mask: Whether the mask is lazy.
+        sees_all_valid: Whether every query sees all valid keys, by a padding mask whose lengths need not be read.
+        padded_queries: Why padded queries are computed; None if no valid output depends on them.
+        keeps_padded_queries: Whether padded queries are computed, for that reason or by the settings.
     """
 
-    request: AttentionRequest
-    layer: str
+    pattern: Pattern
+    device: torch.device
+    dtype: torch.dtype
+    rows: int
+    q_length: int
+    kv_length: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    sm_scale: float
+    softcap: float | None = None
+    biased: bool = False
+    sinks: bool = False
+    dropout: float = 0.0
+    needs_grad: bool = False
+    needs_weights: bool = False
+    whole_mask: str | None = None
+    has_lazy_mask: bool = False
+    sees_all_valid: bool = False
+    padded_queries: str | None = None
+    keeps_padded_queries: bool = False
+
+    @property
+    def widest_head_dim(self) -> int:
+        """The larger head_dim of query and value."""
+        return max(self.head_dim, self.value_head_dim)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is added to the logits, and no sinks take weight."""
+        return not self.biased and not self.sinks
+
+
+@dataclass(slots=True)
+class AttentionInputs:
+    """Tensors and parsed arguments of one attention call.
+
+    Args:
+        query: Shape `(batch, heads, q_length, head_dim)`.
+        key: Shape `(batch, kv_heads, kv_length, head_dim)`.
+        value: Shape `(batch, kv_heads, kv_length, value_head_dim)`.
+        pattern: Which keys a query may see, padding aside.
+        sm_scale: Factor of the logits.
+        name: Layer name in traces.
+        layer: The attention layer; any new object for a single call.
+        mask: Lazy mask, 4D mask (bool or additive), 2D padding mask, or None.
+        softcap: Caps logits to `softcap * tanh(logits / softcap)`.
+        cu_seqlens: Of packed queries and keys, integers, shape `(sequences + 1,)`.
+        images: Positions of packed images, which restart at zero; None unless packed so.
+        position_bias: Added to the logits, as it was given.
+        sinks: One logit per head that takes weight and gives nothing.
+        dropout: Probability of dropping an attention weight.
+        output_attentions: Whether to return the weights.
+        padded_queries: Why padded queries are computed; None if no valid output depends on them.
+        reads_causal_padding: Whether the model reads padded hidden states of causal attention.
+        state: State of the forward, if it was found already.
+    """
+
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    mask: torch.Tensor | None
-    offsets: tuple[torch.Tensor, torch.Tensor] | None
-    position_bias: torch.Tensor | None
-    bias: LogitsBias | None
-    packed: RaggedLayout | None
-    sinks: torch.Tensor | None
+    pattern: Pattern
     sm_scale: float
-    softcap: float | None
-    kept_queries: str | None
-    keep_padded_queries: bool
+    name: str
+    layer: object
+    mask: torch.Tensor | None = None
+    softcap: float | None = None
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None = None
+    images: torch.Tensor | None = None
+    position_bias: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    dropout: float = 0.0
+    output_attentions: bool = False
+    padded_queries: str | None = None
+    reads_causal_padding: bool = False
+    state: ForwardState | None = None
 
     @classmethod
-    def of(
+    def of_layer(
         cls,
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -96,8 +174,8 @@ class LayerRequest:
         given: LayerArguments,
         *,
         has_values: bool = True,
-    ) -> LayerRequest:
-        """Reads the arguments of `attention_forward`.
+    ) -> AttentionInputs:
+        """Parses the arguments of `attention_forward`.
 
         Args:
             module: The attention layer.
@@ -106,126 +184,179 @@ class LayerRequest:
             value: Shape `(batch, kv_heads, kv_length, value_head_dim)`.
             mask: As it was given.
             given: The other arguments.
-            has_values: Whether tensors can be read. Where they cannot, the call is taken for one on a GPU whose mask
-                holds padding on the right.
+            has_values: Whether tensors can be read; False on the meta device.
 
         Raises:
-            UnsupportedAttentionError: If arguments contradict each other, or ask for what no path has.
+            UnsupportedAttentionError: If arguments contradict each other, or are not supported by any backend.
         """
-        position_bias, is_causal = given.position_bias, given.is_causal
         sm_scale = query.shape[-1] ** -0.5 if given.scaling is None else float(given.scaling)
         if is_cast_as_flash(query) or (query.dtype == torch.float32 and not has_values):
             query, key, value = cast_as_flash(module, query, key, value)
-        lazy = mask if isinstance(mask, RaggedMask) else None
-        if lazy is not None and has_values and not _fits(lazy.spec, query, key) and lazy.hides_nothing:
-            # Eager attention gets none, and some models hand on the mask of other queries or keys than those of a call.
-            mask, lazy, is_causal = None, None, False
-        holds_images = mask is None and is_one_of(type(module), PACKED_IMAGES)
-        cu_seq_lens_q, cu_seq_lens_k = given.cu_seq_lens_q, given.cu_seq_lens_k
-        if holds_images and cu_seq_lens_q is None and given.position_ids is not None and has_values:
-            cu_seq_lens_q = cu_seq_lens_k = _image_offsets(*with_versions(module, given.position_ids))
-        offsets = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
+        is_causal = given.is_causal
+        if isinstance(mask, RaggedMask) and has_values and not mask.spec.fits(query, key) and mask.hides_nothing:
+            # Eager attention gets None then, and some models pass the mask of other queries or keys on.
+            mask, is_causal = None, False
+        cu_seqlens = None
+        if given.cu_seq_lens_q is not None and given.cu_seq_lens_k is not None:
+            cu_seqlens = given.cu_seq_lens_q, given.cu_seq_lens_k
+        holds_images = mask is None and cu_seqlens is None and has_values and is_one_of(type(module), PACKED_IMAGES)
         pattern = pattern_of(module, mask, is_causal)
         if mask is None and given.sliding_window is not None and key.shape[2] > given.sliding_window:
             raise UnsupportedAttentionError(
                 f"sliding_window={given.sliding_window} without a mask over {key.shape[2]} keys",
                 "Use attn_implementation='eager' for this model.",
             )
-        bias = packed = None
-        if position_bias is not None:
-            rows, heads, q_length, kv_length = *query.shape[:3], key.shape[2]
-            if offsets is not None and query.shape[0] == key.shape[0] == 1 and has_values:
-                packed = _packed_layout(lazy, *offsets, query, key)
-                rows, q_length, kv_length = len(packed.query.lengths), packed.query.max_length, packed.key.max_length
-            if packed is not None or offsets is None:
-                bias = LogitsBias.fit(position_bias, (rows, heads, q_length, kv_length))
-        kept_queries = why_padded_queries_stay(module, is_causal=pattern.is_causal)
-        keeps_on_request = current_settings().padded_queries == "keep"
-        request = AttentionRequest(
-            pattern=pattern,
-            device=query.device,
-            dtype=query.dtype,
-            head_dim=max(query.shape[-1], value.shape[-1]),
-            needs_grad=needs_grad(query, key, value, position_bias, given.s_aux),
-            dropout=given.dropout,
-            output_attentions=bool(given.output_attentions),
-            biased_packed=(
-                position_bias is not None and (bias is None or (lazy is not None and lazy.spec.packed is not None))
-            ),
-            biased_window=position_bias is not None and (pattern.is_window or given.softcap is not None),
-            # Transformers finds packed sequences in positions too, which need not be read where offsets tell.
-            mask_holes=(
-                lazy is not None and (offsets is None or lazy.spec.packed is None) and has_values and lazy.has_holes
-            ),
-            window_keeps_padded_queries=(
-                lazy is not None
-                and pattern.is_window
-                and kept_queries is not None
-                and (not has_values or lazy.has_padding)
-            ),
-            causal_padding_is_read=(
-                lazy is not None
-                and pattern.is_causal
-                and is_one_of(type(module), CAUSAL_PADDING_IS_READ)
-                and (not has_values or lazy.has_padding)
-            ),
-            padded_queries_need_mask=keeps_on_request and _padded_queries_need_mask(mask, pattern, has_values),
-            mask_shape_differs=query.shape[0] != key.shape[0]
-            or (lazy is not None and not _fits(lazy.spec, query, key)),
-            mask_modified=lazy is not None and lazy.was_modified,
-        )
         return cls(
-            request=request,
-            layer=layer_name(module),
-            query=query,
-            key=key,
-            value=value,
-            mask=mask,
-            offsets=offsets,
-            position_bias=position_bias,
-            bias=bias,
-            packed=packed,
-            sinks=given.s_aux,
-            sm_scale=sm_scale,
-            softcap=given.softcap,
-            kept_queries=kept_queries,
-            keep_padded_queries=kept_queries is not None or keeps_on_request,
-        )
-
-    @property
-    def pattern(self) -> Pattern:
-        """Which keys a query may see, padding aside."""
-        return self.request.pattern
+            query, key, value, pattern, sm_scale, layer_name(module), module, mask, given.softcap, cu_seqlens,
+            given.position_ids if holds_images else None, given.position_bias, given.s_aux, given.dropout,
+            bool(given.output_attentions), padded_queries_reason(module, is_causal=pattern.is_causal),
+            is_one_of(type(module), CAUSAL_PADDING_IS_READ),
+        )  # fmt: skip
 
     @property
     def lazy(self) -> RaggedMask | None:
-        """The mask, where it is one of ours."""
+        """The mask, if it is lazy."""
         return self.mask if isinstance(self.mask, RaggedMask) else None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether nothing is added to the logits, and no sinks take weight."""
-        return self.bias is None and self.sinks is None
+    def is_packed(self) -> bool:
+        """Whether rows hold packed sequences that cu_seqlens or positions tell apart."""
+        return self.cu_seqlens is not None or self.images is not None
 
-    def packed_layout(self) -> RaggedLayout | None:
-        """Returns the layout of packed sequences; None where there are none.
+    def find_state(self) -> ForwardState:
+        """Returns the state of the forward, which has its layout.
 
         Raises:
-            UnsupportedAttentionError: If the mask holds padding as well.
+            UnsupportedAttentionError: If packed sequences come with a padding mask, or a 2D mask does not fit.
         """
-        if self.packed is not None or self.offsets is None:
-            return self.packed
-        return _packed_layout(self.lazy, *self.offsets, self.query, self.key)
+        if self.state is not None:
+            return self.state
+        query, key, lazy = self.query, self.key, self.lazy
+        shapes = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
+        if self.cu_seqlens is not None:
+            if lazy is not None and lazy.state.has_padding:
+                raise UnsupportedAttentionError(
+                    "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
+                    "Packed input has no padding: leave the attention_mask out.",
+                )
+            self.state = packed_state(self.layer, *self.cu_seqlens, shapes)
+        elif self.images is not None:
+            self.state = image_state(self.layer, self.images, shapes)
+        elif lazy is not None:
+            self.state = lazy.state
+        elif self.mask is None:
+            self.state = uniform_state(query.shape[0], query.shape[2], key.shape[2])
+        else:
+            # A few models pass the 2D mask itself to every layer.
+            require_2d_mask_fits(self.mask, query, key)
+            if query.shape[2] != key.shape[2]:
+                raise UnsupportedAttentionError(
+                    f"a 2D attention mask of shape {tuple(self.mask.shape)} for {query.shape[2]} queries",
+                    "Use attn_implementation='eager' for this model.",
+                )
+            self.state = ForwardState(RaggedLayout.from_padding_mask(self.mask))
+        return self.state
+
+    def bias(self) -> torch.Tensor | None:
+        """Returns the bias by padded position, shape `(rows, heads, q_length, kv_length)`; None if it does not fit.
+
+        Packed sequences have no padding: a token's position is its place in its sequence.
+        """
+        bias, query, key = self.position_bias, self.query, self.key
+        if bias is None:
+            return None
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        if self.is_packed:
+            if query.shape[0] != 1 or key.shape[0] != 1:
+                return None
+            layout = self.find_state().layout()
+            shape = len(layout.query.lengths), query.shape[1], layout.query.max_length, layout.key.max_length
+        if bias.ndim != 4 or any(size not in (1, full) for size, full in zip(bias.shape, shape)):
+            return None
+        return bias.expand(shape)
+
+    def spec(self, *, has_values: bool = True) -> AttentionSpec:
+        """Returns the spec of the call. Tensors without values are taken for a batch with padding on the right."""
+        query, key, value, lazy, pattern = self.query, self.key, self.value, self.lazy, self.pattern
+        keeps_on_request = current_settings().padded_queries == "keep"
+        return AttentionSpec(
+            pattern=pattern,
+            device=query.device,
+            dtype=query.dtype,
+            rows=query.shape[0],
+            q_length=query.shape[2],
+            kv_length=key.shape[2],
+            num_heads=query.shape[1],
+            num_kv_heads=key.shape[1],
+            head_dim=query.shape[-1],
+            value_head_dim=value.shape[-1],
+            sm_scale=self.sm_scale,
+            softcap=self.softcap,
+            biased=self.position_bias is not None,
+            sinks=self.sinks is not None,
+            dropout=self.dropout,
+            needs_grad=needs_grad(query, key, value, self.position_bias, self.sinks),
+            needs_weights=self.output_attentions,
+            whole_mask=self._whole_mask(keeps_on_request, has_values),
+            has_lazy_mask=lazy is not None,
+            sees_all_valid=lazy is not None and not self.is_packed and _sees_all_valid(lazy),
+            padded_queries=self.padded_queries,
+            keeps_padded_queries=self.padded_queries is not None or keeps_on_request,
+        )
+
+    def _whole_mask(self, keeps_on_request: bool, has_values: bool) -> str | None:
+        lazy, pattern = self.lazy, self.pattern
+        packed = lazy is not None and lazy.spec.packed is not None
+        if self.position_bias is not None and (packed or self.bias() is None):
+            return _PACKED_BIAS
+        if isinstance(pattern, Opaque):
+            return None
+        if lazy is not None:
+            # cu_seqlens tell packed sequences apart, too; their positions need not be read.
+            if has_values and not (self.cu_seqlens is not None and packed) and lazy.state.has_holes:
+                return _HOLES
+            keeps = pattern.is_window and self.padded_queries is not None
+            if keeps or (pattern.is_causal and self.reads_causal_padding):
+                if not has_values or lazy.state.has_padding:
+                    return WINDOW_KEEPS if keeps else _CAUSAL_PADDING
+        if keeps_on_request and self.mask is not None:
+            if lazy is None:
+                # A 2D mask does not tell which queries are padding.
+                needs_mask = self.mask.ndim == 2
+            elif has_values:
+                needs_mask = lazy.state.padded_queries_need_mask
+            else:
+                needs_mask = pattern.is_causal or pattern.is_window
+            if needs_mask:
+                return _KEEP
+        if self.query.shape[0] != self.key.shape[0] or (lazy is not None and not lazy.spec.fits(self.query, self.key)):
+            return _OTHER_SHAPE
+        return _MODIFIED if lazy is not None and lazy.was_modified else None
 
 
-def _padded_queries_need_mask(mask: torch.Tensor | None, pattern: Pattern, has_values: bool) -> bool:
-    """Whether padded queries need a materialised mask to equal those of eager attention."""
-    if mask is None:
+def _sees_all_valid(mask: RaggedMask) -> bool:
+    spec = mask.spec
+    if spec.padding_mask is None or spec.packed is not None:
         return False
-    if not isinstance(mask, RaggedMask):
-        # A 2D mask does not tell which queries are padding.
-        return mask.ndim == 2
-    return mask.padded_queries_need_mask if has_values else pattern.is_causal or pattern.is_window
+    # One query that sees all keys so far is not bounded by causality.
+    is_last = spec.q_length == 1 and spec.q_offset + 1 == spec.kv_offset + spec.kv_length
+    return spec.pattern == FULL or (spec.pattern == CAUSAL and is_last)
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd expects a gradient through a call with these inputs.
+
+    Raises:
+        UnsupportedAttentionError: If it expects a tangent, which the kernel would silently drop.
+    """
+    if forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise UnsupportedAttentionError(
+            "forward-mode differentiation (torch.autograd.forward_ad, torch.func.jvp)",
+            "Use attn_implementation='eager', or reverse mode.",
+        )
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bool | None) -> Pattern:
@@ -237,17 +368,27 @@ def pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bo
     if isinstance(mask, RaggedMask):
         return mask.spec.pattern
     if mask is None or mask.ndim == 2:
-        # Only where no mask helper was called: a mask knows better than a module (UMT5's decoder says False).
+        # Only if no mask helper was called: a mask knows better than a module (UMT5's decoder says False).
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         if is_causal is None and mask is None and is_one_of(type(module), CAUSAL_BY_MASK):
             causal = False
         return CAUSAL if causal else FULL
     if mask.ndim == 4:
-        return dense_pattern("given as a 4D tensor")
+        return Opaque("given as a 4D tensor")
     raise UnsupportedAttentionError(
         f"an attention mask of shape {tuple(mask.shape)}, expected 2 or 4 dimensions",
         "Use attn_implementation='eager' for this model.",
     )
+
+
+def require_2d_mask_fits(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raises an `UnsupportedAttentionError` if a 2D mask is not of shape `(batch, kv_length)`."""
+    expected = (key.shape[0], key.shape[2])
+    if tuple(mask.shape) != expected:
+        raise UnsupportedAttentionError(
+            f"a 2D attention mask of shape {tuple(mask.shape)} for {query.shape[2]} queries, expected {expected}",
+            "Use attn_implementation='eager' for this model.",
+        )
 
 
 def is_cast_as_flash(query: torch.Tensor) -> bool:
@@ -260,7 +401,7 @@ def cast_as_flash(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Casts float32 input as transformers does for flash kernels: to autocast's dtype, or to that of the layer.
 
-    Layer norms kept in float32, as PEFT keeps them, hand float32 to attention in a half-precision model.
+    Layer norms kept in float32, as PEFT keeps them, give float32 to attention in a half-precision model.
     """
     device_type = query.device.type
     if not query.is_meta and torch.is_autocast_enabled(device_type):
@@ -268,43 +409,3 @@ def cast_as_flash(
     else:
         dtype = next((parameter.dtype for parameter in module.parameters() if parameter.ndim == 2), torch.float32)
     return (query.to(dtype), key.to(dtype), value.to(dtype)) if dtype.itemsize == 2 else (query, key, value)
-
-
-def _packed_layout(
-    lazy: RaggedMask | None,
-    query_offsets: torch.Tensor,
-    key_offsets: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-) -> RaggedLayout:
-    """Returns the layout of packed sequences, cached on the masks' carrier or on the offsets."""
-    if lazy is not None and lazy.has_padding:
-        raise UnsupportedAttentionError(
-            "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
-            "Packed input has no padding: leave the attention_mask out.",
-        )
-    shapes = ((query.shape[0], query.shape[2]), (key.shape[0], key.shape[2]))
-    return packed_layout(query_offsets if lazy is None else lazy.carrier, query_offsets, key_offsets, shapes)
-
-
-def _image_offsets(position_ids: torch.Tensor) -> torch.Tensor:
-    """Returns the offsets of packed images, int32 on the host, from patch positions that restart at zero.
-
-    Positions are `(tokens, 2)` pairs, or numbers `(1, tokens)` in older versions of transformers. They count versions,
-    and the offsets are an attribute of them, since every layer is given the same tensor.
-    """
-    known: tuple[int, torch.Tensor] | None = getattr(position_ids, "_image_offsets", None)
-    if known is not None and known[0] == position_ids._version:
-        return known[1]
-    starts = (position_ids == 0).all(-1) if position_ids.shape[-1] == 2 else position_ids.flatten() == 0
-    flags: list[bool] = LengthsRead(starts).values
-    at = [at for at, start in enumerate(flags) if start] + [len(flags)]
-    with torch.inference_mode(False):
-        offsets = torch.tensor(at, dtype=torch.int32, device="cpu")
-    position_ids._image_offsets = (position_ids._version, offsets)  # type: ignore[attr-defined]
-    return offsets
-
-
-def _fits(spec: MaskSpec, query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether a mask was made for the lengths of a call."""
-    return (spec.batch_size, spec.q_length, spec.kv_length) == (query.shape[0], query.shape[2], key.shape[2])

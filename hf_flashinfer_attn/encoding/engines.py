@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..log import log_once
-from ..ragged.token_map import sent
+from ..ragged.host_copy import to_device_async
 from ..unpadding.hooks import HANDLES, has_other_hooks
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
 from .model_cache import FastPreparation, ModelCache
@@ -251,7 +251,10 @@ class Engine(abc.ABC):
 
     @staticmethod
     def _moved(features: Features, device: torch.device) -> Features:
-        return {n: sent(value, device) if isinstance(value, torch.Tensor) else value for n, value in features.items()}
+        return {
+            n: to_device_async(value, device) if isinstance(value, torch.Tensor) else value
+            for n, value in features.items()
+        }
 
 
 class SentenceTransformersEngine(Engine):

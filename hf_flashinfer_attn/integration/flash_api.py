@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..attention.ragged_call import RaggedCall, attend_ragged, decide_ragged
+from ..attention.driver import attend
+from ..attention.spec import AttentionInputs
 from ..errors import UnsupportedAttentionError
 from ..ragged.band import CAUSAL, FULL
-from ..ragged.layout import RaggedLayout, uniform_layout
+from ..ragged.forward_state import ForwardState, packed_state, uniform_state
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func"]
 
@@ -73,8 +74,9 @@ def flash_attn_varlen_func(
         UnsupportedAttentionError: For a window, softcap or ALiBi.
     """
     _refuse(window_size, softcap, alibi_slopes)
-    layout = RaggedLayout.from_offsets(cu_seqlens_q, cu_seqlens_k, (1, q.shape[0]), (1, k.shape[0]))
-    return _attend(q, k, v, layout, causal, softmax_scale, dropout_p)
+    shapes = (1, q.shape[0]), (1, k.shape[0])
+    state = packed_state(object(), cu_seqlens_q, cu_seqlens_k, shapes)
+    return _attend(q[None], k[None], v[None], state, causal, softmax_scale, dropout_p)[0]
 
 
 def flash_attn_func(
@@ -93,22 +95,21 @@ def flash_attn_func(
     Shapes are `(batch, tokens, heads, head_dim)`; the arguments are those of [`flash_attn_varlen_func`].
     """
     _refuse(window_size, softcap, alibi_slopes)
-    layout = uniform_layout(q.shape[0], q.shape[1], k.shape[1])
-    query, key, value = (tensor.flatten(0, 1) for tensor in (q, k, v))
-    output = _attend(query, key, value, layout, causal, softmax_scale, dropout_p)
-    return output.reshape(*q.shape[:2], *output.shape[1:])
+    state = uniform_state(q.shape[0], q.shape[1], k.shape[1])
+    return _attend(q, k, v, state, causal, softmax_scale, dropout_p)
 
 
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: RaggedLayout,
+    state: ForwardState,
     causal: bool,
     softmax_scale: float | None,
     dropout: float,
 ) -> torch.Tensor:
+    query, key, value = (side.transpose(1, 2) for side in (q, k, v))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    pattern = CAUSAL if causal else FULL
-    call = RaggedCall(q, k, v, layout, pattern, scale, softcap=None, dropout=dropout, layer="varlen")
-    return attend_ragged(call, decide_ragged(call))
+    inputs = AttentionInputs(query, key, value, CAUSAL if causal else FULL, scale, "varlen", object(), dropout=dropout)
+    inputs.state = state
+    return attend(inputs)[0]

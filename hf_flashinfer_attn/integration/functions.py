@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from ..attention.dense_mask import mask_of_chosen
 from ..attention.driver import attend
-from ..attention.plan_cache import kept_of, signature_of
+from ..attention.plan_cache import find_plan
 from ..attention.quirks import (
     CAUSAL_PADDING_IS_READ,
     FAILS_ON_MASKS,
@@ -19,16 +20,15 @@ from ..attention.quirks import (
     READS_NEIGHBOURS,
     is_one_of,
     layer_name,
-    why_padded_queries_stay,
+    padded_queries_reason,
 )
-from ..attention.ragged_call import needs_grad
+from ..attention.recorded_specs import specs_kept
 from ..attention.recorders import is_exporting, recorder, refuse_export
-from ..attention.spec import LayerArguments, cast_as_flash, is_cast_as_flash, pattern_of
+from ..attention.spec import AttentionInputs, LayerArguments, cast_as_flash, is_cast_as_flash, needs_grad, pattern_of
 from ..errors import UnsupportedAttentionError
-from ..ragged.layout import with_versions
 from ..ragged.lazy_mask import RaggedMask, lazy_mask
 from ..settings import NAME, PAGED_NAME
-from ..tracing import is_tracing
+from ..tracing import is_tracing, record_call
 from .extra_arguments import check_extra_arguments
 from .ops import ragged_attention
 from .traced_mask import GraphMask, trace_mask
@@ -200,28 +200,14 @@ def attention_forward(
     elif indices is not None and indices.shape[-1] < key.shape[2]:
         mask = _values(attention_mask)
         attention_mask = mask_of_chosen(mask, indices, query, key, pattern_of(module, mask, is_causal))
-    if not torch.compiler.is_compiling():
-        mask = _eager_mask(attention_mask)
-        if cu_seq_lens_q is not None and cu_seq_lens_k is not None and mask is None:
-            cu_seq_lens_q, cu_seq_lens_k = with_versions(module, cu_seq_lens_q, cu_seq_lens_k)
-        plain = s_aux is None and position_bias is None
-        if query.is_cuda and plain and not (output_attentions or dropout):
-            # Every layer but the first of its kind ends here, and the host does nothing but launch. The owner is held
-            # until then, with whom the plan would go.
-            packed = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (cu_seq_lens_q, cu_seq_lens_k)
-            kept = kept_of(module, query, key, value, mask, sliding_window, packed, position_ids, scaling, softcap)
-            if kept is not None and kept.store.last is not None:
-                signature = signature_of(module, query, key, value, scaling, is_causal, softcap)
-                if (prepared := kept.store.find(signature)) is not None:
-                    return prepared(query, key, value, layer_name(module) if is_tracing() else ""), None
-    elif is_exporting():
-        refuse_export()
     given = LayerArguments(
         dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,
         cu_seq_lens_k, position_ids,
     )  # fmt: skip
     if not torch.compiler.is_compiling():
-        return attend(module, query, key, value, mask, given)
+        return _attend_layer(module, query, key, value, _eager_mask(attention_mask), given)
+    if is_exporting():
+        refuse_export()
     lazy = None
     if isinstance(attention_mask, GraphMask):
         if attention_mask.values is None and attention_mask.fits(query, key):
@@ -239,6 +225,34 @@ def attention_forward(
     return _attend_traced(module, query, key, value, lazy, offsets, scaling, is_causal, softcap), None
 
 
+def _attend_layer(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    given: LayerArguments,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention outside of torch.compile's graphs: with the plan of an earlier layer, or by the driver."""
+    found = find_plan(module, query, key, value, mask, given)
+    if found is not None and found.plan is not None:
+        output = found.plan(query, key, value)
+        if is_tracing():
+            record_call(replace(found.plan.record, layer=layer_name(module)))
+        return output, None
+    kept = specs_kept() if query.is_meta else None
+    inputs = AttentionInputs.of_layer(module, query, key, value, mask, given, has_values=kept is None)
+    if kept is not None:
+        kept.append((module, inputs.spec(has_values=False)))
+        return query.new_empty(key.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    if found is not None and given.cu_seq_lens_q is not None:
+        inputs.state = found.state
+    output, weights, plan = attend(inputs)
+    if found is not None and plan is not None and inputs.query is query:
+        found.keep(plan)
+    return output, weights
+
+
 def _attend_traced(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -253,20 +267,24 @@ def _attend_traced(
     """Attention for torch.compile: nothing but an op and the moves of data around it."""
     if is_cast_as_flash(query):
         query, key, value = cast_as_flash(module, query, key, value)
-    band = pattern_of(module, None, is_causal) if mask is None else mask
+    left, right = (mask.left, mask.right) if mask is not None else (None, _causal_bound(module, is_causal))
     output: torch.Tensor = ragged_attention(
         query.transpose(1, 2).contiguous(),
         key.transpose(1, 2).contiguous(),
         value.transpose(1, 2).contiguous(),
         None if mask is None else mask.handle,
         *offsets,
-        band.left,
-        band.right,
-        None if mask is None or mask.handle is None else why_padded_queries_stay(module, is_causal=mask.right == 0),
+        left,
+        right,
+        None if mask is None or mask.handle is None else padded_queries_reason(module, is_causal=mask.right == 0),
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         softcap,
     )
     return output
+
+
+def _causal_bound(module: torch.nn.Module, is_causal: bool | None) -> int | None:
+    return 0 if pattern_of(module, None, is_causal).is_causal else None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -279,7 +297,7 @@ def _untraced_attend(
     given: LayerArguments,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     given = given._replace(output_attentions=bool(given.output_attentions) or weights_are_collected())
-    return attend(module, query, key, value, _eager_mask(attention_mask), given)
+    return _attend_layer(module, query, key, value, _eager_mask(attention_mask), given)
 
 
 def _eager_mask(mask: torch.Tensor | GraphMask | None) -> torch.Tensor | None:

@@ -14,16 +14,14 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from ..attention.plan import prepared_on
-from ..attention.ragged_call import RaggedCall, attend_ragged, note_of
-from ..attention.select import AttentionRequest, Decision, Path, decide
+from ..attention.driver import attend
+from ..attention.spec import AttentionInputs
 from ..errors import UnsupportedAttentionError
-from ..kernels import dense
-from ..ragged.band import MaskFunction, band
-from ..ragged.layout import RaggedLayout, packed_layout, uniform_layout
-from ..ragged.lazy_mask import RaggedMask, copy_of, lazy_mask
-from ..settings import current_settings
-from ..tracing import AttentionCall, is_tracing, record_call
+from ..ragged.band import Band, MaskFunction
+from ..ragged.forward_state import ForwardState, packed_state
+from ..ragged.layout import RaggedLayout
+from ..ragged.lazy_mask import RaggedMask, lazy_mask
+from ..ragged.mask_state import copy_of
 from .transformers_patches import weights_are_collected
 
 __all__ = ["mask_handle", "mask_of_handle", "mask_values", "ragged_attention", "unpadded_mask"]
@@ -216,85 +214,47 @@ def ragged_attention(
             "Compile the whole model or none of it, or use attn_implementation='eager'.",
         )
     mask = None if handle is None else mask_of_handle(handle)
-    pattern = band(left, right) if mask is None else mask.spec.pattern
-    packed = query_offsets is not None and key_offsets is not None
-    if packed and mask is not None and mask.has_padding:
-        raise UnsupportedAttentionError(
-            "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
-            "Packed input has no padding: leave the attention_mask out.",
-        )
-    head_dim = max(query.shape[-1], value.shape[-1])
-    # Read when the graph runs: settings are not part of the graph.
-    keeps_on_request = current_settings().padded_queries == "keep"
-    request = AttentionRequest(
-        pattern=pattern,
-        device=query.device,
-        dtype=query.dtype,
-        head_dim=head_dim,
-        mask_holes=mask is not None and mask.has_holes,
-        window_keeps_padded_queries=(
-            mask is not None and pattern.is_window and kept_queries is not None and mask.has_padding
-        ),
-        padded_queries_need_mask=mask is not None and keeps_on_request and mask.padded_queries_need_mask,
+    inputs = AttentionInputs(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        Band(left, right) if mask is None else mask.spec.pattern,
+        sm_scale,
+        "compiled",
+        object(),
+        mask,
+        softcap,
+        padded_queries=kept_queries,
     )
-    decision = decide(request, current_settings())
-    if decision.path is Path.DENSE:
-        assert mask is not None
-        query, key, value = (side.transpose(1, 2) for side in (query, key, value))
-        if is_tracing():
-            note = kept_queries if request.window_keeps_padded_queries else None
-            record_call(AttentionCall("compiled", pattern.name, "dense", head_dim, head_dim, decision.reason, note))
-        return dense.attend(query, key, value, mask.dense(), sm_scale=sm_scale, softcap=softcap)[0]
     if query_offsets is not None and key_offsets is not None:
-        shapes = ((query.shape[0], query.shape[1]), (key.shape[0], key.shape[1]))
-        layout = _packed_layout(mask, query_offsets, key_offsets, shapes)
-    elif mask is not None:
-        layout = mask.layout_of_forward(keep_padded_queries=kept_queries is not None or keeps_on_request)
-    else:
-        layout = uniform_layout(query.shape[0], query.shape[1], key.shape[1])
-    note = note_of(layout, kept_queries)
-    if decision.path is Path.FLASHINFER:
-        sides = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        prepared = prepared_on(layout, *sides, pattern, sm_scale=sm_scale, softcap=softcap, note=note)
-        if not isinstance(prepared, Decision):
-            return prepared(*sides, "compiled")
-        decision = prepared
-    call = RaggedCall(
-        query=layout.query.gather(query),
-        key=layout.key.gather(key),
-        value=layout.key.gather(value),
-        layout=layout,
-        pattern=pattern,
-        sm_scale=sm_scale,
-        softcap=softcap,
-        dropout=0.0,
-        layer="compiled",
-        note=note,
-    )
-    return layout.query.scatter(attend_ragged(call, decision))
+        if mask is not None and mask.state.has_padding:
+            raise UnsupportedAttentionError(
+                "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
+                "Packed input has no padding: leave the attention_mask out.",
+            )
+        inputs.cu_seqlens = query_offsets, key_offsets
+        _use_same_lengths(inputs)
+    return attend(inputs)[0]
 
 
-def _packed_layout(
-    mask: RaggedMask | None,
-    query_offsets: torch.Tensor,
-    key_offsets: torch.Tensor,
-    shapes: tuple[tuple[int, int], tuple[int, int]],
-) -> RaggedLayout:
-    """Returns the layout of packed sequences, read once per forward, and makes sure that the offsets are still those.
+def _use_same_lengths(inputs: AttentionInputs) -> None:
+    """Finds the state of packed sequences, and makes sure that cu_seqlens are still those that it was read from.
 
-    Offsets that a graph computes lie in memory that generated code may use again for other offsets, unseen by version
-    counters.
+    Generated code may reuse the memory of cu_seqlens that a graph computes, which version counters do not see.
     """
-    layout = packed_layout(query_offsets if mask is None else mask, query_offsets, key_offsets, shapes)
-    same = (layout.query.cu_seqlens(query_offsets.device) == query_offsets).all()
-    if key_offsets is not query_offsets:
-        same = same & (layout.key.cu_seqlens(key_offsets.device) == key_offsets).all()
+    assert inputs.cu_seqlens is not None
+    queries, keys = inputs.cu_seqlens
+    shapes = (inputs.query.shape[0], inputs.query.shape[2]), (inputs.key.shape[0], inputs.key.shape[2])
+    inputs.state = packed_state(object(), queries, keys, shapes, inputs.mask)
+    layout = inputs.state.layout()
+    same = (layout.query.cu_seqlens(queries.device) == queries).all()
+    if keys is not queries:
+        same = same & (layout.key.cu_seqlens(keys.device) == keys).all()
     if same.is_cuda:
         # Without making the host wait in every layer, this can only be checked, not mended.
         torch._assert_async(same, "cu_seqlens that changed between two layers")
     elif not same:
-        layout = RaggedLayout.from_offsets(query_offsets, key_offsets, *shapes)
-    return layout
+        inputs.state = ForwardState(RaggedLayout.from_cu_seqlens(queries, keys, *shapes))
 
 
 @ragged_attention.register_fake

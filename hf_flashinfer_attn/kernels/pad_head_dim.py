@@ -1,8 +1,10 @@
-"""Head-dim padding: query, key and value to ragged tokens of a size that a kernel has, and the output back."""
+"""Head-dim padding: query, key and value to ragged tensors of a size that the kernels support, and the output back.
+
+Triton kernels move the data where Triton runs, torch elsewhere.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,30 +13,42 @@ import torch.nn.functional as F
 from ..ragged.token_map import use_triton
 
 if TYPE_CHECKING:
-    from . import triton_pad
+    from ..ragged.triton_tokens import Launch
 
-__all__ = ["Packer", "Unpacker", "aligned"]
+__all__ = ["GatherQkv", "ScatterOutput", "aligned", "scratch_bytes"]
+
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class Packer:
-    """Gathers query, key and value of a layer and pads their head_dim with zeros.
+class GatherQkv:
+    """Gathers query, key and value of a layer and pads their head_dim with zeros, in one launch or as views.
 
     Args:
-        query_slots: Slots to take, int32, shape `(query_tokens,)`; None for all.
-        key_slots: The same of keys and values.
-        size: The head_dim to return, a power of two.
+        query_positions: Padded positions to gather, int32, shape `(query_tokens,)`; None for all.
+        key_positions: The same for keys and values.
+        size: head_dim of the result, a power of two.
+        scratch: Memory for the packed tensors, uint8, of `scratch_bytes`; None to allocate for each call.
     """
 
-    def __init__(self, query_slots: torch.Tensor | None, key_slots: torch.Tensor | None, size: int) -> None:
-        self._slots = query_slots, key_slots
+    def __init__(
+        self,
+        query_positions: torch.Tensor | None,
+        key_positions: torch.Tensor | None,
+        size: int,
+        scratch: torch.Tensor | None = None,
+    ) -> None:
+        self._positions = query_positions, key_positions
         self._size = size
-        self._fused: triton_pad.Packer | None = None
-        self._views: _Views | None = None
+        self._scratch = scratch
+        # Of the first call; later ones of the same strides repeat it.
+        self._strides: tuple[tuple[int, ...], ...] | None = None
+        self._views: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+        self._launch: Launch | None = None
+        self._pointers: tuple[int, ...] = ()
+        self._buffers: tuple[torch.Tensor, ...] | None = None
 
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Packs; all calls of one packer take tensors of the same shapes, on the current device if that is a GPU.
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Qkv:
+        """Packs tensors; all calls take the same shapes and dtypes, on the current device if that is a GPU.
 
         Args:
             query: Shape `(batch, heads, q_length, head_dim)`, any strides.
@@ -42,81 +56,137 @@ class Packer:
             value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, any strides.
 
         Returns:
-            Query, key and value, shape `(tokens, heads, size)`; where all slots are taken and head_dim fits, views.
+            Query, key and value, shape `(tokens, heads, size)`. Values of a smaller head_dim may overlap: a head is
+            followed by the next head of its token, the last head by zeros.
         """
-        views = self._views
-        if views is not None and views.fit(query, key, value):
-            return views.of(query, key, value)
-        query_slots, key_slots = self._slots
-        size = self._size
-        if query_slots is None and key_slots is None and query.shape[-1] == value.shape[-1] == size:
-            sides = (query, key, value)
-            if all(_is_one_run(side) for side in sides):
-                flat = (_flat(query), _flat(key), _flat(value))
-                self._views = _Views.made(sides, flat)
+        pointers = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        is_aligned = not (pointers[0] | pointers[1] | pointers[2]) & 15
+        if is_aligned and (query.stride(), key.stride(), value.stride()) == self._strides:
+            if self._launch is None:
+                one, two, three = self._views
+                return query.as_strided(*one), key.as_strided(*two), value.as_strided(*three)
+            buffers = self._buffers
+            if buffers is None:
+                buffers = self._make_buffers(query, key, value)[:3]
+                queries, keys = (0 if side is None else side.data_ptr() for side in self._positions)
+                self._launch(*pointers, *(buffer.data_ptr() for buffer in buffers), queries or pointers[0],
+                             keys or pointers[0])  # fmt: skip
+            else:
+                self._launch(*pointers, *self._pointers)
+            return buffers[0], buffers[1], buffers[2]
+        return self._gather(query, key, value)
+
+    @property
+    def output_buffer(self) -> torch.Tensor | None:
+        """Scratch memory for the packed output, shape `(query_tokens, heads, size)`; None to allocate it."""
+        return None if self._buffers is None else self._buffers[3]
+
+    def _gather(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Qkv:
+        sides, size = (query, key, value), self._size
+        self._strides, self._launch = None, None
+        if self._positions == (None, None) and query.shape[-1] == value.shape[-1] == size:
+            flat = _flat(query), _flat(key), _flat(value)
+            if all(map(_is_one_run, sides)):
+                self._strides = query.stride(), key.stride(), value.stride()
+                self._views = tuple((tuple(view.shape), view.stride()) for view in flat)
                 return flat
-        if self._fused is None and use_triton(query):
-            from . import triton_pad
+        if not use_triton(query):
+            positions = (self._positions[0], self._positions[1], self._positions[1])
+            one, two, three = (_gather_one(side, place, size) for side, place in zip(sides, positions))
+            return one, two, three
+        from . import triton_pad
 
-            self._fused = triton_pad.Packer(query_slots, key_slots, size)
-        if self._fused is None:
-            return (
-                _pack_one(query, query_slots, size), _pack_one(key, key_slots, size), _pack_one(value, key_slots, size),
-            )  # fmt: skip
         if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
-            query, key, value = (side.contiguous() for side in (query, key, value))
-        return self._fused(query, key, value)
+            query, key, value = (side.contiguous() for side in sides)
+            sides = (query, key, value)
+        buffers = self._make_buffers(query, key, value)
+        self._buffers = buffers if len(buffers) > 3 else None
+        launch = triton_pad.gather_qkv(sides, buffers[:3], self._positions, size)
+        if launch.can_repeat and not any(side.data_ptr() & 15 for side in sides):
+            self._strides, self._launch = (query.stride(), key.stride(), value.stride()), launch
+            queries, keys = (query if side is None else side for side in self._positions)
+            # A pointer that is not read stands for positions that are None.
+            self._pointers = (*(buffer.data_ptr() for buffer in buffers[:3]), queries.data_ptr(), keys.data_ptr())
+        return buffers[0], buffers[1], buffers[2]
 
-
-@dataclass(frozen=True, slots=True)
-class _Views:
-    """How tensors of some strides are seen as ragged ones; a third of the host time of finding out again."""
-
-    strides: tuple[tuple[int, ...], ...]
-    shapes: tuple[tuple[int, ...], ...]
-    flat_strides: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def made(cls, sides: tuple[torch.Tensor, ...], flat: tuple[torch.Tensor, ...]) -> _Views:
-        return cls(
-            tuple(side.stride() for side in sides),
-            tuple(tuple(view.shape) for view in flat),
-            tuple(view.stride() for view in flat),
-        )
-
-    def fit(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether these, of the same shapes as the first ones, lie in memory as those did."""
-        is_aligned = not (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15
-        return is_aligned and (query.stride(), key.stride(), value.stride()) == self.strides
-
-    def of(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        shapes, strides = self.shapes, self.flat_strides
+    def _make_buffers(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns memory for query, key and value, and for the output if it is scratch memory."""
+        batch, heads, q_length, _ = query.shape
+        _, kv_heads, kv_length, value_head_dim = value.shape
+        size, (queries, keys) = self._size, self._positions
+        num_queries = batch * q_length if queries is None else queries.shape[0]
+        num_keys = batch * kv_length if keys is None else keys.shape[0]
+        width = _value_width(value_head_dim, size, query.element_size())
+        values = ((num_keys, kv_heads, size), (kv_heads * width + size - width, width, 1))
+        counts = _buffer_elements(num_queries, num_keys, heads, kv_heads, size, width)
+        if self._scratch is None:
+            parts = [torch.empty(count, dtype=query.dtype, device=query.device) for count in counts[:3]]
+            return (
+                parts[0].view(num_queries, heads, size),
+                parts[1].view(num_keys, kv_heads, size),
+                parts[2].as_strided(*values),
+            )
+        parts, start = [], 0
+        for count in counts:
+            num_bytes = count * query.element_size()
+            parts.append(self._scratch[start : start + num_bytes].view(query.dtype))
+            start += _rounded(num_bytes)
         return (
-            query.as_strided(shapes[0], strides[0]),
-            key.as_strided(shapes[1], strides[1]),
-            value.as_strided(shapes[2], strides[2]),
-        )
+            parts[0].view(num_queries, heads, size), parts[1].view(num_keys, kv_heads, size), parts[2].as_strided(*values),
+            parts[3].view(num_queries, heads, size),
+        )  # fmt: skip
 
 
-class Unpacker:
-    """Spreads ragged output over a padded batch and crops its head_dim; zeros in padding.
+def scratch_bytes(
+    num_queries: int, num_keys: int, heads: int, kv_heads: int, size: int, value_head_dim: int, itemsize: int
+) -> int:
+    """Returns the size of scratch memory for packed query, key, value and output."""
+    width = _value_width(value_head_dim, size, itemsize)
+    counts = _buffer_elements(num_queries, num_keys, heads, kv_heads, size, width)
+    return sum(_rounded(count * itemsize) for count in counts)
+
+
+def _value_width(value_head_dim: int, size: int, itemsize: int) -> int:
+    """Returns the distance of heads of packed values.
+
+    Output beyond head_dim is cropped, so values may overlap if each head starts at a multiple of 16 bytes. Keys need
+    zeros there: an infinity of the next head times the zeros of the query is NaN.
+    """
+    return value_head_dim if value_head_dim % (16 // itemsize) == 0 else size
+
+
+def _buffer_elements(
+    num_queries: int, num_keys: int, heads: int, kv_heads: int, size: int, width: int
+) -> tuple[int, int, int, int]:
+    queries = num_queries * heads * size
+    return queries, num_keys * kv_heads * size, num_keys * (kv_heads * width + size - width), queries
+
+
+def _rounded(num_bytes: int) -> int:
+    return -(-num_bytes // 256) * 256
+
+
+class ScatterOutput:
+    """Scatters packed output over a padded batch and crops its head_dim; zeros in padding.
 
     Args:
-        tokens: The token of each slot, -1 for padding, int32; None where slots are tokens.
-        shape: Rows and slots of the padded batch.
-        head_dim: To keep.
+        tokens: Token at each padded position, -1 for padding, int32; None without padding.
+        shape: Rows and length of the padded batch.
+        head_dim: Number of columns to keep.
     """
 
     def __init__(self, tokens: torch.Tensor | None, shape: tuple[int, int], head_dim: int) -> None:
         self._tokens = tokens
         self._shape = shape
         self._head_dim = head_dim
-        self._fused: triton_pad.Unpacker | None = None
+        self._launch: Launch | None = None
+
+    def is_view(self, size: int) -> bool:
+        """Whether packed output of head_dim `size` is returned as it is."""
+        return self._tokens is None and self._head_dim == size
 
     def __call__(self, packed: torch.Tensor) -> torch.Tensor:
-        """Unpacks; all calls of one unpacker take tensors of the same shape, on the current device if that is a GPU.
+        """Unpacks; all calls take the same shape, on the current device if that is a GPU.
 
         Args:
             packed: Shape `(total_tokens, heads, size)`, contiguous.
@@ -124,26 +194,31 @@ class Unpacker:
         Returns:
             Shape `(*shape, heads, head_dim)`, contiguous.
         """
+        count, heads, size = packed.shape
         tokens, head_dim = self._tokens, self._head_dim
-        if tokens is None and head_dim == packed.shape[-1]:
-            return packed.view(*self._shape, *packed.shape[1:])
-        if self._fused is None and use_triton(packed):
+        if self.is_view(size):
+            return packed.view(*self._shape, heads, size)
+        if use_triton(packed):
+            padded = torch.empty((*self._shape, heads, head_dim), dtype=packed.dtype, device=packed.device)
+            if self._launch is not None and packed.data_ptr() & 15 == 0:
+                self._launch(packed.data_ptr(), (packed if tokens is None else tokens).data_ptr(), padded.data_ptr())
+                return padded
             from . import triton_pad
 
-            self._fused = triton_pad.Unpacker(tokens, self._shape, head_dim)
-        if self._fused is not None:
-            return self._fused(packed)
+            launch = triton_pad.scatter_output(packed, tokens, padded)
+            self._launch = launch if launch.can_repeat and packed.data_ptr() & 15 == 0 else None
+            return padded
         cropped = packed[..., :head_dim]
         if tokens is None:
-            return cropped.reshape(*self._shape, *cropped.shape[1:]).contiguous()
-        if not len(packed):
-            return packed.new_zeros(*self._shape, packed.shape[1], head_dim)
+            return cropped.reshape(*self._shape, heads, head_dim).contiguous()
+        if not count:
+            return packed.new_zeros(*self._shape, heads, head_dim)
         padded = cropped.index_select(0, tokens.clamp(min=0)).masked_fill_((tokens < 0)[:, None, None], 0)
-        return padded.view(*self._shape, *cropped.shape[1:])
+        return padded.view(*self._shape, heads, head_dim)
 
 
 def aligned(side: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor as it is, or a copy where kernels that read 16 bytes at once could not read it.
+    """Returns a tensor as it is, or a copy if kernels that read 16 bytes at once could not read it.
 
     torch's own attention does not refuse such views in half precision; torch 2.11 returned wrong numbers for them.
 
@@ -153,25 +228,26 @@ def aligned(side: torch.Tensor) -> torch.Tensor:
     row, head, slot, last = side.stride()
     size = side.element_size()
     fits = last == 1 and not (side.data_ptr() | row * size | head * size | slot * size) & 15
-    # Not `contiguous`, which returns what has no gaps wherever it starts.
+    # Not `contiguous`, which returns a tensor without gaps wherever it starts.
     return side if fits else side.clone(memory_format=torch.contiguous_format)
 
 
 def _is_one_run(side: torch.Tensor) -> bool:
-    """Whether rows follow each other at the distance of slots, so that batch and slots are one dimension."""
+    """Whether rows follow each other at the distance of positions, so that batch and length are one dimension."""
     row, head, slot, last = side.stride()
     is_run = last == 1 and (row == slot * side.shape[2] or side.shape[0] == 1)
     # Kernels read 16 bytes at once, and some count elements in 32 bits.
-    is_aligned = not (side.data_ptr() | head * side.element_size() | slot * side.element_size()) & 15
-    return is_run and is_aligned and side.shape[0] * side.shape[2] * slot < 2**32
+    fits = not (side.data_ptr() | head * side.element_size() | slot * side.element_size()) & 15
+    return is_run and fits and side.shape[0] * side.shape[2] * slot < 2**32
 
 
 def _flat(side: torch.Tensor) -> torch.Tensor:
     return side.transpose(1, 2).flatten(0, 1)
 
 
-def _pack_one(side: torch.Tensor, slots: torch.Tensor | None, size: int) -> torch.Tensor:
+def _gather_one(side: torch.Tensor, positions: torch.Tensor | None, size: int) -> torch.Tensor:
     flat = _flat(side)
-    if slots is not None:
-        flat = flat.index_select(0, slots)
+    if positions is not None:
+        flat = flat.index_select(0, positions)
+    # Zeros: a NaN in a padded column of the keys would reach every logit.
     return flat if flat.shape[-1] == size else F.pad(flat, (0, size - flat.shape[-1]))

@@ -1,4 +1,4 @@
-"""The torch backend: ragged attention on any device and dtype, differentiable, the oracle of the GPU tests."""
+"""Ragged attention in torch: any device and dtype, differentiable; the reference of the GPU tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from ..ragged.bias import LogitsBias
 from ..ragged.layout import RaggedLayout
 
 __all__ = ["attend"]
@@ -23,7 +22,7 @@ def attend(
     right: int | None = None,
     sm_scale: float,
     softcap: float | None = None,
-    bias: LogitsBias | None = None,
+    bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
@@ -40,7 +39,7 @@ def attend(
         right: How many keys after its own position a query sees; None for all, 0 for causal attention.
         sm_scale: What logits are multiplied with.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
-        bias: Added to the logits.
+        bias: Added to the logits by padded position, shape `(rows, heads, q_length, kv_length)`.
         sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
         dropout: Probability of dropping an attention weight.
 
@@ -78,23 +77,20 @@ def attend(
     return torch.cat(outputs)
 
 
-def _bias_of(bias: LogitsBias, layout: RaggedLayout, rows: range) -> torch.Tensor:
-    """Returns the bias of rows of equal lengths, shape `(rows, heads, queries, keys)`."""
-    query_slots, key_slots = layout.query.slots(bias.values.device), layout.key.slots(bias.values.device)
-    if query_slots is None and key_slots is None:
-        # Of packed sequences, which fill their first slots.
-        queries, keys = layout.query.lengths[rows.start], layout.key.lengths[rows.start]
-        return bias.values[rows.start : rows.stop, :, :queries, :keys]
-
-    def of_row(slots: torch.Tensor | None, offsets: tuple[int, ...], row: int) -> torch.Tensor | None:
-        return None if slots is None else slots[offsets[row] : offsets[row + 1]]
-
-    return torch.stack(
-        [
-            bias.of_row(row, of_row(query_slots, layout.query.offsets, row), of_row(key_slots, layout.key.offsets, row))
-            for row in rows
-        ]
-    )
+def _bias_of(bias: torch.Tensor, layout: RaggedLayout, rows: range) -> torch.Tensor:
+    """Returns the bias of rows of equal lengths, shape `(rows, heads, queries, keys)`; differentiable."""
+    query, key = layout.query, layout.key
+    if query.is_full and key.is_full:
+        return bias[rows.start : rows.stop, :, : query.lengths[rows.start], : key.lengths[rows.start]]
+    parts = []
+    for row in rows:
+        part = bias[row]
+        for dim, side in ((1, query), (2, key)):
+            positions = side.positions_in_row(bias.device)
+            if positions is not None:
+                part = part.index_select(dim, positions[side.offsets[row] : side.offsets[row + 1]])
+        parts.append(part)
+    return torch.stack(parts)
 
 
 def _attend_equal(

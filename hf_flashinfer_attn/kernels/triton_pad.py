@@ -1,13 +1,11 @@
-"""Triton kernels that move data between padded and ragged tensors. Imported by `pad_head_dim`.
+"""Triton kernels that gather query, key and value, and scatter the output, on the current device and stream.
 
-A slot is a place in a padded batch, row by row; a token is a place in a ragged tensor. Kernels are launched on the
-current device and stream.
+A slot is a padded position, counted through all rows; a token is a place in a ragged tensor.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,7 +13,7 @@ import triton.language as tl
 
 from ..ragged.triton_tokens import Launch
 
-__all__ = ["Packer", "Unpacker"]
+__all__ = ["gather_qkv", "scatter_output"]
 
 # Bytes that one program moves for one tensor: enough in flight for the memory, enough programs for a small batch.
 _TILE_BYTES = 8192
@@ -112,154 +110,58 @@ def _tile(columns: int, num_heads: int, itemsize: int) -> tuple[int, int]:
     return max(1, _TILE_BYTES // (heads * columns * itemsize)), heads
 
 
-class Packer:
-    """Gathers query, key and value of a layer from padded tensors of any strides, in one launch.
+def gather_qkv(
+    sides: tuple[torch.Tensor, ...],
+    packed: tuple[torch.Tensor, ...],
+    positions: tuple[torch.Tensor | None, torch.Tensor | None],
+    size: int,
+) -> Launch:
+    """Gathers query, key and value from padded tensors, and returns the launch.
 
     Args:
-        query_slots: Slots to take, int32, shape `(query_tokens,)`; None for all.
-        key_slots: The same of keys and values.
-        size: The head_dim to write, a power of two, with zeros beyond that of the input.
+        sides: Query, key and value, shape `(batch, heads, length, head_dim)`, the last stride 1.
+        packed: Where to write, shape `(tokens, heads, size)`; head stride of values: their head_dim, or `size`.
+        positions: Padded positions of queries and of keys, int32, shape `(tokens,)`; None for all.
+        size: head_dim to write, with zeros beyond that of the input.
     """
-
-    def __init__(self, query_slots: torch.Tensor | None, key_slots: torch.Tensor | None, size: int) -> None:
-        self._slots = query_slots, key_slots
-        self._size = size
-        self._known: _KnownPack | None = None
-
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Packs; all calls of one packer take tensors of the same shapes.
-
-        Args:
-            query: Shape `(batch, heads, q_length, head_dim)`, the last stride 1.
-            key: Shape `(batch, kv_heads, kv_length, head_dim)`, the last stride 1.
-            value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, the last stride 1.
-
-        Returns:
-            Query, key and value, shape `(tokens, heads, size)`. Values with a head_dim below `size` overlap: a head is
-            followed by the next head of its token, the last head by zeros.
-        """
-        pointers = (query.data_ptr(), key.data_ptr(), value.data_ptr())
-        seen = (query.stride(), key.stride(), value.stride())
-        known = self._known
-        if known is None or known.strides != seen or (pointers[0] | pointers[1] | pointers[2]) & 15:
-            return self._pack_anew(query, key, value)
-        packed = known.packed.make(query.dtype, query.device)
-        known.launch(
-            *pointers, packed[0].data_ptr(), packed[1].data_ptr(), packed[2].data_ptr(),
-            known.slots[0] or pointers[0], known.slots[1] or pointers[0],
-        )  # fmt: skip
-        return packed
-
-    def _pack_anew(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query_slots, key_slots = self._slots
-        batch, query_heads, query_width, head_dim = query.shape
-        _, key_heads, key_width, value_head_dim = value.shape
-        num_queries = batch * query_width if query_slots is None else query_slots.shape[0]
-        num_keys = batch * key_width if key_slots is None else key_slots.shape[0]
-        size = self._size
-        # Outputs beyond head_dim are cropped, so values may overlap, if each head starts at a multiple of 16 bytes.
-        # Keys need zeros there: an infinity of the next head times the zeros of the query is NaN.
-        width = value_head_dim if value_head_dim % (16 // query.element_size()) == 0 else size
-        shape = _PackedShape((num_queries, query_heads, size), (num_keys, key_heads, size), width)
-        packed = shape.make(query.dtype, query.device)
-        tokens, heads = _tile(size, query_heads, query.element_size())
-        parts = -(-query_heads // heads) + 2 * -(-key_heads // heads)
-        row, head, slot, _ = query.stride()
-        key_row, key_head, key_slot, _ = key.stride()
-        value_row, value_head, value_slot, _ = value.stride()
-        launch = Launch(
-            _pack_kernel,
-            (-(-max(num_queries, num_keys) // tokens), parts, 1),
-            # A pointer that is not used, where all slots are taken.
-            (
-                query, key, value, *packed, query if query_slots is None else query_slots,
-                query if key_slots is None else key_slots,
-            ),
-            (row, slot, head, key_row, key_slot, key_head, value_row, value_slot, value_head),
-            (num_queries, query_width, num_keys, key_width),
-            (
-                query_heads, key_heads, query_slots is not None, key_slots is not None, head_dim, value_head_dim, size,
-                width, triton.next_power_of_2(width), tokens, heads,
-            ),
-        )  # fmt: skip
-        if launch.can_repeat and not any(side.data_ptr() & 15 for side in (query, key, value)):
-            slots = tuple(0 if side is None else side.data_ptr() for side in (query_slots, key_slots))
-            self._known = _KnownPack((query.stride(), key.stride(), value.stride()), launch, shape, slots)
-        return packed
+    query, key, value = sides
+    _, query_heads, q_length, head_dim = query.shape
+    _, key_heads, kv_length, value_head_dim = value.shape
+    num_queries, num_keys, width = packed[0].shape[0], packed[1].shape[0], packed[2].stride(1)
+    tokens, heads = _tile(size, query_heads, query.element_size())
+    parts = -(-query_heads // heads) + 2 * -(-key_heads // heads)
+    strides = [(side.stride(0), side.stride(2), side.stride(1)) for side in sides]
+    return Launch(
+        _pack_kernel,
+        (-(-max(num_queries, num_keys) // tokens), parts, 1),
+        # A pointer that is not read stands for positions that are None.
+        (*sides, *packed, *(query if side is None else side for side in positions)),
+        (*strides[0], *strides[1], *strides[2]),
+        (num_queries, q_length, num_keys, kv_length),
+        (
+            query_heads, key_heads, positions[0] is not None, positions[1] is not None, head_dim, value_head_dim, size,
+            width, triton.next_power_of_2(width), tokens, heads,
+        ),
+    )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class _PackedShape:
-    """Shapes of packed queries and of packed keys or values, and the head stride of values."""
-
-    query: tuple[int, int, int]
-    key: tuple[int, int, int]
-    width: int
-
-    def make(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        num_keys, heads, size = self.key
-        stride = heads * self.width + size - self.width
-        query = torch.empty(self.query, dtype=dtype, device=device)
-        key = torch.empty(self.key, dtype=dtype, device=device)
-        values = torch.empty(num_keys * stride, dtype=dtype, device=device)
-        return query, key, values.as_strided(self.key, (stride, self.width, 1))
-
-
-@dataclass(frozen=True, slots=True)
-class _KnownPack:
-    """A launch that can be repeated for tensors of the same strides, and the pointers of its slots."""
-
-    strides: tuple[tuple[int, ...], ...]
-    launch: Launch
-    packed: _PackedShape
-    slots: tuple[int, ...]
-
-
-class Unpacker:
-    """Spreads ragged output over the slots of a padded batch, cropped, with zeros in padding, in one launch.
+def scatter_output(packed: torch.Tensor, tokens: torch.Tensor | None, padded: torch.Tensor) -> Launch:
+    """Scatters packed output over a padded batch, cropped, with zeros in padding, and returns the launch.
 
     Args:
-        tokens: The token of each slot, -1 for padding, int32, shape `(num_slots,)`; None where slots are tokens.
-        shape: Rows and slots of the padded batch.
-        head_dim: To keep.
+        packed: Shape `(total_tokens, heads, size)`, contiguous.
+        tokens: Token at each padded position, -1 for padding, int32; None without padding.
+        padded: Where to write, shape `(rows, length, heads, head_dim)`, contiguous.
     """
-
-    def __init__(self, tokens: torch.Tensor | None, shape: tuple[int, int], head_dim: int) -> None:
-        self._tokens = tokens
-        self._shape = shape
-        self._head_dim = head_dim
-        self._launch: Launch | None = None
-
-    def __call__(self, packed: torch.Tensor) -> torch.Tensor:
-        """Unpacks; all calls of one unpacker take tensors of the same shape.
-
-        Args:
-            packed: Shape `(total_tokens, heads, size)`, contiguous, fresh memory.
-
-        Returns:
-            Shape `(*shape, heads, head_dim)`, contiguous.
-        """
-        _, num_heads, size = packed.shape
-        head_dim, tokens = self._head_dim, packed if self._tokens is None else self._tokens
-        padded = torch.empty((*self._shape, num_heads, head_dim), dtype=packed.dtype, device=packed.device)
-        if self._launch is not None and packed.data_ptr() & 15 == 0:
-            self._launch(packed.data_ptr(), tokens.data_ptr(), padded.data_ptr())
-            return padded
-        num_slots = self._shape[0] * self._shape[1]
-        columns = triton.next_power_of_2(head_dim)
-        slots, heads = _tile(columns, num_heads, packed.element_size())
-        launch = Launch(
-            _unpack_kernel,
-            (-(-num_slots // slots), -(-num_heads // heads), 1),
-            (packed, tokens, padded),
-            (),
-            (num_slots,),
-            (num_heads, self._tokens is not None, head_dim, columns, size, slots, heads),
-        )
-        if launch.can_repeat and packed.data_ptr() & 15 == 0:
-            self._launch = launch
-        return padded
+    _, num_heads, size = packed.shape
+    rows, length, _, head_dim = padded.shape
+    columns = triton.next_power_of_2(head_dim)
+    slots, heads = _tile(columns, num_heads, packed.element_size())
+    return Launch(
+        _unpack_kernel,
+        (-(-rows * length // slots), -(-num_heads // heads), 1),
+        (packed, packed if tokens is None else tokens, padded),
+        (),
+        (rows * length,),
+        (num_heads, tokens is not None, head_dim, columns, size, slots, heads),
+    )

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from ..kernels import flashinfer
 from ..kernels import torch_ragged as reference
-from ..ragged.bias import LogitsBias
 from ..ragged.layout import RaggedLayout
 
 __all__ = ["KernelError", "measure_kernel_error"]
@@ -103,7 +102,7 @@ def measure_kernel_error(
     if biased:
         values = torch.randn(1, num_heads, max_length, max_length, generator=generator, device="cpu")
         values = values.to(device, dtype)
-        bias = LogitsBias(values.expand(batch_size, -1, -1, -1))
+        bias = values.expand(batch_size, -1, -1, -1)
     if kernel is None:
         output = reference.attend(
             q, k, v, layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap, bias=bias
@@ -113,7 +112,7 @@ def measure_kernel_error(
         output = flashinfer.attend(
             q, k, v, layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap, bias=bias, kernel=kernel
         )
-        padded_head_dim = flashinfer.padded_head_dim(max(head_dim, value_head_dim), kernel)
+        padded_head_dim = flashinfer.padded_head_dim(max(head_dim, value_head_dim))
     exact = reference.attend(
         q.double(), k.double(), v.double(), layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap,
         bias=bias,
@@ -127,7 +126,7 @@ def measure_kernel_error(
     mask = valid[:, None, None, :] & band
     if bias is not None:
         # Not infinite: a row of padding only would be NaN.
-        mask = bias.values.masked_fill(~mask, torch.finfo(dtype).min)
+        mask = bias.masked_fill(~mask, torch.finfo(dtype).min)
     groups = num_heads // num_kv_heads
     # sdpa cannot be asked to ignore NaN: it gets zeros in the padding.
     sdpa_q, sdpa_k, sdpa_v = (

@@ -380,10 +380,10 @@ class _Case:
 
     @property
     def attention(self) -> str:
-        from ..ragged.band import band
+        from ..ragged.band import Band
 
         softcap = "" if self.softcap is None else f", softcap {self.softcap:g}"
-        return f"{band(self.left, self.right).name}{softcap}{', bias' if self.biased else ''}"
+        return f"{Band(self.left, self.right).name}{softcap}{', bias' if self.biased else ''}"
 
     def measure(self, device: torch.device) -> KernelError:
         from .accuracy import measure_kernel_error
@@ -422,7 +422,8 @@ def _checks(device: torch.device, cases: Sequence[_Case], on_step: Callable[[str
 
 def _cases_here(device: torch.device) -> Iterator[_Case]:
     """A choice of what would run here: each kernel in each dtype, heads as they are and padded."""
-    from ..kernels.flashinfer import DTYPES, capability_dtype_reason, capability_kernel
+    from ..attention.select import kernel_for
+    from ..kernels.flashinfer import DTYPES, dtype_reason
 
     if device.type == "cpu":
         for dtype in (torch.float32, *DTYPES):
@@ -431,19 +432,17 @@ def _cases_here(device: torch.device) -> Iterator[_Case]:
             yield _Case(None, dtype, 64, left=16, right=16)
         return
     capability = torch.cuda.get_device_capability(device)
-    dtypes = [dtype for dtype in DTYPES if capability_dtype_reason(dtype, capability) is None]
-    for dtype, head_dim, reach in itertools.product(dtypes, (32, 128), (float("inf"), 1.0)):
-        kernel = capability_kernel(capability, head_dim, reach=reach)
+    dtypes = [dtype for dtype in DTYPES if dtype_reason(dtype, capability) is None]
+    for dtype, head_dim, keys in itertools.product(dtypes, (32, 128), (float("inf"), 1.0)):
+        kernel = kernel_for(capability, head_dim, keys)
         yield _Case(kernel, dtype, head_dim)
         yield _Case(kernel, dtype, head_dim, right=0)
 
 
 def _cases_of(plan: ModelPlan) -> Iterator[_Case]:
-    from ..kernels.flashinfer import KERNEL_HEAD_DIMS
-
     for layer in plan.layers:
         for name in layer.kernels:
-            if name not in KERNEL_HEAD_DIMS and name != "torch":
+            if name not in ("fa2", "fa3", "auto", "torch"):
                 continue
             kernel = None if name == "torch" else cast("Kernel", name)
             yield _Case(kernel, plan.dtype, layer.head_dim, layer.left, layer.right, layer.softcap, layer.biased)

@@ -19,14 +19,14 @@ import transformers
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from ..attention.plan import takes_padding_mask
-from ..attention.recorded_specs import LayerCall, keep_layer_calls
-from ..attention.select import Path, fallback_of
+from ..attention.recorded_specs import SpecOfLayer, keep_specs
+from ..attention.select import Backend, Choice, fallback_of, kernel_for, may_run_sdpa
+from ..attention.spec import WINDOW_KEEPS, AttentionSpec
 from ..errors import FlashInferAttentionError, first_line
 from ..html_table import html_table
 from ..kernels import flashinfer
 from ..kernels.modules import KernelModule
-from ..ragged.band import FULL
+from ..ragged.band import FULL, Opaque
 from ..settings import NAME, Settings, current_settings
 from ..unpadding.families import family_of, reason_against
 from ..unpadding.model_state import ModelState
@@ -217,10 +217,7 @@ def plan_of_config(
         if calls is not None:
             model, problem = other, None
             calls = [
-                replace(call, request=replace(call.request, dtype=dtype))
-                if call.request.dtype == torch.bfloat16
-                else call
-                for call in calls
+                (layer, replace(spec, dtype=dtype) if spec.dtype == torch.bfloat16 else spec) for layer, spec in calls
             ]
     if calls is None:
         layers: tuple[LayerPlan, ...] = ()
@@ -296,7 +293,7 @@ def _reason_against_graphs(model: PreTrainedModel, layers: Iterable[LayerPlan]) 
     return None
 
 
-def _run(model: PreTrainedModel, *, own_attention: bool) -> tuple[list[LayerCall] | None, str | None]:
+def _run(model: PreTrainedModel, *, own_attention: bool) -> tuple[list[SpecOfLayer] | None, str | None]:
     """Runs a model without values; returns what its layers asked for, or None and why that is not known."""
     if own_attention:
         for part in model.modules():
@@ -305,7 +302,7 @@ def _run(model: PreTrainedModel, *, own_attention: bool) -> tuple[list[LayerCall
     problem: str | None = None
     for inputs in _inputs(model):
         try:
-            with torch.no_grad(), keep_layer_calls() as calls:
+            with torch.no_grad(), keep_specs() as calls:
                 try:
                     model(**inputs)
                 except _MODEL_ERRORS:
@@ -343,8 +340,8 @@ class _Answers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _run_with_answers(model: PreTrainedModel, inputs: dict[str, object], answer: bool) -> list[LayerCall]:
-    with keep_layer_calls() as calls, _Answers(answer):
+def _run_with_answers(model: PreTrainedModel, inputs: dict[str, object], answer: bool) -> list[SpecOfLayer]:
+    with keep_specs() as calls, _Answers(answer):
         model(**inputs)
     return calls
 
@@ -381,13 +378,14 @@ def _inputs(model: PreTrainedModel) -> Iterator[dict[str, object]]:
 
 
 def _group(
-    model: PreTrainedModel, calls: Sequence[LayerCall], capability: tuple[int, int] | None, settings: Settings
+    model: PreTrainedModel, calls: Sequence[SpecOfLayer], capability: tuple[int, int] | None, settings: Settings
 ) -> Iterator[LayerPlan]:
     """Plans each call, and joins layers that ask for the same."""
     groups: dict[tuple[str, LayerPlan], list[int | None]] = {}
     for (kind, index), call in zip(_places(model, calls), calls):
-        plan = _plan(call, capability, settings)
-        if family_of(model) is not None and not call.module.__class__.__module__.startswith("transformers."):
+        layer, spec = call
+        plan = _plan(spec, capability, settings)
+        if family_of(model) is not None and not type(layer).__module__.startswith("transformers."):
             plan = replace(plan, reason="after unpad; without, the model computes attention by itself")
         groups.setdefault((kind, plan), []).append(index)
     for (kind, plan), indices in groups.items():
@@ -395,14 +393,14 @@ def _group(
         yield replace(plan, layers=" ".join(filter(None, kind.format(numbers).split())) or type(model).__name__)
 
 
-def _places(model: PreTrainedModel, calls: Sequence[LayerCall]) -> list[tuple[str, int | None]]:
+def _places(model: PreTrainedModel, calls: Sequence[SpecOfLayer]) -> list[tuple[str, int | None]]:
     """Returns what kind of layer made each call, with {} in the place of its number, and that number."""
     names = {module: name for name, module in model.named_modules()}
-    repeated = len({call.module for call in calls}) < len(calls)
+    repeated = len({layer for layer, _ in calls}) < len(calls)
     before, after, numbers = [], [], []
     seen: Counter[tuple[str, str]] = Counter()
     for call in calls:
-        name = names.get(call.module, type(call.module).__name__)
+        name = names.get(call[0], type(call[0]).__name__)
         head, number, tail = [*re.split(r"(?:^|\.)(\d+)(?:\.|$)", name, maxsplit=1), "", ""][:3]
         # A layer that is called more than once, as ALBERT's is, stands for as many.
         numbers.append(seen[head, tail] if repeated and number else int(number) if number else None)
@@ -432,50 +430,48 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _plan(call: LayerCall, capability: tuple[int, int] | None, settings: Settings) -> LayerPlan:
-    request = call.request
-    kernels, reason = _kernels(call, capability, settings)
-    padded_head_dim = request.head_dim
-    if kernels and kernels[0] in flashinfer.KERNEL_HEAD_DIMS:
-        padded_head_dim = flashinfer.padded_head_dim(request.head_dim, kernels[0])
+def _plan(spec: AttentionSpec, capability: tuple[int, int] | None, settings: Settings) -> LayerPlan:
+    kernels, reason = _kernels(spec, capability, settings)
+    head_dim = padded_head_dim = spec.widest_head_dim
+    if kernels and kernels[0] in ("fa2", "fa3", "auto"):
+        padded_head_dim = flashinfer.padded_head_dim(head_dim)
+    band = (None, None) if isinstance(spec.pattern, Opaque) else (spec.pattern.left, spec.pattern.right)
+    is_square, fallback = spec.q_length == spec.kv_length, fallback_of(spec)
+    is_ragged = fallback is None or fallback.backend is not Backend.DENSE
+    keeps = spec.has_lazy_mask and is_square and not spec.pattern.is_causal and is_ragged
+    note = spec.padded_queries if keeps or spec.whole_mask == WINDOW_KEEPS else None
     return LayerPlan(
-        "", request.pattern.name, request.pattern.left, request.pattern.right, request.head_dim, padded_head_dim,
-        call.num_heads, call.num_kv_heads, call.softcap, kernels, call.biased, call.sinks, reason, call.kept_queries,
+        "", spec.pattern.name, *band, head_dim, padded_head_dim, spec.num_heads, spec.num_kv_heads, spec.softcap,
+        kernels, spec.biased, spec.sinks, reason, note,
     )  # fmt: skip
 
 
 def _kernels(
-    call: LayerCall, capability: tuple[int, int] | None, settings: Settings
+    spec: AttentionSpec, capability: tuple[int, int] | None, settings: Settings
 ) -> tuple[tuple[str, ...], str | None]:
-    """Returns what may run a call, and why that is not FlashInfer."""
-    request, pattern = call.request, call.request.pattern
-    fallback = fallback_of(request)
-    on_gpu = capability is not None and flashinfer.capability_reason(capability) is None
+    """Returns what may run a spec, and why that is not FlashInfer."""
+    fallback = fallback_of(spec)
+    blocked = None if capability is None else flashinfer.capability_reason(capability)
     is_forbidden = settings.backend == "flashinfer" or settings.strict
-    if settings.backend != "torch" and not on_gpu and is_forbidden:
-        return (), "there is no GPU that FlashInfer supports" if capability is None else flashinfer.capability_reason(
-            capability
-        )
-    if capability is None or not on_gpu or settings.backend == "torch":
-        if fallback is not None and fallback[0] is Path.DENSE:
-            return ("dense",), fallback[1]
-        return ("torch",), None if capability is None or on_gpu else flashinfer.capability_reason(capability)
-    if fallback is None and (reason := flashinfer.capability_dtype_reason(request.dtype, capability)) is not None:
-        fallback = Path.TORCH, reason
+    if capability is None or blocked is not None or settings.backend == "torch":
+        if settings.backend != "torch" and is_forbidden:
+            return (), blocked or "there is no GPU that FlashInfer supports"
+        if fallback is not None and fallback.backend is Backend.DENSE:
+            return ("dense",), fallback.reason
+        return ("torch",), blocked
+    if fallback is None and (reason := flashinfer.dtype_reason(spec.dtype, capability)) is not None:
+        fallback = Choice(Backend.TORCH, reason)
     if fallback is not None:
-        return () if is_forbidden else (fallback[0].value,), fallback[1]
-    reach = float("inf") if pattern.left is None or pattern.right is None else pattern.left + pattern.right + 1
+        return () if is_forbidden else (fallback.backend.value,), fallback.reason
+    band = spec.pattern
+    assert not isinstance(band, Opaque)
+    most = float("inf") if band.left is None or band.right is None else band.left + band.right + 1
     # From the longest rows to the shortest.
     names: list[str] = [
-        flashinfer.capability_kernel(
-            capability, request.head_dim, biased=call.biased, sinks=call.sinks, reach=min(reach, keys)
-        )
+        kernel_for(capability, spec.widest_head_dim, min(most, keys), biased=spec.biased, sinks=spec.sinks)
         for keys in (float("inf"), 1.0)
     ]
-    is_plain = pattern == FULL and not call.biased and not call.sinks and settings.backend == "auto"
-    if is_plain and takes_padding_mask(
-        call.num_heads, call.num_kv_heads, call.head_dim, call.value_head_dim, call.softcap
-    ):
+    if band == FULL and settings.backend == "auto" and may_run_sdpa(spec):
         names.append("sdpa")
     return tuple(dict.fromkeys(names)), None
 
@@ -509,7 +505,7 @@ def modules_of(plan: ModelPlan, dtype: torch.dtype | None = None) -> tuple[Kerne
                 module = KernelModule(
                     kernel,
                     plan.dtype if dtype is None else dtype,
-                    flashinfer.padded_head_dim(layer.head_dim, kernel),
+                    flashinfer.padded_head_dim(layer.head_dim),
                     window,
                     layer.softcap is not None,
                     layer.biased,

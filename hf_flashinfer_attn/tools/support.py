@@ -5,7 +5,7 @@ python -m hf_flashinfer_attn.support
 
 from __future__ import annotations
 
-from ..attention.select import RULES, Path
+from ..attention.select import RULES, Backend
 from ..unpadding.families import FAMILIES, REFUSED, Family
 
 __all__ = ["refused_table", "support_table", "unpadding_table"]
@@ -37,7 +37,7 @@ _REFUSED = (
     "planning while a CUDA graph is captured",
     "`cu_seq_lens` together with a padding mask",
 )
-_RUNS_ON = {Path.DENSE: "dense attention", Path.TORCH: "ragged torch backend"}
+_RUNS_ON = {Backend.DENSE: "dense attention", Backend.TORCH: "ragged torch backend"}
 
 
 def support_table() -> str:
@@ -50,7 +50,7 @@ def support_table() -> str:
     """
     rows: list[tuple[str, ...]] = [(feature, "FlashInfer") for feature in _NATIVE]
     rows += [(feature, "torch's sdpa") for feature in _FASTER_ELSEWHERE]
-    rows += [(rule.feature, f"{_RUNS_ON[rule.path]}, logged once") for rule in RULES]
+    rows += [(rule.feature, f"{_RUNS_ON[rule.backend]}, logged once") for rule in RULES]
     rows += [(feature, "one sequence, as in eager attention") for feature in _NOT_NOTICED]
     rows += [(feature, "`UnsupportedAttentionError`") for feature in _REFUSED]
     return _table(("request", "on a GPU"), rows)

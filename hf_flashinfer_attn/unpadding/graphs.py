@@ -27,26 +27,24 @@ from ..errors import UnsupportedAttentionError, first_line
 from ..kernels.flashinfer import unavailable_reason
 from ..kernels.wrapper_pool import GraphWorkspace, plan_graph
 from ..log import log_once
-from ..ragged.layout import RaggedLayout, known_layout, offsets_of
-from ..ragged.lazy_mask import is_mask_of_ones, mask_of_ones
+from ..ragged.forward_state import PackedState, attached_state, cu_seqlens_of
+from ..ragged.layout import RaggedLayout
+from ..ragged.mask_state import is_mask_of_ones, mask_of_ones
 from ..settings import Settings, current_settings
 from ..tracing import AttentionCall, is_tracing, record_call, trace
 from .graph_options import GraphOptions, GraphStatistics, row_bucket, token_bucket
 from .model_state import ModelState, numerics
-from .packing import CALLER, RIDER, leave_sizes_open
+from .packing import CALLER, leave_sizes_open
 from .reasons import is_asked_for
 
 __all__ = [
     "GraphedForward",
-    "carry_state",
     "graphs_of",
     "install_graphs",
     "is_copied_with",
     "uninstall_graphs",
 ]
 
-# Attribute of cu_seqlens that holds the verified model state.
-_LOOKED_AT = "_flashinfer_model_state"
 # Serialises captures: garbage collection is disabled process-wide.
 _capture_lock = threading.Lock()
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
@@ -236,10 +234,11 @@ class GraphedForward:
         ids, offsets = kwargs.get("input_ids"), kwargs.get("cu_seq_lens_q")
         if ids is None or offsets is None or offsets is not kwargs.get("cu_seq_lens_k") or not ids.is_cuda:
             return None
-        layout, mask = _layout_of(ids, offsets), kwargs.get("attention_mask")
+        state, mask = _state_of(ids, offsets), kwargs.get("attention_mask")
         # Of `unpad`, which pools from padded rows again; a model's own pooler has seen the first packed row alone.
-        if layout is None or not hasattr(offsets, RIDER) or not (mask is None or is_mask_of_ones(mask)):
+        if state is None or state.packing is None or not (mask is None or is_mask_of_ones(mask)):
             return None
+        layout = state.layout()
         is_accepted = (
             self.takes(module, ids.device, len(layout.query.lengths), ids.shape[1])
             and not torch.is_autocast_enabled("cuda")
@@ -259,7 +258,7 @@ class GraphedForward:
         return layout if is_accepted else None
 
     def _replay(self, module: PreTrainedModel, layout: RaggedLayout, kwargs: dict[str, Any]) -> ModelOutput | None:
-        offsets, device = kwargs["cu_seq_lens_q"], kwargs["input_ids"].device
+        device = kwargs["input_ids"].device
         lengths = layout.query.lengths
         tokens = layout.query.total_tokens
         names = tuple(name for name in _INPUTS if kwargs.get(name) is not None)
@@ -269,7 +268,8 @@ class GraphedForward:
             # Plans and replays go to the current device.
             with torch.cuda.device(device):
                 return self._replay(module, layout, kwargs)
-        state: ModelState | None = getattr(offsets, _LOOKED_AT, None)
+        attached = attached_state(kwargs["cu_seq_lens_q"])
+        state: ModelState | None = None if attached is None else attached.model_state
         if state is None or state is not self._state:
             state = self._state
             if state is not None and not state.holds():
@@ -343,7 +343,7 @@ class GraphedForward:
     ) -> _Graph | None:
         tokens, rows, names, *_ = key
         layout = RaggedLayout.for_graph(lengths, rows, tokens, memory.workspace)
-        offsets = offsets_of(layout)
+        offsets = cu_seqlens_of(layout)
         inputs = {**kwargs, **{name: memory.inputs[name][:, :tokens] for name in names}}
         inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=tokens, max_length_k=tokens)
         if kwargs.get("attention_mask") is not None:
@@ -458,16 +458,11 @@ def is_copied_with(module: torch.nn.Module) -> bool:
     return graphs is not None and graphs.module is not module
 
 
-def _layout_of(ids: torch.Tensor, offsets: Any) -> RaggedLayout | None:
-    """Returns the layout cached on the cu_seqlens of packed ids."""
-    shape = (ids.shape[0], ids.shape[1])
-    return known_layout(None, offsets, offsets, (shape, shape)) if ids.shape[0] == 1 else None
-
-
-def carry_state(offsets: torch.Tensor, state: object) -> None:
-    """Has offsets tell the forward that they go to what `look` found, if it did."""
-    if state is not None:
-        setattr(offsets, _LOOKED_AT, state)
+def _state_of(ids: torch.Tensor, cu_seqlens: Any) -> PackedState | None:
+    """Returns the state of packed ids; None if cu_seqlens have none that is valid."""
+    shape, state = (ids.shape[0], ids.shape[1]), attached_state(cu_seqlens)
+    is_valid = state is not None and shape[0] == 1 and state.is_of(None, cu_seqlens, cu_seqlens, (shape, shape))
+    return state if is_valid else None
 
 
 def graphs_of(module: torch.nn.Module) -> GraphedForward | None:

@@ -20,15 +20,15 @@ from transformers.utils import ModelOutput
 from ..attention.recorders import refuse_recording
 from ..errors import UnsupportedAttentionError
 from ..log import log_once
-from ..ragged.layout import LengthsRead, offsets_of
-from ..ragged.lazy_mask import mask_of_ones
-from ..ragged.token_map import sent
+from ..ragged.forward_state import attached_state, cu_seqlens_of
+from ..ragged.host_copy import HostCopy, to_device_async
+from ..ragged.mask_state import mask_of_ones
 from ..settings import current_settings
 from .families import Positions, family_of, required_family
 from .features import pack_features
-from .graphs import GraphedForward, carry_state, graphs_of, is_copied_with
+from .graphs import GraphedForward, graphs_of, is_copied_with
 from .model_state import ModelState
-from .packing import CALLER, RIDER, Packing, PackingAhead, leave_sizes_open
+from .packing import CALLER, Packing, PackingAhead, leave_sizes_open
 from .reasons import PER_TOKEN, measure_of_distance, reason_of_head, reason_to_stay
 
 __all__ = [
@@ -115,11 +115,11 @@ def move_to_head(
         moves = value.device.type == "cpu" != device.type
         if name != "attention_mask":
             if moves and name not in _READ_ON_THE_HOST:
-                inputs[name] = sent(value, device)
+                inputs[name] = to_device_async(value, device)
         elif moves or reason is not None:
             # Inference tensors have no version counter, so a head's writes would not be detected.
             with torch.inference_mode(False), torch.no_grad():
-                noted = inputs[name] = sent(value, device) if moves else value.clone()
+                noted = inputs[name] = to_device_async(value, device) if moves else value.clone()
             setattr(noted, _NOTE, _HeadNote(value if moves else None, noted._version, reason))
     return (), inputs
 
@@ -158,13 +158,15 @@ def pack(
     if packing is None:
         for name in (*PER_TOKEN, "attention_mask"):
             if isinstance(value := inputs.get(name), torch.Tensor) and value.device.type == "cpu":
-                inputs[name] = sent(value, device)
+                inputs[name] = to_device_async(value, device)
         return (), inputs
     _embed_rows(module, inputs, device)
     packed = _packed_inputs(module, inputs, packing)
     _name_dropped_ids(module, inputs.get("input_ids"), packed.get("input_ids"))
-    offsets = offsets_of(packing.layout)
-    setattr(offsets, RIDER, packing)
+    offsets = cu_seqlens_of(packing.layout)
+    state = attached_state(offsets)
+    assert state is not None
+    state.packing = packing
     length = packing.layout.query.max_length
     inputs.update(packing.move(packed, device))
     inputs["attention_mask"] = None
@@ -175,7 +177,7 @@ def pack(
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
     if _own_graphs(module) is not None:
-        carry_state(offsets, None if packing.meanwhile is None else packing.meanwhile.state)
+        state.model_state = None if packing.meanwhile is None else packing.meanwhile.state
         return (), inputs
     leave_sizes_open((inputs[name] for name in (*packed, "attention_mask")), offsets)
     return (), inputs
@@ -208,8 +210,8 @@ def leave_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 
 def _riding_on(inputs: dict[str, Any]) -> Packing | None:
-    packing: Packing | None = getattr(inputs.get("cu_seq_lens_q"), RIDER, None)
-    return packing
+    state = attached_state(inputs.get("cu_seq_lens_q"))
+    return None if state is None else state.packing
 
 
 @_between_graphs
@@ -305,7 +307,7 @@ def _tell_why(module: PreTrainedModel, mask: object, reason: str) -> None:
     message = f"unpad leaves {type(module).__name__} padded: {reason}"
     if not current_settings().strict:
         log_once(message)
-    elif not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not LengthsRead(_read_from(mask).bool().all()).values:
+    elif not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not HostCopy(_read_from(mask).bool().all()).values:
         raise UnsupportedAttentionError(
             f"{message}, and strict=True forbids it",
             "Use hf_flashinfer_attn.configure(strict=False) to let such forwards run padded.",

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 
+from ..attention.driver import is_of_graph
 from ..errors import UnsupportedAttentionError
-from ..ragged.layout import is_of_graph, packed_layout
+from ..ragged.forward_state import packed_state
 from ..ragged.lazy_mask import RaggedMask
 from ..settings import NAME
 
@@ -82,7 +83,7 @@ class RaggedMPNetEncoder(MPNetEncoder):  # type: ignore[misc]
                 "Use unpad without cuda_graphs for MPNet.",
             )
         shape = (x.shape[0], x.shape[1])
-        longest = packed_layout(offsets, offsets, offsets, (shape, shape)).query.max_length
+        longest = packed_state(self, offsets, offsets, (shape, shape)).layout().query.max_length
         # Nothing but its shape and device is looked at.
         row = x.new_empty(1, longest)
         return PackedBias(super().compute_position_bias(row, position_ids, num_buckets), offsets)

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..ragged.layout import RaggedLayout, carry_layout
-from ..ragged.lazy_mask import mask_of_ones
+from ..ragged.forward_state import attach_state
+from ..ragged.layout import RaggedLayout
+from ..ragged.mask_state import mask_of_ones
 from .families import Positions, family_of, required_family
 from .graphs import is_copied_with
 from .hooks import HANDLES
-from .packing import RIDER, Packing
+from .packing import Packing
 from .reasons import reason_to_stay, require_positions
 
 __all__ = ["Numbers", "PackedTokens", "reason_against_packed_inputs"]
@@ -102,8 +103,7 @@ class PackedTokens:
                 inputs["slots"] = (inputs["slots"][0, row_of] + places)[None]
         if "position_ids" not in inputs:
             inputs["position_ids"] = (places + self._first_position if self._first_position else places)[None]
-        carry_layout(cu_seqlens, layout)
-        setattr(cu_seqlens, RIDER, Packing((1, total), layout, False, True, {}))
+        attach_state(cu_seqlens, layout).packing = Packing((1, total), layout, False, True, {})
         if self._family.is_causal:
             # The mask keeps transformers from detecting packed sequences in the positions.
             inputs.update(attention_mask=mask_of_ones(1, total, self._device), use_cache=False)

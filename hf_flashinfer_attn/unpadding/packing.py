@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..ragged.layout import LengthsRead, RaggedLayout
-from ..ragged.token_map import TokenMap, sent
+from ..ragged.host_copy import HostCopy, to_device_async
+from ..ragged.layout import RaggedLayout
+from ..ragged.token_map import TokenMap
 
-__all__ = ["CALLER", "RIDER", "Packing", "PackingAhead", "leave_sizes_open"]
+__all__ = ["CALLER", "Packing", "PackingAhead", "leave_sizes_open"]
 
-# Attribute of cu_seqlens that holds the packing.
-RIDER = "_flashinfer_packing"
 # An argument that tells a forward which module it was called of, by weak reference, where that is not its own.
 CALLER = "_flashinfer_caller"
 
@@ -69,8 +68,8 @@ class Packing:
             if find_holes:
                 starts = torch.nn.functional.pad(valid, (1, 0)).to(torch.int8).diff(dim=1) == 1
                 counts = torch.stack([counts, starts.sum(-1, dtype=torch.int32)])
-            lengths_read = LengthsRead(counts)
-            ahead = PackingAhead((rows, width), TokenMap.of(valid, None).slots)
+            lengths_read = HostCopy(counts)
+            ahead = PackingAhead((rows, width), TokenMap.of(valid, None).positions)
             done = meanwhile(ahead)
             read = lengths_read.values
             lengths, runs = read if find_holes else (read, ())
@@ -100,7 +99,7 @@ class Packing:
     def slots_on(self, device: torch.device) -> torch.Tensor:
         """Returns the slot of each token on a device."""
         if (slots := self.slots.get(device)) is None:
-            slots = self.slots[device] = sent(next(iter(self.slots.values())), device)
+            slots = self.slots[device] = to_device_async(next(iter(self.slots.values())), device)
         return slots
 
     def positions(self, device: torch.device) -> torch.Tensor:
@@ -127,18 +126,18 @@ class Packing:
         """Copies packed inputs to a device, integers of the CPU in one piece, and with them what `spread` needs."""
         numbers = [name for name, value in packed.items() if _is_host_number(value)]
         if device.type != "cuda" or not numbers:
-            return {name: sent(value, device) for name, value in packed.items()}
+            return {name: to_device_async(value, device) for name, value in packed.items()}
         rows = [packed[name] for name in numbers]
         slots = self.slots.get(torch.device("cpu"))
         if slots is not None and device not in self.slots:
             rows.append(slots[None])
-        # As `sent` does, but for all of them at once.
+        # As `to_device_async` does, but for all of them at once.
         pinned = torch.empty(len(rows), rows[0].shape[1], dtype=torch.long, device="cpu", pin_memory=True)
         np.concatenate([row.numpy() for row in rows], out=pinned.numpy())
         moved = pinned.to(device, non_blocking=True).unsqueeze(1)
         if len(rows) > len(numbers):
             self.slots[device] = moved[-1, 0]
-        others = {name: sent(value, device) for name, value in packed.items() if name not in numbers}
+        others = {name: to_device_async(value, device) for name, value in packed.items() if name not in numbers}
         return others | dict(zip(numbers, moved))
 
     def spread(self, packed: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from ..ragged.layout import LengthsRead
+from ..ragged.host_copy import HostCopy
 from ..settings import NAME, current_settings
 from .families import family_of, required_family
 from .packing import CALLER
@@ -91,7 +91,7 @@ def _reason_of_positions(module: PreTrainedModel, inputs: dict[str, Any], mask: 
     first = padding_id + 1
     if first + width <= size or (ids is None and required_family(module).embeds_rows):
         return None
-    require_positions(module, width if ids is None else LengthsRead(ids.ne(padding_id).sum(1).max()).values)
+    require_positions(module, width if ids is None else HostCopy(ids.ne(padding_id).sum(1).max()).values)
     return None
 
 
@@ -132,7 +132,7 @@ def reason_of_head(head: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
             return f"{name} other than -100 in masked positions"
     if isinstance(head, GenericForSequenceClassification):
         finds_last_token = inputs.get("input_ids") is not None and head.config.pad_token_id is not None
-        if not finds_last_token and not LengthsRead((mask[:, -1] != 0).all()).values:
+        if not finds_last_token and not HostCopy((mask[:, -1] != 0).all()).values:
             return "a head that reads the last position of each row, masked in some"
     return None
 
@@ -147,7 +147,7 @@ def _counts_padding(head: PreTrainedModel, labels: torch.Tensor, mask: torch.Ten
         is_causal = any(family.is_causal for family in map(family_of, head.modules()) if family is not None)
         if is_causal or getattr(head.config, "is_decoder", False):
             counted = torch.nn.functional.pad(counted[:, 1:], (0, 1))
-    return bool(LengthsRead((counted & mask.to(counted.device).eq(0)).any()).values)
+    return bool(HostCopy((counted & mask.to(counted.device).eq(0)).any()).values)
 
 
 def _is_of_whole_batch(value: object) -> bool:

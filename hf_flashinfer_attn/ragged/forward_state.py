@@ -1,0 +1,223 @@
+"""State of one forward: its layouts and attention plans, found again by every layer.
+
+A state is an attribute of the forward's lazy mask, or of the cu_seqlens that every layer is given.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedAttentionError
+from .host_copy import HostCopy
+from .layout import RaggedLayout, uniform_layout
+
+__all__ = [
+    "ForwardState",
+    "PackedState",
+    "attach_state",
+    "attached_state",
+    "cu_seqlens_of",
+    "image_state",
+    "packed_state",
+    "uniform_state",
+]
+
+_ATTRIBUTE = "_flashinfer_state"
+
+
+class ForwardState:
+    """Layouts and plans of one forward.
+
+    Args:
+        layout: Its ragged layout; None if a subclass makes it.
+        is_shared: Whether several threads may use it at a time.
+    """
+
+    __slots__ = ("__weakref__", "_layout", "is_shared", "plans", "recent", "scratch")
+
+    def __init__(self, layout: RaggedLayout | None, *, is_shared: bool = False) -> None:
+        self._layout = layout
+        self.is_shared = is_shared
+        # Attention plans, by what they were made for; and the last one, by the pattern of its mask.
+        self.plans: dict[Hashable, Any] = {}
+        self.recent: dict[Hashable, tuple[tuple[Any, ...], Any]] = {}
+        self.scratch: dict[Hashable, Any] = {}
+
+    def layout(self, *, keep_padded_queries: bool = False) -> RaggedLayout:
+        """Returns the layout of the forward; the host may wait for row lengths.
+
+        Args:
+            keep_padded_queries: Whether padded queries are computed.
+        """
+        assert self._layout is not None
+        return self._layout
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any padded position holds no token; the host may wait for row lengths."""
+        return False
+
+
+@functools.lru_cache(maxsize=8)
+def uniform_state(batch_size: int, query_length: int, key_length: int) -> ForwardState:
+    """Returns the state of a batch without padding, shared by all forwards of this shape."""
+    return ForwardState(uniform_layout(batch_size, query_length, key_length), is_shared=True)
+
+
+Shapes = tuple[tuple[int, int], tuple[int, int]]
+
+
+class PackedState(ForwardState):
+    """State of packed sequences; an attribute of their cu_seqlens.
+
+    Args:
+        layout: Their layout.
+        versions: Version counters of what the layout was read from; None if there are none, as in inference mode.
+        key: cu_seqlens of the keys, if they are another tensor than that of the queries.
+        layers: Where there are no version counters: the layers that have used the state, by id, and their `config`.
+            A layer that comes a second time, or one of another model, belongs to another forward. None for cu_seqlens
+            of this package, which are never written to.
+    """
+
+    __slots__ = ("key", "layers", "model_state", "packing", "shapes", "versions")
+
+    def __init__(
+        self,
+        layout: RaggedLayout,
+        versions: tuple[int, ...] | None,
+        key: torch.Tensor | None = None,
+        layers: tuple[object, set[int]] | None = None,
+    ) -> None:
+        super().__init__(layout)
+        self.shapes: Shapes = layout.query.padded_shape, layout.key.padded_shape
+        self.versions, self.key, self.layers = versions, key, layers
+        # Of `unpad`: the padded batch, and the verified fingerprint of the model.
+        self.packing: Any = None
+        self.model_state: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied or pickled tensor has lengths of its own.
+        return type(None), ()
+
+    def is_of(self, layer: object, owner: torch.Tensor, key: torch.Tensor, shapes: Shapes) -> bool:
+        """Whether the state is still valid for a layer.
+
+        Args:
+            layer: The attention layer; anything else for a single call.
+            owner: The tensor that the state is an attribute of.
+            key: cu_seqlens of the keys.
+            shapes: Rows and length of the packed queries and keys.
+        """
+        if key is not (owner if self.key is None else self.key) or shapes != self.shapes:
+            return False
+        if self.versions is not None:
+            return self.versions == _versions_of(owner, key)
+        if self.layers is None:
+            return True
+        config, seen = self.layers
+        if id(layer) in seen or config is not getattr(layer, "config", layer):
+            return False
+        seen.add(id(layer))
+        return True
+
+
+def _versions_of(*tensors: torch.Tensor) -> tuple[int, ...] | None:
+    """Returns what changes when tensors are written to; None for inference tensors, which count no versions."""
+    return None if any(tensor.is_inference() for tensor in tensors) else tuple(tensor._version for tensor in tensors)
+
+
+def attached_state(owner: torch.Tensor | None) -> PackedState | None:
+    """Returns the state that is an attribute of a tensor, valid or not."""
+    return getattr(owner, _ATTRIBUTE, None)
+
+
+def cu_seqlens_of(layout: RaggedLayout) -> torch.Tensor:
+    """Returns cu_seqlens of packed queries on the host, int32, shape `(rows + 1,)`, with their state attached."""
+    # Not the layout's own tensor, which would own its owner.
+    cu_seqlens = torch.tensor(layout.query.offsets, dtype=torch.int32, device="cpu")
+    attach_state(cu_seqlens, layout)
+    return cu_seqlens
+
+
+def attach_state(cu_seqlens: torch.Tensor, layout: RaggedLayout) -> PackedState:
+    """Attaches the state of a layout to its cu_seqlens, a tensor of this package that nobody writes to."""
+    state = PackedState(layout, _versions_of(cu_seqlens, cu_seqlens))
+    setattr(cu_seqlens, _ATTRIBUTE, state)
+    return state
+
+
+def packed_state(
+    layer: object,
+    query_cu_seqlens: torch.Tensor,
+    key_cu_seqlens: torch.Tensor,
+    shapes: Shapes,
+    mask: torch.Tensor | None = None,
+) -> PackedState:
+    """Returns the state of packed sequences, whose lengths are read once per forward.
+
+    Args:
+        layer: The attention layer; any new object for a single call.
+        query_cu_seqlens: Integers, shape `(sequences + 1,)`.
+        key_cu_seqlens: The same for the keys; may be the same tensor.
+        shapes: Rows and length of the packed queries and keys.
+        mask: Mask of the forward, to keep the state with if cu_seqlens count no versions. The caller makes sure that
+            they are not written to while the mask lives.
+
+    Raises:
+        ValueError: If cu_seqlens do not describe tensors of these shapes.
+        UnsupportedAttentionError: If a CUDA graph is being captured and cu_seqlens are on a GPU.
+    """
+    if query_cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedAttentionError(
+            "packed sequences while a CUDA graph is captured, whose lengths every replay would take from the capture",
+            "Capture without cu_seqlens, or run this forward outside the graph.",
+        )
+
+    def read() -> RaggedLayout:
+        return RaggedLayout.from_cu_seqlens(query_cu_seqlens, key_cu_seqlens, *shapes)
+
+    if mask is not None and _versions_of(query_cu_seqlens, key_cu_seqlens) is None:
+        state = attached_state(mask)
+        if state is None or state.shapes != shapes:
+            state = PackedState(read(), None)
+            state.shapes = shapes
+            setattr(mask, _ATTRIBUTE, state)
+        return state
+    return _find_or_read(layer, query_cu_seqlens, key_cu_seqlens, shapes, read)
+
+
+def image_state(layer: object, position_ids: torch.Tensor, shapes: Shapes) -> PackedState:
+    """Returns the state of images packed in one row, whose positions restart at zero.
+
+    Args:
+        layer: The attention layer.
+        position_ids: Shape `(tokens, 2)`, or `(1, tokens)` in older versions of transformers.
+        shapes: Rows and length of the packed queries and keys.
+    """
+
+    def read() -> RaggedLayout:
+        starts = (position_ids == 0).all(-1) if position_ids.shape[-1] == 2 else position_ids.flatten() == 0
+        flags: list[bool] = HostCopy(starts).values
+        places = [place for place, start in enumerate(flags) if start] + [len(flags)]
+        return RaggedLayout.from_lengths([end - start for start, end in itertools.pairwise(places)])
+
+    return _find_or_read(layer, position_ids, position_ids, shapes, read)
+
+
+def _find_or_read(
+    layer: object, owner: torch.Tensor, key: torch.Tensor, shapes: Shapes, read: Callable[[], RaggedLayout]
+) -> PackedState:
+    state = attached_state(owner)
+    if state is None or not state.is_of(layer, owner, key, shapes):
+        versions, layout = _versions_of(owner, key), read()
+        layers = (getattr(layer, "config", layer), {id(layer)}) if versions is None else None
+        state = PackedState(layout, versions, None if key is owner else key, layers)
+        # The layout's own may differ where both sides have the same lengths.
+        state.shapes = shapes
+        setattr(owner, _ATTRIBUTE, state)
+    return state
