@@ -162,8 +162,8 @@ def test_missing_model_package_names_the_way_out() -> None:
 def test_heavy_packages_stay_out() -> None:
     program = """
 import sys
-from hf_flashinfer_attn import demo
-from hf_flashinfer_attn.environment import describe_environment
+from hf_flashinfer_attn.tools import demo
+from hf_flashinfer_attn.tools.environment import describe_environment
 
 demo.load_encoder("sdpa")
 describe_environment()

@@ -106,10 +106,10 @@ def test_progress_is_a_line_that_stays(tmp_path: Path) -> None:
     notebook = _write(
         tmp_path / "progress.ipynb",
         "import warnings; warnings.simplefilter('error')\n"
-        "from hf_flashinfer_attn.notebook import in_notebook, track\n"
+        "from hf_flashinfer_attn.tools.notebook import in_notebook, track\n"
         "assert in_notebook()\n"
         "list(track(['a', 'b'], 'reading <b>'))",
-        "from hf_flashinfer_attn.bench import Progress\n"
+        "from hf_flashinfer_attn.tools.bench import Progress\n"
         "with Progress() as progress:\n"
         "    progress.step('loading')\n"
         "    progress.print('0.5 s')\n",

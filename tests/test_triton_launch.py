@@ -37,13 +37,14 @@ class Driver:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
 
 driver.set_active(Driver())
-from hf_flashinfer_attn import kernels
+from hf_flashinfer_attn.kernels import triton_pad as kernels
+from hf_flashinfer_attn.ragged.triton_tokens import number_tokens
 
 expected = []
 for rows in (3, 3, 2000):
     valid = torch.ones(rows, 8, dtype=torch.bool)
     ranks = valid.flatten().cumsum(0, dtype=torch.int32)
-    slots, tokens = kernels.number_tokens(valid.flatten(), ranks, rows * 8)
+    slots, tokens = number_tokens(valid.flatten(), ranks, rows * 8)
     expected.append([valid.data_ptr(), ranks.data_ptr(), slots.data_ptr(), tokens.data_ptr(), rows * 8, 1024])
 packer = kernels.Packer(None, None, 64)
 for _ in range(3):

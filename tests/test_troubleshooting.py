@@ -17,7 +17,7 @@ from hf_flashinfer_attn.kernels.jit import NO_NVCC
 PACKAGE = Path(hf_flashinfer_attn.__file__).parent
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md"
 # Protocols of Python and checks of our own measurements, which no user sees.
-INTERNAL = {("graph_mask.py", "AttributeError"), ("symbolic.py", "TypeError"), ("accuracy.py", "AssertionError")}
+INTERNAL = {("traced_mask.py", "AttributeError"), ("mask_functions.py", "TypeError"), ("accuracy.py", "AssertionError")}
 MESSAGE_FIRST = {"log_once", "warning", "error", "exception", "__init__"}
 VALUE = "\0"
 

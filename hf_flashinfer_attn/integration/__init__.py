@@ -1,0 +1,1 @@
+"""What transformers and torch.compile call."""

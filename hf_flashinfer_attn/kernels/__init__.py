@@ -1,1 +1,1 @@
-"""How attention is computed. Backends never import each other; each takes plain tensors and a ragged layout."""
+"""Kernels of FlashInfer and torch, their compilation, and head-dim padding."""

@@ -1,0 +1,1 @@
+"""Ragged layouts, lazy masks and the state of a forward."""

@@ -1,0 +1,1 @@
+"""Command line, benchmark, demo, doctor and warmup."""
