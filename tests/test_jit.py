@@ -153,15 +153,15 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toolkit
     monkeypatch.setattr(env, "FLASHINFER_AOT_DIRS", (tmp_path / "nothing",))
     monkeypatch.setattr(env, "FLASHINFER_AOT_PROVIDERS", ())
     monkeypatch.setattr(core.current_compilation_context, "TARGET_CUDA_ARCHS", {(9, "0a")})
-    for name in ("_ready", "_jobs", "_missing"):
-        monkeypatch.setattr(jit, name, type(getattr(jit, name))())
+    # What this process knows of kernels in other folders.
+    for known in (jit._ready, jit._locks, jit._failed, jit._missing):
+        known.clear()
     caches = [cpp_ext.get_cuda_path, cpp_ext.get_cuda_version]
     for cache in caches:
         cache.cache_clear()
     yield made
     (tmp_path / "closed").unlink(missing_ok=True)
-    for job in list(jit._jobs.values()):
-        assert job.done.wait(30)
+    wait_until(lambda: not any(lock.locked() for lock in jit._locks.values()))
     for cache in caches:
         cache.cache_clear()
 
@@ -241,7 +241,7 @@ def test_a_module_is_found_where_flashinfer_builds_it(toolkit: Toolkit, module: 
     assert compiled_modules() == (module.name,)
     assert compiled_library(module) == cache_directory() / module.name / f"{module.name}.so"
     assert jit.is_up_to_date(module)
-    spec = jit._build_files_of(module)
+    spec = module.spec()
     assert (spec.name, spec.is_compiled) == (module.name, True)
     # FlashInfer itself has nothing left to do.
     count = len(toolkit.compiled)
@@ -601,7 +601,7 @@ def test_a_kernel_known_to_be_ready_costs_one_look(toolkit: Toolkit, monkeypatch
     jit.compile_module(PLAIN)
     settings = hf_flashinfer_attn.configure(jit="background")
     assert decide(settings) == ON_FLASHINFER
-    for name in ("is_up_to_date", "_job_of", "_missing"):
+    for name in ("is_up_to_date", "_lock_of", "_missing"):
         monkeypatch.setattr(jit, name, None)
     for mode in ("wait", "background", "never"):
         assert decide(Settings(jit=mode)) is decide(Settings(jit=mode))  # type: ignore[arg-type]
@@ -788,7 +788,8 @@ import torch
 import flashinfer.jit.env
 from transformers import BertConfig, BertModel
 import hf_flashinfer_attn
-from hf_flashinfer_attn import jit, prepared
+from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.kernels import jit
 
 flashinfer.jit.env.FLASHINFER_AOT_DIR = pathlib.Path(sys.argv[1]) / "nothing"
 flashinfer.jit.env.FLASHINFER_AOT_PROVIDERS = ()
@@ -842,7 +843,7 @@ assert not any("no CUDA graphs" in line for line in said), said
 print(f"torch served at once, {waited:.1f} s; FlashInfer after {switched:.1f} s")
 """
 _STAYS = """
-while jit._jobs and not all(job.done.is_set() for job in jit._jobs.values()):
+while any(lock.locked() for lock in jit._locks.values()):
     time.sleep(0.05)
 for _ in range(2):
     assert check(ours).kernels == check(graphed).kernels == check(traced).kernels == ("torch",)
