@@ -98,8 +98,8 @@ def _building(module: KernelModule) -> Iterator[Any]:
     except BackendUnavailableError:
         raise
     except (RuntimeError, OSError) as error:
-        reason = f"its kernel ({module}) cannot be built: {error}"
-        raise BackendUnavailableError("flashinfer", reason, _WAY_OUT) from error
+        message = f"its kernel ({module}) cannot be built: {error}"
+        raise BackendUnavailableError("flashinfer", message, _WAY_OUT) from error
 
 
 def _ninja(spec: Any, *options: str) -> list[str]:
@@ -181,8 +181,8 @@ def _failure(module: KernelModule, log: Path, seconds: float) -> BackendUnavaila
     said = _DIAGNOSTIC.search(text)
     what = "" if said is None else f": {said[1].strip()[:200]}"
     cure = "".join(cure for sign, cure in _CURES.items() if sign in text)
-    reason = f"compiling its kernel ({module}) failed after {seconds:.0f} s{what}; the log is {log}"
-    return BackendUnavailableError("flashinfer", reason, f"{cure}{_WAY_OUT}")
+    message = f"compiling its kernel ({module}) failed after {seconds:.0f} s{what}; the log is {log}"
+    return BackendUnavailableError("flashinfer", message, f"{cure}{_WAY_OUT}")
 
 
 _ready: set[KernelModule] = set()
@@ -196,6 +196,7 @@ _watched: set[str] = set()
 
 
 def _lock_of(module: KernelModule) -> threading.Lock:
+    # One step, so that two threads get the same lock.
     return _locks.setdefault(module, threading.Lock())
 
 
@@ -360,13 +361,14 @@ def watched(name: str) -> Iterator[None]:
     if name in _watched:
         yield
         return
-    elapsed, message = _Elapsed(), "FlashInfer is still preparing a kernel (%s): %s, most likely compiling"
+    elapsed = _Elapsed()
+    message = "FlashInfer is still preparing a kernel (%s): %s, most likely compiling"
     try:
         with heartbeat(lambda: logger.warning(message, name, elapsed)):
             yield
     except RuntimeError as error:
         if not str(error).startswith("Ninja build failed"):
             raise
-        reason = f"its kernel ({name}) cannot be built: {error}"
-        raise BackendUnavailableError("flashinfer", reason, _WAY_OUT) from error
+        message = f"its kernel ({name}) cannot be built: {error}"
+        raise BackendUnavailableError("flashinfer", message, _WAY_OUT) from error
     _watched.add(name)
