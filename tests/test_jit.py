@@ -328,6 +328,14 @@ def test_many_threads_wait_for_one_compiler_and_one_voice_speaks(
     jit.require(PLAIN)
 
 
+def test_an_interrupted_compile_can_be_taken_up(toolkit: Toolkit) -> None:
+    with mock.patch.object(jit, "compile_module", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        jit.require(PLAIN)
+    assert not jit.is_pending(PLAIN)
+    jit.require(PLAIN)
+    assert len(toolkit.compiled) == 10
+
+
 def test_what_flashinfer_compiles_by_itself_is_spoken_of(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "HEARTBEAT", 0.02)
     monkeypatch.setattr(jit, "_watched", set())
