@@ -6,6 +6,7 @@ What the kernels compute is a matter of the GPU tests, at the end.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -15,8 +16,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from paired_models import T5_IS_ON_THE_INTERFACE
 from transformers import BertConfig, BertModel, Gemma2Config, ModernBertConfig, T5Config
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn import BackendUnavailableError, UnsupportedAttentionError, configure
 from hf_flashinfer_attn.attention import driver as layer_attention
 from hf_flashinfer_attn.attention import plan as prepared
 from hf_flashinfer_attn.attention import select as dispatch
@@ -31,17 +34,10 @@ from hf_flashinfer_attn.attention.ragged_call import RaggedCall, attend_ragged
 from hf_flashinfer_attn.attention.select import Decision, KernelPendingError, decide_compiled
 from hf_flashinfer_attn.integration import functions as integration
 from hf_flashinfer_attn.integration import ops as compiled
-from hf_flashinfer_attn.kernels import flashinfer, jit
+from hf_flashinfer_attn.kernels import flashinfer, jit, modules
 from hf_flashinfer_attn.kernels import torch_ragged as reference
 from hf_flashinfer_attn.kernels.biased import biased_module_arguments
-from hf_flashinfer_attn.kernels.modules import (
-    KernelModule,
-    aot_directories,
-    cache_directory,
-    compiled_library,
-    compiled_modules,
-    is_compiled,
-)
+from hf_flashinfer_attn.kernels.modules import KernelModule, cache_directory
 from hf_flashinfer_attn.ragged.band import FULL
 from hf_flashinfer_attn.ragged.layout import RaggedLayout
 from hf_flashinfer_attn.settings import Settings
@@ -49,6 +45,7 @@ from hf_flashinfer_attn.tools.kernel_warmup import warmup
 from hf_flashinfer_attn.tools.model_plan import modules_of, plan_of_config
 from hf_flashinfer_attn.tracing import AttentionCall, record_call
 
+Log = Callable[[], list[str]]
 needs_flashinfer = pytest.mark.skipif(
     importlib.util.find_spec("flashinfer") is None, reason="FlashInfer's build files come from FlashInfer"
 )
@@ -60,9 +57,8 @@ MODULES = (
     KernelModule("fa3", torch.bfloat16, 256, window=True, softcap=False),
     KernelModule("fa2", torch.float16, 64, window=False, softcap=False, biased=True),
 )
-BERT = BertConfig(
-    hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50
-)  # head_dim 32
+# head_dim 32
+BERT = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50)
 
 _NVCC = """#!/bin/sh
 case "$*" in
@@ -91,56 +87,48 @@ while [ $# -gt 0 ]; do case "$1" in -o) : > "$2" ;; esac; shift; done
 """
 
 
-@dataclass(frozen=True)
 class Toolkit:
     """A CUDA toolkit whose compiler writes empty files, held up and broken as a test wants."""
 
-    root: Path
-
-    @classmethod
-    def make(cls, root: Path) -> Toolkit:
+    def __init__(self, root: Path) -> None:
+        self._programs, self._closed, self._broken = root / "cuda" / "bin", root / "closed", root / "broken"
+        self.root, self._compiled = root, root / "compiled"
+        self._programs.mkdir(parents=True)
         for name, text in (("nvcc", _NVCC.replace("{root}", str(root))), ("c++", _LINKER)):
-            program = root / "cuda" / "bin" / name
-            program.parent.mkdir(parents=True, exist_ok=True)
-            program.write_text(text)
-            program.chmod(0o755)
-        return cls(root)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        # ninja comes with FlashInfer, into the environment's own folder.
-        path = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
-        return {
-            "CUDA_HOME": str(self.root / "cuda"),
-            "CXX": str(self.root / "cuda" / "bin" / "c++"),
+            (self._programs / name).write_text(text)
+            (self._programs / name).chmod(0o755)
+        self.environment = {
+            "CUDA_HOME": str(root / "cuda"),
+            "CXX": str(self._programs / "c++"),
             "FLASHINFER_CUDA_ARCH_LIST": "9.0a",
-            "FLASHINFER_WORKSPACE_BASE": str(self.root),
-            "PATH": path,
+            "FLASHINFER_WORKSPACE_BASE": str(root),
+            # ninja comes with FlashInfer, into the environment's own folder.
+            "PATH": os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]),
         }
 
     def hold(self) -> None:
-        (self.root / "closed").touch()
+        self._closed.touch()
 
     def release(self) -> None:
-        (self.root / "closed").unlink()
+        self._closed.unlink(missing_ok=True)
 
     def break_for(self, part_of_a_path: str) -> None:
-        (self.root / "broken").write_text(part_of_a_path)
+        self._broken.write_text(part_of_a_path)
 
     def mend(self) -> None:
-        (self.root / "broken").unlink()
+        self._broken.unlink()
 
     @property
     def compiled(self) -> list[str]:
-        file = self.root / "compiled"
-        return file.read_text().split() if file.exists() else []
+        return self._compiled.read_text().split() if self._compiled.exists() else []
 
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toolkit]:
+    pytest.importorskip("flashinfer")
     from flashinfer.jit import core, cpp_ext, env
 
-    made = Toolkit.make(tmp_path)
+    made = Toolkit(tmp_path)
     for name, value in made.environment.items():
         monkeypatch.setenv(name, value)
     for name in ("FLASHINFER_NVCC", "FLASHINFER_DISABLE_JIT", "MAX_JOBS"):
@@ -153,17 +141,16 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toolkit
     monkeypatch.setattr(env, "FLASHINFER_AOT_DIRS", (tmp_path / "nothing",))
     monkeypatch.setattr(env, "FLASHINFER_AOT_PROVIDERS", ())
     monkeypatch.setattr(core.current_compilation_context, "TARGET_CUDA_ARCHS", {(9, "0a")})
-    for name in ("_ready", "_jobs", "_missing"):
-        monkeypatch.setattr(jit, name, type(getattr(jit, name))())
-    caches = [cpp_ext.get_cuda_path, cpp_ext.get_cuda_version]
-    for cache in caches:
-        cache.cache_clear()
+    # What this process knows of kernels in other folders, and FlashInfer of other toolkits.
+    forget = [known.clear for known in (jit._ready, jit._locks, jit._failed, jit._missing)]
+    forget += [cpp_ext.get_cuda_path.cache_clear, cpp_ext.get_cuda_version.cache_clear]
+    for forget_one in forget:
+        forget_one()
     yield made
-    (tmp_path / "closed").unlink(missing_ok=True)
-    for job in list(jit._jobs.values()):
-        assert job.done.wait(30)
-    for cache in caches:
-        cache.cache_clear()
+    made.release()
+    wait_until(lambda: not any(lock.locked() for lock in jit._locks.values()))
+    for forget_one in forget:
+        forget_one()
 
 
 @pytest.fixture
@@ -212,7 +199,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def log(caplog: pytest.LogCaptureFixture) -> Log:
     caplog.set_level(logging.WARNING, logger="hf_flashinfer_attn")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "hf_flashinfer_attn"]
 
@@ -231,31 +218,28 @@ def decide(settings: Settings, *, of_graph: bool = False) -> Decision:
 ON_FLASHINFER = Decision(dispatch.Path.FLASHINFER, None)
 
 
-@needs_flashinfer
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_module_is_found_where_flashinfer_builds_it(toolkit: Toolkit, module: KernelModule) -> None:
-    assert not is_compiled(module)
+    assert not modules.is_compiled(module)
     assert not jit.is_up_to_date(module)
-    seconds = jit.compile_module(module)
-    assert seconds > 0
-    assert compiled_modules() == (module.name,)
-    assert compiled_library(module) == cache_directory() / module.name / f"{module.name}.so"
+    assert jit.compile_module(module) > 0
+    assert modules.compiled_modules() == (module.name,)
+    assert modules.compiled_library(module) == cache_directory() / module.name / f"{module.name}.so"
     assert jit.is_up_to_date(module)
-    spec = jit._build_files_of(module)
+    spec = module.spec()
     assert (spec.name, spec.is_compiled) == (module.name, True)
     # FlashInfer itself has nothing left to do.
     count = len(toolkit.compiled)
     spec.build()
     assert len(toolkit.compiled) == count == sum(source.suffix == ".cu" for source in spec.sources)
     # What is there may be of another time.
-    next(compiled_library(module).parent.glob("*.o")).unlink()  # type: ignore[union-attr]
-    assert is_compiled(module)
+    next((cache_directory() / module.name).glob("*.o")).unlink()
+    assert modules.is_compiled(module)
     assert not jit.is_up_to_date(module)
 
 
-@needs_flashinfer
 def test_flashinfer_asks_for_the_module_of_that_name(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
-    import flashinfer.prefill
+    import flashinfer.prefill as prefill
     from flashinfer.jit import core
 
     asked: list[str] = []
@@ -265,14 +249,28 @@ def test_flashinfer_asks_for_the_module_of_that_name(toolkit: Toolkit, monkeypat
         raise InterruptedError
 
     monkeypatch.setattr(core.JitSpec, "build_and_load", build_and_load)
-    for module in MODULES[:4]:
+    for module in MODULES:
+        load, arguments = prefill.get_batch_prefill_module, module.arguments
+        if module.biased:
+            load = prefill.get_customize_batch_prefill_module
+            arguments = biased_module_arguments(module.dtype, module.head_dim)
         with pytest.raises(InterruptedError):
-            flashinfer.prefill.get_batch_prefill_module(module.kernel, *module.arguments)
-    with pytest.raises(InterruptedError):
-        flashinfer.prefill.get_customize_batch_prefill_module(
-            "fa2", *biased_module_arguments(MODULES[4].dtype, MODULES[4].head_dim)
-        )
+            load(module.kernel, *arguments)
     assert asked == [module.name for module in MODULES]
+
+
+def test_a_spec_without_ninja_is_built_by_flashinfer(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = mock.Mock(spec=["build", "is_compiled", "lock_path"], is_compiled=False, lock_path=toolkit.root / "lock")
+    library = cache_directory() / PLAIN.name / f"{PLAIN.name}.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(KernelModule, "spec", lambda module: spec)
+    assert not jit.is_up_to_date(PLAIN)
+    spec.build.return_value = None
+    jit.compile_module(PLAIN)
+    spec.build.side_effect = RuntimeError("no such toolchain")
+    with pytest.raises(BackendUnavailableError, match=r"\(fa2, float16, head_dim 64\) cannot be built: no such toolch"):
+        jit.compile_module(PLAIN)
 
 
 def test_names_say_what_a_module_is() -> None:
@@ -293,18 +291,17 @@ def test_names_say_what_a_module_is() -> None:
 def test_a_window_that_no_row_reaches_needs_no_kernel_of_its_own(
     left: int | None, softcap: float | None, window: bool
 ) -> None:
-    layout = RaggedLayout.from_lengths([4, 10], [4, 10])
-    options = {"head_dim": 72, "dtype": torch.bfloat16, "left": left, "softcap": softcap, "biased": False}
-    found = flashinfer.module_of(layout, kernel="fa2", **options)  # type: ignore[arg-type]
-    assert found == KernelModule("fa2", torch.bfloat16, 128, window, softcap is not None)
-    assert flashinfer.module_of(layout, kernel="auto", **options) is None  # type: ignore[arg-type]
-    nothing = RaggedLayout.from_lengths([0], [0])
-    assert flashinfer.module_of(nothing, kernel="fa2", **options) is None  # type: ignore[arg-type]
+    layout, nothing = RaggedLayout.from_lengths([4, 10], [4, 10]), RaggedLayout.from_lengths([0], [0])
+    module_of = partial(
+        flashinfer.module_of, head_dim=72, dtype=torch.bfloat16, left=left, softcap=softcap, biased=False
+    )
+    assert module_of(layout, kernel="fa2") == KernelModule("fa2", torch.bfloat16, 128, window, softcap is not None)
+    assert module_of(layout, kernel="auto") is None
+    assert module_of(nothing, kernel="fa2") is None
 
 
-@needs_flashinfer
 def test_many_threads_wait_for_one_compiler_and_one_voice_speaks(
-    toolkit: Toolkit, log: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+    toolkit: Toolkit, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jit, "HEARTBEAT", 0.05)
     toolkit.hold()
@@ -322,9 +319,8 @@ def test_many_threads_wait_for_one_compiler_and_one_voice_speaks(
     assert first.startswith("compiling FlashInfer's kernel (fa2, float16, head_dim 64) on its first use")
     assert str(jit.log_of(PLAIN)) in first
     assert beats
-    assert all(
-        beat.startswith("still compiling FlashInfer's kernel (fa2, float16, head_dim 64): 0 s") for beat in beats
-    )
+    still = "still compiling FlashInfer's kernel (fa2, float16, head_dim 64): 0 s"
+    assert all(beat.startswith(still) for beat in beats)
     assert last.startswith("compiled FlashInfer's kernel (fa2, float16, head_dim 64) in ")
     assert last.endswith("11 of 11 files")
     # Nor is it looked for again.
@@ -332,9 +328,15 @@ def test_many_threads_wait_for_one_compiler_and_one_voice_speaks(
     jit.require(PLAIN)
 
 
-def test_what_flashinfer_compiles_by_itself_is_spoken_of(
-    log: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_compile_can_be_taken_up(toolkit: Toolkit) -> None:
+    with mock.patch.object(jit, "compile_module", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        jit.require(PLAIN)
+    assert not jit.is_pending(PLAIN)
+    jit.require(PLAIN)
+    assert len(toolkit.compiled) == 10
+
+
+def test_what_flashinfer_compiles_by_itself_is_spoken_of(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "HEARTBEAT", 0.02)
     monkeypatch.setattr(jit, "_watched", set())
     with jit.watched("auto, float16"):
@@ -345,28 +347,21 @@ def test_what_flashinfer_compiles_by_itself_is_spoken_of(
         time.sleep(0.1)
     assert len(log()) == count
     message = r"\(auto, bfloat16\) cannot be built: Ninja"
-    with (
-        pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=message),
-        jit.watched("auto, bfloat16"),
-    ):
+    with pytest.raises(BackendUnavailableError, match=message), jit.watched("auto, bfloat16"):
         raise RuntimeError("Ninja build failed. Ninja output: ...")
 
 
-@needs_flashinfer
-def test_what_was_compiled_before_is_not_spoken_of(toolkit: Toolkit, log: Callable[[], list[str]]) -> None:
+def test_what_was_compiled_before_is_not_spoken_of(toolkit: Toolkit, log: Log) -> None:
     jit.compile_module(PLAIN)
     jit.require(PLAIN)
     assert log() == []
 
 
-@needs_flashinfer
-def test_a_failed_compile_gives_its_log_and_is_tried_again_after_configure(
-    toolkit: Toolkit, log: Callable[[], list[str]]
-) -> None:
+def test_a_failed_compile_gives_its_log_and_is_tried_again_after_configure(toolkit: Toolkit, log: Log) -> None:
     toolkit.break_for("ragged_kernel_mask_1")
     pattern = rf"\(fa2, float16, head_dim 64\) failed after \d+ s: error: no such thing; the log is {jit.log_of(PLAIN)}"
     for _ in range(2):
-        with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=pattern) as error:
+        with pytest.raises(BackendUnavailableError, match=pattern) as error:
             jit.require(PLAIN)
         count = len(toolkit.compiled)
     assert "hf-flashinfer-attn doctor" in str(error.value)
@@ -374,40 +369,30 @@ def test_a_failed_compile_gives_its_log_and_is_tried_again_after_configure(
     assert "ragged_kernel_mask_1.cu(7): error: no such thing" in jit.log_of(PLAIN).read_text()
     assert [line.partition(" ")[0] for line in log()] == ["compiling"]
     toolkit.mend()
-    with pytest.raises(hf_flashinfer_attn.BackendUnavailableError):
+    with pytest.raises(BackendUnavailableError):
         jit.require(PLAIN)
     assert len(toolkit.compiled) == count
-    hf_flashinfer_attn.configure()
+    configure()
     jit.require(PLAIN)
     assert len(toolkit.compiled) == 10
 
 
-# Which nvcc runs.
-
-
-@dataclass(frozen=True)
-class NvccCase:
-    """Variables, with {root} for a folder of toolkits, and the nvcc that FlashInfer would run."""
-
-    variables: dict[str, str]
-    expected: str | None
-
-
-NVCC_CASES = {
-    "named": NvccCase({"FLASHINFER_NVCC": "{root}/other/bin/nvcc", "CUDA_HOME": "{root}/home"}, "other/bin/nvcc"),
-    "named-and-missing": NvccCase({"FLASHINFER_NVCC": "/nowhere/nvcc", "CUDA_HOME": "{root}/home"}, None),
-    "named-on-path": NvccCase({"FLASHINFER_NVCC": "nvcc", "PATH": "{root}/on_path/bin"}, "on_path/bin/nvcc"),
-    "home": NvccCase({"CUDA_HOME": "{root}/home", "PATH": "{root}/on_path/bin"}, "home/bin/nvcc"),
-    "path-variable": NvccCase({"CUDA_PATH": "{root}/home", "PATH": "{root}/on_path/bin"}, "home/bin/nvcc"),
-    "home-before-path-variable": NvccCase({"CUDA_HOME": "{root}/home", "CUDA_PATH": "{root}/other"}, "home/bin/nvcc"),
-    "empty-home": NvccCase({"CUDA_HOME": "", "CUDA_PATH": "{root}/other"}, "other/bin/nvcc"),
-    "home-without": NvccCase({"CUDA_HOME": "{root}/empty", "PATH": "{root}/on_path/bin"}, None),
-    "path-variable-without": NvccCase({"CUDA_PATH": "{root}/empty", "PATH": "{root}/on_path/bin"}, None),
-    "home-without-path-variable-with": NvccCase({"CUDA_HOME": "{root}/empty", "CUDA_PATH": "{root}/other"}, None),
-    "path": NvccCase({"PATH": "{root}/on_path/bin"}, "on_path/bin/nvcc"),
-    "path-not-in-bin": NvccCase({"PATH": "{root}/loose"}, None),
-    "default": NvccCase({"_DEFAULT_HOME": "{root}/home"}, "home/bin/nvcc"),
-    "none": NvccCase({}, None),
+# Variables, with {root} for a folder of toolkits, and the nvcc that FlashInfer would run.
+NVCC_CASES: dict[str, tuple[dict[str, str], str | None]] = {
+    "named": ({"FLASHINFER_NVCC": "{root}/other/bin/nvcc", "CUDA_HOME": "{root}/home"}, "other/bin/nvcc"),
+    "named-and-missing": ({"FLASHINFER_NVCC": "/nowhere/nvcc", "CUDA_HOME": "{root}/home"}, None),
+    "named-on-path": ({"FLASHINFER_NVCC": "nvcc", "PATH": "{root}/on_path/bin"}, "on_path/bin/nvcc"),
+    "home": ({"CUDA_HOME": "{root}/home", "PATH": "{root}/on_path/bin"}, "home/bin/nvcc"),
+    "path-variable": ({"CUDA_PATH": "{root}/home", "PATH": "{root}/on_path/bin"}, "home/bin/nvcc"),
+    "home-before-path-variable": ({"CUDA_HOME": "{root}/home", "CUDA_PATH": "{root}/other"}, "home/bin/nvcc"),
+    "empty-home": ({"CUDA_HOME": "", "CUDA_PATH": "{root}/other"}, "other/bin/nvcc"),
+    "home-without": ({"CUDA_HOME": "{root}/empty", "PATH": "{root}/on_path/bin"}, None),
+    "path-variable-without": ({"CUDA_PATH": "{root}/empty", "PATH": "{root}/on_path/bin"}, None),
+    "home-without-path-variable-with": ({"CUDA_HOME": "{root}/empty", "CUDA_PATH": "{root}/other"}, None),
+    "path": ({"PATH": "{root}/on_path/bin"}, "on_path/bin/nvcc"),
+    "path-not-in-bin": ({"PATH": "{root}/loose"}, None),
+    "default": ({"_DEFAULT_HOME": "{root}/home"}, "home/bin/nvcc"),
+    "none": ({}, None),
 }
 
 
@@ -431,22 +416,22 @@ def toolkits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _set_up(case: NvccCase, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in case.variables.items():
-        value = value.format(root=root)
+@pytest.mark.parametrize(("variables", "expected"), NVCC_CASES.values(), ids=NVCC_CASES)
+def test_nvcc_is_that_of_flashinfer_and_decides_whether_it_is_available(
+    variables: dict[str, str], expected: str | None, toolkits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ((name, value.format(root=toolkits)) for name, value in variables.items()):
         if name == "_DEFAULT_HOME":
             monkeypatch.setattr(jit, name, value)
         else:
-            monkeypatch.setenv(name, f"{value}{os.pathsep}{root / 'tools'}" if name == "PATH" else value)
-
-
-@pytest.mark.parametrize("case", NVCC_CASES.values(), ids=NVCC_CASES)
-def test_nvcc_and_whether_flashinfer_is_available_agree(
-    case: NvccCase, toolkits: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _set_up(case, toolkits, monkeypatch)
-    expected = None if case.expected is None else toolkits / case.expected
-    assert jit.nvcc_path() == expected
+            monkeypatch.setenv(name, f"{value}{os.pathsep}{toolkits / 'tools'}" if name == "PATH" else value)
+    found = jit.nvcc_path()
+    assert found == (None if expected is None else toolkits / expected)
+    # Where the default is another folder, FlashInfer cannot be asked.
+    asks = not {"FLASHINFER_NVCC", "_DEFAULT_HOME"} & variables.keys() and bool(variables)
+    if asks and importlib.util.find_spec("flashinfer") is not None and (toolkits / "tools" / "which").exists():
+        theirs = Path(f"{importlib.import_module('flashinfer.jit.cpp_ext').get_cuda_path.__wrapped__()}/bin/nvcc")
+        assert found == (theirs if theirs.is_file() else None)
     installed = {"flashinfer": object(), "flashinfer_jit_cache": None}
     monkeypatch.setattr(importlib.util, "find_spec", installed.get)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -458,65 +443,39 @@ def test_nvcc_and_whether_flashinfer_is_available_agree(
     assert flashinfer.unavailable_reason.__wrapped__(torch.device("cuda")) is None
 
 
-@needs_flashinfer
-@pytest.mark.skipif(shutil.which("which") is None, reason="FlashInfer calls which")
 @pytest.mark.parametrize(
-    "case",
+    ("variable", "value", "message"),
     [
-        # Where the default is another folder, FlashInfer cannot be asked.
-        pytest.param(case, id=name)
-        for name, case in NVCC_CASES.items()
-        if name not in ("default", "none") and "FLASHINFER_NVCC" not in case.variables
-    ],
-)
-def test_nvcc_is_that_of_flashinfer(case: NvccCase, toolkits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashinfer.jit import cpp_ext
-
-    _set_up(case, toolkits, monkeypatch)
-    theirs = Path(f"{cpp_ext.get_cuda_path.__wrapped__()}/bin/nvcc")
-    assert jit.nvcc_path() == (theirs if theirs.is_file() else None)
-
-
-@needs_flashinfer
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"CUDA_HOME": "/nowhere"}, "no nvcc.*Install the CUDA toolkit"),
-        ({"PATH": "/nowhere"}, "no ninja.*pip install ninja"),
-        ({"FLASHINFER_DISABLE_JIT": "1"}, "FLASHINFER_DISABLE_JIT forbids.*Unset"),
+        ("CUDA_HOME", "/nowhere", "no nvcc.*Install the CUDA toolkit"),
+        ("PATH", "/nowhere", "no ninja.*pip install ninja"),
+        ("FLASHINFER_DISABLE_JIT", "1", "FLASHINFER_DISABLE_JIT forbids.*Unset"),
     ],
 )
 @pytest.mark.parametrize("mode", ["wait", "background"])
 def test_what_is_missing_is_named(
-    toolkit: Toolkit, changes: dict[str, str], message: str, mode: str, monkeypatch: pytest.MonkeyPatch,
-    log: Callable[[], list[str]],
-) -> None:  # fmt: skip
-    for name, value in changes.items():
-        monkeypatch.setenv(name, value)
-    hf_flashinfer_attn.configure(jit=mode)  # type: ignore[arg-type]
+    toolkit: Toolkit, variable: str, value: str, message: str, mode, log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    settings = configure(jit=mode)
     if mode == "wait":
-        with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=message):
+        with pytest.raises(BackendUnavailableError, match=message):
             jit.require(PLAIN)
-    else:
-        settings = hf_flashinfer_attn.current_settings()
-        assert decide(settings).path is dispatch.Path.TORCH
-        wait_until(lambda: not jit.is_pending(PLAIN))
-        assert decide(settings).path is dispatch.Path.TORCH
-        wait_until(lambda: len(log()) == 2)
-        assert "attention stays on the torch backend" in log()[1]
+        return
+    assert decide(settings).path is dispatch.Path.TORCH
+    wait_until(lambda: not jit.is_pending(PLAIN))
+    assert decide(settings).path is dispatch.Path.TORCH
+    wait_until(lambda: len(log()) == 2)
+    assert "attention stays on the torch backend" in log()[1]
 
 
-@needs_flashinfer
 @pytest.mark.usefixtures("a_gpu")
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "op"])
-def test_in_the_background_torch_serves_and_then_flashinfer(
-    toolkit: Toolkit, log: Callable[[], list[str]], traced: bool
-) -> None:
+def test_in_the_background_torch_serves_and_then_flashinfer(toolkit: Toolkit, log: Log, traced: bool) -> None:
     torch.manual_seed(0)
     model = BertModel._from_config(BERT, attn_implementation="flashinfer", dtype=torch.float16).eval()
     ids, mask = torch.randint(0, 50, (3, 9)), torch.ones(3, 9, dtype=torch.long)
     mask[0, 5:] = mask[2, 2:] = 0
-    hf_flashinfer_attn.configure(jit="background")
+    configure(jit="background")
     forward = torch.compile(model, backend="eager") if traced else model
     toolkit.hold()
     outputs, traces = [], []
@@ -537,10 +496,9 @@ def test_in_the_background_torch_serves_and_then_flashinfer(
     assert len(toolkit.compiled) == 10
 
 
-@needs_flashinfer
 @pytest.mark.usefixtures("a_gpu")
 def test_packed_calls_are_served_around_too(toolkit: Toolkit) -> None:
-    hf_flashinfer_attn.configure(jit="background")
+    configure(jit="background")
     toolkit.hold()
     side = torch.randn(6, 2, 64, dtype=torch.float16)
     layout = RaggedLayout.from_lengths([4, 2], [4, 2])
@@ -556,7 +514,6 @@ def test_packed_calls_are_served_around_too(toolkit: Toolkit) -> None:
     assert torch.equal(first, second)
 
 
-@needs_flashinfer
 def test_nothing_is_kept_from_those_who_must_not_fall_back(toolkit: Toolkit) -> None:
     toolkit.hold()
     for settings in (Settings(backend="flashinfer", jit="background"), Settings(strict=True, jit="background")):
@@ -573,35 +530,33 @@ def test_nothing_is_kept_from_those_who_must_not_fall_back(toolkit: Toolkit) -> 
     assert decide(background, of_graph=True) == ON_FLASHINFER
 
 
-@needs_flashinfer
-def test_never_compiles_nothing(toolkit: Toolkit, log: Callable[[], list[str]]) -> None:
+def test_never_compiles_nothing(toolkit: Toolkit, log: Log) -> None:
     reason = "its kernel (fa2, float16, head_dim 64) is not compiled, and jit='never' forbids to compile it"
-    settings = hf_flashinfer_attn.configure(jit="never")
+    settings = configure(jit="never")
     assert [decide(settings) for _ in range(2)] == [Decision(dispatch.Path.TORCH, reason)] * 2
     assert log() == [f"falling back to torch attention: {reason}"]
-    with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=r"jit='never'.*warmup --model"):
+    with pytest.raises(BackendUnavailableError, match=r"jit='never'.*warmup --model"):
         decide(Settings(backend="flashinfer", jit="never"))
-    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"strict=True forbids.*warmup --model"):
+    with pytest.raises(UnsupportedAttentionError, match=r"strict=True forbids.*warmup --model"):
         decide(Settings(strict=True, jit="never"))
-    with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match="jit='never'"):
+    with pytest.raises(BackendUnavailableError, match="jit='never'"):
         jit.require(PLAIN)
-    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError) as error:
+    with pytest.raises(UnsupportedAttentionError) as error:
         decide(settings, of_graph=True)
     assert not isinstance(error.value, KernelPendingError)
     assert toolkit.compiled == []
     # By another process, which nobody looks for in every forward.
     jit.compile_module(PLAIN)
     assert decide(settings).path is dispatch.Path.TORCH
-    assert decide(hf_flashinfer_attn.configure()) == ON_FLASHINFER
+    assert decide(configure()) == ON_FLASHINFER
     jit.require(PLAIN)
 
 
-@needs_flashinfer
 def test_a_kernel_known_to_be_ready_costs_one_look(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     jit.compile_module(PLAIN)
-    settings = hf_flashinfer_attn.configure(jit="background")
+    settings = configure(jit="background")
     assert decide(settings) == ON_FLASHINFER
-    for name in ("is_up_to_date", "_job_of", "_missing"):
+    for name in ("is_up_to_date", "_lock_of", "_missing"):
         monkeypatch.setattr(jit, name, None)
     for mode in ("wait", "background", "never"):
         assert decide(Settings(jit=mode)) is decide(Settings(jit=mode))  # type: ignore[arg-type]
@@ -612,6 +567,7 @@ GEMMA2 = Gemma2Config(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
     head_dim=72, vocab_size=50, sliding_window=3,
 )  # fmt: skip
+needs_t5 = pytest.mark.skipif(not T5_IS_ON_THE_INTERFACE, reason="T5 computes attention by itself here")
 T5 = T5Config(d_model=48, d_kv=24, d_ff=64, num_layers=1, num_heads=2, vocab_size=50, architectures=["T5EncoderModel"])
 
 
@@ -622,12 +578,7 @@ T5 = T5Config(d_model=48, d_kv=24, d_ff=64, num_layers=1, num_heads=2, vocab_siz
         (BERT, (8, 0), ["fa2, float16, head_dim 64"]),
         (MODERNBERT, (8, 0), ["fa2, float16, head_dim 64", "fa2, float16, head_dim 64, window"]),
         (GEMMA2, (8, 0), ["fa2, float16, head_dim 128, softcap", "fa2, float16, head_dim 128, window, softcap"]),
-        pytest.param(
-            T5,
-            (9, 0),
-            ["fa2, float16, head_dim 64, bias"],
-            marks=pytest.mark.skipif(not T5_IS_ON_THE_INTERFACE, reason="T5 computes attention by itself here"),
-        ),
+        pytest.param(T5, (9, 0), ["fa2, float16, head_dim 64, bias"], marks=needs_t5),
     ],
     ids=["bert-9.0", "bert-8.0", "modernbert-8.0", "gemma2-8.0", "t5-9.0"],
 )
@@ -635,23 +586,25 @@ def test_modules_of_a_model(config, capability: tuple[int, int], expected: list[
     assert sorted(map(str, modules_of(plan_of_config(config, capability=capability)))) == sorted(expected)
 
 
-def test_warmup_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(ValueError, match=r"arch='sm90'.*'9\.0a'"):
-        warmup(BERT, arch="sm90")
-    with pytest.raises(ValueError, match=r"dtypes=\(float32\): expected"):
-        warmup(BERT, arch="8.0", dtypes=[torch.float32])
-    with pytest.raises(ValueError, match="graphs are captured on this machine's GPU"):
-        warmup(BERT, graphs=[(1, 8)])
-    with pytest.raises(ValueError, match="at least one token a row"):
-        warmup("some/path", graphs=[(8, 1)])
-    with pytest.raises(ValueError, match="workers=0"):
-        warmup(BERT, workers=0)
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (BERT, {"arch": "sm90"}, r"arch='sm90'.*'9\.0a'"),
+        (BERT, {"arch": "8.0", "dtypes": [torch.float32]}, r"dtypes=\(float32\): expected"),
+        (BERT, {"graphs": [(1, 8)]}, "graphs are captured on this machine's GPU"),
+        ("some/path", {"graphs": [(8, 1)]}, "at least one token a row"),
+        (BERT, {"workers": 0}, "workers=0"),
+    ],
+)
+def test_warmup_refuses_what_it_cannot_do(model, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        warmup(model, **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
 def test_warmup_without_a_gpu_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLASHINFER_CUDA_ARCH_LIST", raising=False)
-    with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=r"no GPU.*--arch 9\.0a"):
+    with pytest.raises(BackendUnavailableError, match=r"no GPU.*--arch 9\.0a"):
         warmup(BERT)
 
 
@@ -665,7 +618,6 @@ def test_every_library_that_the_linker_lacks_has_its_cure(missing: tuple[str, ..
     assert sorted(cured) == sorted(missing)
 
 
-@needs_flashinfer
 def test_warmup_says_once_why_a_kernel_failed(toolkit: Toolkit, capsys: pytest.CaptureFixture[str]) -> None:
     toolkit.break_for("ragged_kernel_mask_1")
     report = warmup(BERT, dtypes=[torch.float16])
@@ -676,7 +628,6 @@ def test_warmup_says_once_why_a_kernel_failed(toolkit: Toolkit, capsys: pytest.C
     assert "failed after" not in told
 
 
-@needs_flashinfer
 def test_warmup_compiles_what_is_missing(toolkit: Toolkit, capsys: pytest.CaptureFixture[str]) -> None:
     report = warmup(MODERNBERT, dtypes=[torch.float16, torch.bfloat16], workers=3)
     assert report.passed
@@ -697,54 +648,46 @@ def test_warmup_compiles_what_is_missing(toolkit: Toolkit, capsys: pytest.Captur
     assert len(toolkit.compiled) == 60
 
 
-@needs_flashinfer
 def test_warmup_needs_nvcc_only_for_what_is_missing(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    with pytest.raises(hf_flashinfer_attn.BackendUnavailableError, match=r"no nvcc.*Install the CUDA toolkit"):
+    with pytest.raises(BackendUnavailableError, match=r"no nvcc.*Install the CUDA toolkit"):
         warmup(BERT, progress=False)
+
+
+def run_warmup(root: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command for BERT in a process of its own."""
+    BERT.save_pretrained(root / "model")
+    command = [sys.executable, "-m", "hf_flashinfer_attn", "warmup", "--model", str(root / "model"), *arguments]
+    return subprocess.run(command, env={**os.environ, **changes}, capture_output=True, text=True, check=False)
 
 
 @needs_flashinfer
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
-    BERT.save_pretrained(tmp_path / "model")
-    file = tmp_path / "file"
-    file.touch()
-    environment = {**os.environ, "FLASHINFER_WORKSPACE_BASE": str(file)}
-    command = [sys.executable, "-m", "hf_flashinfer_attn", "warmup", "--model", str(tmp_path / "model")]
-    done = subprocess.run(
-        [*command, "--arch", "8.0", "--quiet"], env=environment, capture_output=True, text=True, check=False
-    )
+    (tmp_path / "file").touch()
+    done = run_warmup(tmp_path, "--arch", "8.0", "--quiet", FLASHINFER_WORKSPACE_BASE=str(tmp_path / "file"))
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "flashinfer cannot be imported: " in done.stderr
     assert "FLASHINFER_WORKSPACE_BASE" in done.stderr
 
 
-def _names_in(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
-
-
 @needs_flashinfer
 def test_the_command_line_for_another_gpu(tmp_path: Path) -> None:
     """Two processes and real programs: what compiles is kept, what does not is told, and the exit status says so."""
-    if any(name.startswith("batch_prefill") for folder in aot_directories() for name in _names_in(folder)):
+    if any(folder.glob("batch_prefill*") for folder in modules.aot_directories()):
         pytest.skip("FlashInfer came with compiled kernels here")
-    toolkit = Toolkit.make(tmp_path)
+    toolkit = Toolkit(tmp_path)
     toolkit.break_for("dtype_q_bf16")
-    BERT.save_pretrained(tmp_path / "model")
-    environment = {**os.environ, **toolkit.environment, "FLASHINFER_CUDA_ARCH_LIST": "9.0a"}
-    command = [sys.executable, "-m", "hf_flashinfer_attn", "warmup", "--model", str(tmp_path / "model")]
-    command += ["--dtype", "float16,bfloat16", "--arch", "8.0", "--workers", "2"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    arguments = ("--dtype", "float16,bfloat16", "--arch", "8.0", "--workers", "2")
+    done = run_warmup(tmp_path, *arguments, **toolkit.environment)
     assert done.returncode == 1, done.stderr
     folder = next((tmp_path / ".cache" / "flashinfer").glob("*/80/cached_ops"))
     title, first, second, end = done.stdout.splitlines()
     assert title == f"kernels of bert for 8.0 in {folder}"
     assert first.startswith("  fa2, float16, head_dim 64: compiled in ")
     assert second.startswith("  fa2, bfloat16, head_dim 64: failed, compiling its kernel")
-    logs = [path for path in folder.glob("*/build.log") if str(path) in second]
-    assert len(logs) == 1
-    assert "arch=compute_80" in logs[0].read_text()
+    (log,) = (path for path in folder.glob("*/build.log") if str(path) in second)
+    assert "arch=compute_80" in log.read_text()
     assert end.startswith("1 of 2 kernels are ready")
     assert len(list(folder.glob("*/*.so"))) == 1
     assert "s] compiling 2 of 2 kernels" in done.stderr
@@ -756,26 +699,12 @@ def test_the_command_line_for_another_gpu(tmp_path: Path) -> None:
     reason="needs nvcc and minutes: HF_FLASHINFER_ATTN_SLOW_TESTS=1",
 )
 def test_a_real_compiler(tmp_path: Path) -> None:
-    BERT.save_pretrained(tmp_path / "model")
     (tmp_path / "stub.c").touch()
     stub = ["cc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so", "stub.c"]
     subprocess.run(stub, cwd=tmp_path, check=True)
-    environment = {
-        **os.environ,
-        "FLASHINFER_WORKSPACE_BASE": str(tmp_path),
-        "FLASHINFER_EXTRA_LDFLAGS": f"-L{tmp_path} -L/usr/local/cuda/lib64",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "hf_flashinfer_attn",
-        "warmup",
-        "--model",
-        str(tmp_path / "model"),
-        "--arch",
-        "8.0",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    flags = f"-L{tmp_path} -L/usr/local/cuda/lib64"
+    folders = {"FLASHINFER_WORKSPACE_BASE": str(tmp_path), "FLASHINFER_EXTRA_LDFLAGS": flags}
+    done = run_warmup(tmp_path, "--arch", "8.0", **folders)
     assert done.returncode == 0, done.stdout + done.stderr
     (library,) = tmp_path.glob(".cache/flashinfer/*/80/cached_ops/*/*.so")
     assert library.stat().st_size > 100_000
@@ -788,7 +717,8 @@ import torch
 import flashinfer.jit.env
 from transformers import BertConfig, BertModel
 import hf_flashinfer_attn
-from hf_flashinfer_attn import jit, prepared
+from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.kernels import jit
 
 flashinfer.jit.env.FLASHINFER_AOT_DIR = pathlib.Path(sys.argv[1]) / "nothing"
 flashinfer.jit.env.FLASHINFER_AOT_PROVIDERS = ()
@@ -842,7 +772,7 @@ assert not any("no CUDA graphs" in line for line in said), said
 print(f"torch served at once, {waited:.1f} s; FlashInfer after {switched:.1f} s")
 """
 _STAYS = """
-while jit._jobs and not all(job.done.is_set() for job in jit._jobs.values()):
+while any(lock.locked() for lock in jit._locks.values()):
     time.sleep(0.05)
 for _ in range(2):
     assert check(ours).kernels == check(graphed).kernels == check(traced).kernels == ("torch",)
@@ -881,11 +811,8 @@ def test_torch_stays_on_a_gpu_where_the_kernel_cannot_be_compiled(tmp_path: Path
 
 @pytest.mark.gpu
 def test_warmup_of_this_machine_with_graphs(tmp_path: Path) -> None:
-    BERT.save_pretrained(tmp_path / "model")
     BertModel._from_config(BERT).save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "hf_flashinfer_attn", "warmup", "--model", str(tmp_path / "model")]
-    command += ["--dtype", "float16", "--graphs", "8x400,2x16"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_warmup(tmp_path, "--dtype", "float16", "--graphs", "8x400,2x16")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "graphs: 2 captured in" in done.stdout
     again = warmup(BERT, dtypes=[torch.float16])

@@ -37,7 +37,7 @@ class Driver:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
 
 driver.set_active(Driver())
-from hf_flashinfer_attn.kernels import triton_pad as kernels
+from hf_flashinfer_attn.kernels.triton_pad import Packer
 from hf_flashinfer_attn.ragged.triton_tokens import number_tokens
 
 expected = []
@@ -46,7 +46,7 @@ for rows in (3, 3, 2000):
     ranks = valid.flatten().cumsum(0, dtype=torch.int32)
     slots, tokens = number_tokens(valid.flatten(), ranks, rows * 8)
     expected.append([valid.data_ptr(), ranks.data_ptr(), slots.data_ptr(), tokens.data_ptr(), rows * 8, 1024])
-packer = kernels.Packer(None, None, 64)
+packer = Packer(None, None, 64)
 for _ in range(3):
     sides = torch.randn(3, 2, 5, 4, 32).half().transpose(2, 3).unbind(0)
     packed = packer(*sides)

@@ -1,13 +1,11 @@
 """First-use compilation of FlashInfer's kernels: logged, once per process, in the foreground or the background.
 
-A module is compiled with the build files that FlashInfer writes and in the folder where it looks, so that it finds
-nothing left to do; the compiler's output goes to a log beside it.
+FlashInfer's `JitSpec` writes the build files and holds the lock, so that FlashInfer later finds nothing left to do.
+Ninja itself runs here: `JitSpec.build` takes no number of jobs and shows the compiler's output only after a failure.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 import os
 import re
 import shutil
@@ -15,16 +13,17 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ..errors import BackendUnavailableError
+from ..log import logger
 from ..settings import Settings, current_settings
-from .biased import biased_module_arguments
-from .modules import KernelModule, aot_directories, cache_directory, compiled_library
+from .modules import KernelModule, cache_directory, compiled_library
 
 __all__ = [
     "COMPILE_AHEAD",
@@ -32,6 +31,7 @@ __all__ = [
     "NO_NVCC",
     "compile_in_background",
     "compile_module",
+    "heartbeat",
     "is_pending",
     "is_ready",
     "is_up_to_date",
@@ -44,11 +44,8 @@ __all__ = [
     "why_not",
 ]
 
-logger = logging.getLogger("hf_flashinfer_attn")
-
-# Seconds between two words about a kernel that is being compiled.
+# Seconds between two log lines about a kernel that is being compiled.
 HEARTBEAT = 10.0
-DISABLED_VARIABLE = "FLASHINFER_DISABLE_JIT"
 _WAY_OUT = (
     "Run `hf-flashinfer-attn doctor` to see what is missing, or use hf_flashinfer_attn.configure(backend='torch')."
 )
@@ -62,7 +59,7 @@ COMPILE_AHEAD = (
     "hf_flashinfer_attn.configure(jit='wait')."
 )
 _DEFAULT_HOME = "/usr/local/cuda"
-# What the compiler says where the machine lacks something, and what to do about it.
+# Messages of the compiler where the machine lacks something, and what to do about it.
 _CURES = {
     "cannot find -lcuda:": "The linker found no libcuda: install the driver or the CUDA toolkit's stubs, and name "
     "their folder with FLASHINFER_EXTRA_LDFLAGS=-L/usr/local/cuda/lib64/stubs. ",
@@ -70,18 +67,18 @@ _CURES = {
     "curand_kernel.h": "Install cuRAND's headers, and name their folder with CPATH. ",
     "Unsupported gpu architecture": "This nvcc is older than the GPU: install a newer CUDA toolkit. ",
 }
+# Not a line of ninja's own, nor a flag with such a name.
+_DIAGNOSTIC = re.compile(r"^(?!\[\d+/).*?((?:fatal|error)(?: error)?\s*:.*|cannot find -l.*)$", re.M | re.I)
+OnStep = Callable[[int, int], None]
 
 
 def nvcc_path() -> Path | None:
-    """Returns the nvcc that FlashInfer would run; None if there is none.
-
-    It takes the toolkit whose nvcc is first on the `PATH` only where neither `CUDA_HOME` nor `CUDA_PATH` names one, and
-    looks no further than the one it took. `FLASHINFER_NVCC` names another compiler to use with that toolkit.
-    """
+    """Returns the nvcc that FlashInfer would run; None if there is none."""
     if (named := os.environ.get("FLASHINFER_NVCC")) is not None:
         found = shutil.which(named)
         return None if found is None else Path(found)
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    # FlashInfer looks at the PATH only where no variable names a toolkit, and never at a second toolkit.
     if home is None:
         on_path = shutil.which("nvcc")
         home = _DEFAULT_HOME if on_path is None else os.path.dirname(os.path.dirname(on_path))
@@ -90,31 +87,19 @@ def nvcc_path() -> Path | None:
     return nvcc if nvcc.is_file() else None
 
 
-def _build_files_of(module: KernelModule) -> Any:
-    """Returns FlashInfer's `JitSpec` of a module, its sources and its build file written."""
-    generators = importlib.import_module("flashinfer.jit.attention.modules")
-    if module.biased:
-        arguments = biased_module_arguments(module.dtype, module.head_dim)
-        spec = generators.gen_customize_batch_prefill_module("fa2", *arguments)
-    else:
-        name = "_gen_batch_prefill_primary_module" if module.kernel == "fa2" else ""
-        generate = getattr(generators, name, generators.gen_batch_prefill_module)
-        spec = generate(module.kernel, *module.arguments)
-    spec.write_ninja()
-    return spec
-
-
 @contextmanager
-def _preparation_of(module: KernelModule) -> Iterator[None]:
-    """Turns what FlashInfer raises before it compiles anything into an error of ours."""
+def _building(module: KernelModule) -> Iterator[Any]:
+    """Yields FlashInfer's `JitSpec` with its files written; errors before the compiler starts become ours."""
     try:
-        yield
+        spec = module.spec()
+        if hasattr(spec, "ninja_path"):
+            spec.write_ninja()
+        yield spec
+    except BackendUnavailableError:
+        raise
     except (RuntimeError, OSError) as error:
-        if isinstance(error, BackendUnavailableError):
-            raise
-        raise BackendUnavailableError(
-            "flashinfer", f"its kernel ({module}) cannot be built: {error}", _WAY_OUT
-        ) from error
+        message = f"its kernel ({module}) cannot be built: {error}"
+        raise BackendUnavailableError("flashinfer", message, _WAY_OUT) from error
 
 
 def _ninja(spec: Any, *options: str) -> list[str]:
@@ -125,87 +110,65 @@ def _ninja(spec: Any, *options: str) -> list[str]:
             "there is no ninja on the PATH to compile its kernels with",
             "Install it: pip install ninja, with the environment's bin folder on the PATH.",
         )
-    # In FlashInfer's own folder: ninja's notes of what is done lie there.
+    # In FlashInfer's own folder, where ninja keeps its notes of what is done.
     return [ninja, *options, "-C", str(spec.build_dir.resolve()), "-f", str(spec.ninja_path.resolve())]
 
 
 def is_up_to_date(module: KernelModule) -> bool:
-    """Whether FlashInfer would load a module and compile nothing; takes some 20 ms.
-
-    Raises:
-        BackendUnavailableError: If FlashInfer could not load it either.
-    """
+    """Whether FlashInfer would load a module and compile nothing; takes some 20 ms."""
     library = compiled_library(module)
-    if library is None:
-        return False
-    if any(library.is_relative_to(folder) for folder in aot_directories()):
-        return True
-    with _preparation_of(module):
-        command = _ninja(_build_files_of(module), "-n")
-        asked = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if library is None or not library.is_relative_to(cache_directory()):
+        return library is not None
+    with _building(module) as spec:
+        if not hasattr(spec, "ninja_path"):
+            return bool(spec.is_compiled)
+        asked = subprocess.run(_ninja(spec, "-n"), capture_output=True, text=True, check=False)
     return asked.returncode == 0 and "no work to do" in asked.stdout
 
 
 def log_of(module: KernelModule) -> Path:
-    """Returns where the output of the compiler of a module goes."""
+    """Returns the log of the compiler's output."""
     return cache_directory() / module.name / "build.log"
 
 
-def compile_module(
-    module: KernelModule, *, jobs: int | None = None, on_step: Callable[[int, int], None] | None = None
-) -> float:
-    """Compiles a module, or finds that another process did.
+def compile_module(module: KernelModule, *, jobs: int | None = None, on_step: OnStep | None = None) -> float:
+    """Compiles a module, or finds that another process did, and returns the seconds that it took.
 
-    Args:
-        module: What to compile.
-        jobs: Files to compile at a time; by default what `MAX_JOBS` says, or all cores.
-        on_step: Called with files done and files in all, whenever one is done.
-
-    Returns:
-        Seconds that it took.
-
-    Raises:
-        BackendUnavailableError: If it cannot be compiled; the message gives the path of the log.
+    `jobs` files at a time, by default `MAX_JOBS` or all cores; `on_step` takes files done and files in all after each.
     """
     start = time.perf_counter()
-    if os.environ.get(DISABLED_VARIABLE):
+    if os.environ.get("FLASHINFER_DISABLE_JIT"):
         raise BackendUnavailableError(
             "flashinfer",
-            f"its kernel ({module}) is not compiled, and {DISABLED_VARIABLE} forbids to compile it",
-            f"Unset {DISABLED_VARIABLE}, or use hf_flashinfer_attn.configure(backend='torch').",
+            f"its kernel ({module}) is not compiled, and FLASHINFER_DISABLE_JIT forbids to compile it",
+            "Unset FLASHINFER_DISABLE_JIT, or use hf_flashinfer_attn.configure(backend='torch').",
         )
-    from filelock import FileLock
-
-    with _preparation_of(module):
-        if nvcc_path() is None:
-            raise BackendUnavailableError("flashinfer", NO_NVCC, GET_NVCC)
-        spec = _build_files_of(module)
-        at_once = jobs if jobs is not None else os.environ.get("MAX_JOBS", "")
-        options = ["-v", *(["-j", str(at_once)] if str(at_once).isdigit() else [])]
-        command, log = _ninja(spec, *options), log_of(module)
-        # FlashInfer's own lock: two processes do not compile the same.
-        with FileLock(spec.lock_path, thread_local=False):
-            status = _run(command, log, on_step)
+    if nvcc_path() is None:
+        raise BackendUnavailableError("flashinfer", NO_NVCC, GET_NVCC)
+    at_once = str(jobs or os.environ.get("MAX_JOBS", ""))
+    # FlashInfer's lock: two processes do not compile the same.
+    with _building(module) as spec, FileLock(spec.lock_path, thread_local=False):
+        if hasattr(spec, "ninja_path"):
+            options = ["-v", *(["-j", at_once] if at_once.isdigit() else [])]
+            status = _run(_ninja(spec, *options), log_of(module), on_step)
+        else:
+            # Another toolchain, whose output FlashInfer keeps.
+            status = spec.build() or 0
+    seconds = time.perf_counter() - start
     if status != 0:
-        raise _failure(module, log, time.perf_counter() - start)
-    return time.perf_counter() - start
+        raise _failure(module, log_of(module), seconds)
+    return seconds
 
 
-def _run(command: list[str], log: Path, on_step: Callable[[int, int], None] | None) -> int:
+def _run(command: list[str], log: Path, on_step: OnStep | None) -> int:
+    """Runs ninja, its output into a log as it comes, and returns its status."""
+    options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
-    with (
-        log.open("w", encoding="utf-8", errors="replace") as file,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-            errors="replace", env=environment,
-        ) as process,
-    ):  # fmt: skip
-        assert process.stdout is not None
+    with log.open("wb", buffering=0) as file, subprocess.Popen(command, env=environment, **options) as process:
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 file.write(line)
-                file.flush()
-                if on_step is not None and (step := re.match(r"\[(\d+)/(\d+)\] ", line)) is not None:
+                if on_step is not None and (step := re.match(rb"\[(\d+)/(\d+)\] ", line)) is not None:
                     on_step(int(step[1]), int(step[2]))
         except BaseException:
             process.terminate()
@@ -215,60 +178,26 @@ def _run(command: list[str], log: Path, on_step: Callable[[int, int], None] | No
 
 def _failure(module: KernelModule, log: Path, seconds: float) -> BackendUnavailableError:
     text = log.read_text(encoding="utf-8", errors="replace")
-    # Not a line of ninja's, nor a flag with such a name.
-    diagnostic = r"^(?!\[\d+/).*?((?:fatal|error)(?: error)?\s*:.*|cannot find -l.*)$"
-    said = re.search(diagnostic, text, re.MULTILINE | re.IGNORECASE)
+    said = _DIAGNOSTIC.search(text)
     what = "" if said is None else f": {said[1].strip()[:200]}"
     cure = "".join(cure for sign, cure in _CURES.items() if sign in text)
-    return BackendUnavailableError(
-        "flashinfer",
-        f"compiling its kernel ({module}) failed after {seconds:.0f} s{what}; the log is {log}",
-        f"{cure}{_WAY_OUT}",
-    )
-
-
-@dataclass(slots=True)
-class _Job:
-    """One module being compiled, or that could not be, by the first thread that asked for it.
-
-    Args:
-        module: What.
-        settings: In force when it began; a failure is believed until they are set again.
-    """
-
-    module: KernelModule
-    settings: Settings
-    start: float = field(default_factory=time.perf_counter)
-    done: threading.Event = field(default_factory=threading.Event)
-    error: BackendUnavailableError | None = None
-    files: tuple[int, int] | None = None
-
-    def run(self) -> None:
-        """Compiles; whoever asks then finds the module ready, or the error, or neither if this was interrupted."""
-        try:
-            compile_module(self.module, on_step=self._count)
-            _ready.add(self.module)
-        except BackendUnavailableError as error:
-            self.error = error
-        finally:
-            if self.error is None:
-                with _lock:
-                    _jobs.pop(self.module, None)
-            self.done.set()
-
-    def _count(self, done: int, total: int) -> None:
-        self.files = done, total
-
-    def elapsed(self) -> str:
-        files = "" if self.files is None else f", {self.files[0]} of {self.files[1]} files"
-        return f"{time.perf_counter() - self.start:.0f} s{files}"
+    message = f"compiling its kernel ({module}) failed after {seconds:.0f} s{what}; the log is {log}"
+    return BackendUnavailableError("flashinfer", message, f"{cure}{_WAY_OUT}")
 
 
 _ready: set[KernelModule] = set()
-_jobs: dict[KernelModule, _Job] = {}
-# Modules that "never" found missing, and with what settings.
+# Held while a module is looked for and compiled.
+_locks: dict[KernelModule, threading.Lock] = {}
+# Modules that could not be compiled, and those that "never" found missing: both are tried again with other settings.
+_failed: dict[KernelModule, tuple[Settings, BackendUnavailableError]] = {}
 _missing: dict[KernelModule, Settings] = {}
-_lock = threading.Lock()
+_waiting: ContextVar[bool] = ContextVar("hf_flashinfer_attn_waiting", default=False)
+_watched: set[str] = set()
+
+
+def _lock_of(module: KernelModule) -> threading.Lock:
+    # One step, so that two threads get the same lock.
+    return _locks.setdefault(module, threading.Lock())
 
 
 def is_ready(module: KernelModule) -> bool:
@@ -278,11 +207,7 @@ def is_ready(module: KernelModule) -> bool:
 
 def is_pending(module: KernelModule) -> bool:
     """Whether a module is being compiled in this process."""
-    job = _jobs.get(module)
-    return job is not None and not job.done.is_set()
-
-
-_waiting: ContextVar[bool] = ContextVar("hf_flashinfer_attn_waiting", default=False)
+    return _lock_of(module).locked()
 
 
 @contextmanager
@@ -300,182 +225,150 @@ def is_waiting() -> bool:
     return _waiting.get()
 
 
+@contextmanager
+def heartbeat(say: Callable[[], None]) -> Iterator[None]:
+    """Calls a function every ten seconds inside the block, from a thread of its own."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT):
+            say()
+
+    thread = threading.Thread(target=beat, name="hf_flashinfer_attn-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+class _Elapsed:
+    """Time since a compilation began, and files done where known, as text."""
+
+    def __init__(self) -> None:
+        self._start, self._files = time.perf_counter(), ""
+
+    def step(self, done: int, total: int) -> None:
+        self._files = f", {done} of {total} files"
+
+    def __str__(self) -> str:
+        return f"{time.perf_counter() - self._start:.0f} s{self._files}"
+
+
 def _look(module: KernelModule) -> bool:
+    """Whether a module is ready, after a look on disk unless that is known."""
     if module not in _ready and is_up_to_date(module):
         _ready.add(module)
     return module in _ready
 
 
-def _job_of(module: KernelModule) -> tuple[_Job, bool]:
-    """Returns the job of a module, and whether the caller is the one to run it."""
+def _failure_of(module: KernelModule) -> BackendUnavailableError | None:
+    """Returns why a module could not be compiled under the settings in force."""
+    settings, error = _failed.get(module, (None, None))
+    return error if settings is current_settings() else None
+
+
+def _compile(module: KernelModule, elapsed: _Elapsed) -> None:
+    """Compiles a module whose lock is held, and remembers the outcome."""
     settings = current_settings()
-    with _lock:
-        job = _jobs.get(module)
-        # `configure` makes new settings, and after it a failed compile is tried again.
-        if job is not None and (job.error is None or job.settings is settings):
-            return job, False
-        job = _jobs[module] = _Job(module, settings)
-        return job, True
+    try:
+        compile_module(module, on_step=elapsed.step)
+    except BackendUnavailableError as error:
+        _failed[module] = settings, error
+        raise
+    _ready.add(module)
 
 
 def require(module: KernelModule) -> None:
-    """Returns once a module is compiled, and says what takes so long.
-
-    Raises:
-        BackendUnavailableError: If it cannot be compiled, or must not be with jit="never".
-    """
-    while module not in _ready:
-        if current_settings().jit == "never":
-            if (reason := why_not(module)) is not None:
-                raise BackendUnavailableError("flashinfer", reason, COMPILE_AHEAD)
-            return
-        job, is_mine = _job_of(module)
-        if is_mine and _look_for(job):
-            return
-        with _heartbeat(job, is_mine):
-            if is_mine:
-                job.run()
-            else:
-                job.done.wait()
-        if job.error is not None:
+    """Returns once a module is compiled, and logs why it takes long; raises where it cannot or must not be."""
+    if module in _ready:
+        return
+    if current_settings().jit == "never":
+        if (reason := why_not(module)) is not None:
+            raise BackendUnavailableError("flashinfer", reason, COMPILE_AHEAD)
+        return
+    # One thread compiles and logs; others wait here.
+    with _lock_of(module):
+        if (error := _failure_of(module)) is not None:
             # Raised by many threads, each with a traceback of its own.
-            raise BackendUnavailableError(job.error.backend, job.error.reason, job.error.way_out) from job.error
-
-
-def _look_for(job: _Job) -> bool:
-    """Whether a job has nothing to do; it is then over."""
-    try:
-        found = _look(job.module)
-    except BaseException:
-        _give_up(job)
-        raise
-    if found:
-        _give_up(job)
-    return found
-
-
-def _give_up(job: _Job) -> None:
-    with _lock:
-        _jobs.pop(job.module, None)
-    job.done.set()
-
-
-@contextmanager
-def _heartbeat(job: _Job, is_mine: bool) -> Iterator[None]:
-    """Says that a job is waited for, and how long so far, from a thread of its own."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(HEARTBEAT):
-            logger.warning("still compiling FlashInfer's kernel (%s): %s", job.module, job.elapsed())
-
-    if is_mine:
+            raise BackendUnavailableError(error.backend, error.reason, error.way_out) from error
+        if _look(module):
+            return
         logger.warning(
             "compiling FlashInfer's kernel (%s) on its first use, about 20 to 90 s, longer on few cores. "
             "`hf-flashinfer-attn warmup` compiles ahead, configure(jit='background') does not wait. Log: %s",
-            job.module,
-            log_of(job.module),
-        )
-    thread = threading.Thread(target=beat, name="hf_flashinfer_attn-heartbeat", daemon=True)
-    # One voice per job is enough.
-    if is_mine:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        if is_mine:
-            thread.join()
-    if is_mine and job.error is None:
-        logger.warning("compiled FlashInfer's kernel (%s) in %s", job.module, job.elapsed())
-
-
-def compile_in_background(module: KernelModule) -> str | None:
-    """Has a thread compile a module, unless one does or did.
-
-    Returns:
-        Why the module cannot be used yet, or at all; None if it is ready.
-    """
-    if module in _ready:
-        return None
-    job, is_mine = _job_of(module)
-    if is_mine:
-        try:
-            if _look_for(job):
-                return None
-        except BackendUnavailableError as error:
-            job.error = error
-            with _lock:
-                _jobs[module] = job
-            logger.warning("attention stays on the torch backend: %s", error)
-            return error.reason
-        logger.warning(
-            "compiling FlashInfer's kernel (%s) in the background; attention runs on the torch backend until it is "
-            "ready. Log: %s",
             module,
             log_of(module),
         )
-        threading.Thread(target=_run_aside, args=(job,), name="hf_flashinfer_attn-compile", daemon=True).start()
-    if job.error is not None:
-        return job.error.reason
-    # It may have been done since.
-    return None if module in _ready else f"its kernel ({module}) is being compiled"
+        elapsed = _Elapsed()
+        with heartbeat(lambda: logger.warning("still compiling FlashInfer's kernel (%s): %s", module, elapsed)):
+            _compile(module, elapsed)
+        logger.warning("compiled FlashInfer's kernel (%s) in %s", module, elapsed)
 
 
-def _run_aside(job: _Job) -> None:
-    job.run()
-    if job.error is None:
-        logger.warning(
-            "FlashInfer's kernel (%s) is ready after %s: attention switches to it", job.module, job.elapsed()
-        )
-    else:
-        logger.warning("attention stays on the torch backend: %s", job.error)
+def compile_in_background(module: KernelModule) -> str | None:
+    """Has a thread compile a module, unless one did; returns why it cannot be used yet, or at all. None if it can."""
+    lock = _lock_of(module)
+    with ExitStack() as held:
+        if module not in _ready and lock.acquire(blocking=False):
+            held.callback(lock.release)
+            settled = False
+            # Where looking fails, compiling does too, and says why.
+            with suppress(BackendUnavailableError):
+                settled = _failure_of(module) is not None or _look(module)
+            if not settled:
+                logger.warning(
+                    "compiling FlashInfer's kernel (%s) in the background; attention runs on the torch backend until "
+                    "it is ready. Log: %s",
+                    module,
+                    log_of(module),
+                )
+                name = "hf_flashinfer_attn-compile"
+                threading.Thread(target=_compile_aside, args=(module, lock), name=name, daemon=True).start()
+                # The thread releases the lock.
+                held.pop_all()
+    if module in _ready:
+        return None
+    error = _failure_of(module)
+    return f"its kernel ({module}) is being compiled" if error is None else error.reason
+
+
+def _compile_aside(module: KernelModule, lock: threading.Lock) -> None:
+    elapsed = _Elapsed()
+    try:
+        _compile(module, elapsed)
+        logger.warning("FlashInfer's kernel (%s) is ready after %s: attention switches to it", module, elapsed)
+    except BackendUnavailableError as error:
+        logger.warning("attention stays on the torch backend: %s", error)
+    finally:
+        lock.release()
 
 
 def why_not(module: KernelModule) -> str | None:
     """Returns why a module cannot be used without compiling it; looked up once per settings. None if it can."""
+    settings = current_settings()
+    if module not in _ready and _missing.get(module) is not settings and not _look(module):
+        _missing[module] = settings
     if module in _ready:
         return None
-    settings = current_settings()
-    if _missing.get(module) is not settings:
-        if _look(module):
-            return None
-        _missing[module] = settings
     return f"its kernel ({module}) is not compiled, and jit='never' forbids to compile it"
-
-
-_watched: set[str] = set()
 
 
 @contextmanager
 def watched(name: str) -> Iterator[None]:
-    """Says that the first use of a kernel takes long, where only FlashInfer knows what it compiles.
-
-    Args:
-        name: Of what is used; watched until a block with this name ends well.
-
-    Raises:
-        BackendUnavailableError: If compiling fails.
-    """
+    """Logs that the first use of a kernel takes long, where only FlashInfer knows what it compiles."""
     if name in _watched:
         yield
         return
-    over, start = threading.Event(), time.perf_counter()
-
-    def beat() -> None:
-        while not over.wait(HEARTBEAT):
-            seconds = time.perf_counter() - start
-            logger.warning("FlashInfer is still preparing a kernel (%s): %.0f s, most likely compiling", name, seconds)
-
-    threading.Thread(target=beat, name="hf_flashinfer_attn-heartbeat", daemon=True).start()
+    elapsed = _Elapsed()
+    message = "FlashInfer is still preparing a kernel (%s): %s, most likely compiling"
     try:
-        yield
+        with heartbeat(lambda: logger.warning(message, name, elapsed)):
+            yield
     except RuntimeError as error:
         if not str(error).startswith("Ninja build failed"):
             raise
-        raise BackendUnavailableError(
-            "flashinfer", f"its kernel ({name}) cannot be built: {error}", _WAY_OUT
-        ) from error
-    finally:
-        over.set()
+        message = f"its kernel ({name}) cannot be built: {error}"
+        raise BackendUnavailableError("flashinfer", message, _WAY_OUT) from error
     _watched.add(name)

@@ -1,4 +1,4 @@
-"""Which compiled modules of FlashInfer there are and where: nothing is compiled or loaded here, and no GPU is needed.
+"""FlashInfer's compiled modules: their names, where they are, and how they are built. Nothing is compiled here.
 
 FlashInfer compiles one module per kernel, dtype and head_dim, with and without a window and softcap, and keeps it on
 disk. It is imported by the functions of this module, never on import.
@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -32,17 +31,6 @@ __all__ = [
 class KernelModule:
     """One compiled module of FlashInfer, as this package asks for them.
 
-    Args:
-        kernel: "fa2" or "fa3".
-        dtype: torch.float16 or torch.bfloat16, of query, key, value and output.
-        head_dim: After padding: 64, 128 or 256.
-        window: Whether keys are bounded on the left.
-        softcap: Whether logits are capped.
-        biased: Whether a bias is added to the logits; with "fa2" alone, and neither a window nor softcap.
-
-    Raises:
-        ValueError: If a bias comes with what its kernel lacks.
-
     Examples:
         >>> import torch
         >>> from hf_flashinfer_attn.kernels.modules import KernelModule
@@ -51,10 +39,13 @@ class KernelModule:
     """
 
     kernel: Literal["fa2", "fa3"]
+    # Of query, key, value and output: torch.float16 or torch.bfloat16.
     dtype: torch.dtype
+    # After padding: 64, 128 or 256.
     head_dim: int
     window: bool
     softcap: bool
+    # Adds a bias to the logits; with "fa2" alone, and neither a window nor softcap.
     biased: bool = False
 
     def __post_init__(self) -> None:
@@ -67,33 +58,36 @@ class KernelModule:
 
     @property
     def name(self) -> str:
-        """What FlashInfer calls the module: of its folder and its shared library.
-
-        Raises:
-            BackendUnavailableError: If FlashInfer is not installed.
-        """
+        """FlashInfer's name of the module, its folder and its shared library."""
         if self.biased:
-            name: str = biased_module_arguments(self.dtype, self.head_dim)[0]
-            return name
-        modules = _flashinfer("flashinfer.jit.attention.modules")
+            return str(biased_module_arguments(self.dtype, self.head_dim)[0])
+        modules = _flashinfer("attention.modules")
         uri: str = modules.get_batch_prefill_uri(self.kernel, *self.arguments)
-        # Its wrappers take a copy of fa2 of their own from 0.7.2 on; others share one.
-        renamed = getattr(modules, "_get_batch_prefill_module_uri", None)
-        if renamed is not None and self.kernel == "fa2":
-            uri = renamed(uri, self.kernel, "equal", "full")
-        return uri
+        # FlashInfer's own wrappers load a variant of fa2 of another name.
+        rename = getattr(modules, "_get_batch_prefill_module_uri", None)
+        return uri if rename is None or self.kernel != "fa2" else str(rename(uri, self.kernel, "equal", "full"))
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """What FlashInfer's generators of modules take after the kernel, for a module without a bias."""
+        """Arguments of FlashInfer's generators after the kernel, for a module without a bias."""
         positions, fp16_products = 0, False
         return (
             *(self.dtype,) * 3, torch.int32, self.head_dim, self.head_dim, positions, self.window, self.softcap,
             fp16_products,
         )  # fmt: skip
 
+    def spec(self) -> Any:
+        """Returns FlashInfer's `JitSpec` of the module, its sources written."""
+        modules = _flashinfer("attention.modules")
+        if self.biased:
+            arguments = biased_module_arguments(self.dtype, self.head_dim)
+            return modules.gen_customize_batch_prefill_module("fa2", *arguments)
+        primary = getattr(modules, "_gen_batch_prefill_primary_module", None) if self.kernel == "fa2" else None
+        return (primary or modules.gen_batch_prefill_module)(self.kernel, *self.arguments)
 
-def _flashinfer(module: str) -> ModuleType:
+
+def _flashinfer(module: str) -> Any:
+    """Returns a module of `flashinfer.jit`; raises BackendUnavailableError if it cannot be imported."""
     if importlib.util.find_spec("flashinfer") is None:
         raise BackendUnavailableError(
             "flashinfer",
@@ -101,7 +95,7 @@ def _flashinfer(module: str) -> ModuleType:
             "Install it: pip install flashinfer-python (Linux), or use hf_flashinfer_attn.configure(backend='torch').",
         )
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(f"flashinfer.jit.{module}")
     except OSError as error:
         # FlashInfer makes its folder when it is imported.
         raise BackendUnavailableError(
@@ -112,71 +106,29 @@ def _flashinfer(module: str) -> ModuleType:
 
 
 def cache_directory() -> Path:
-    """Returns the folder of modules that FlashInfer compiles on this machine, for its version and the GPUs it sees.
-
-    `FLASHINFER_WORKSPACE_BASE` moves it, `FLASHINFER_CUDA_ARCH_LIST` stands for the GPUs; FlashInfer reads both on its
-    import. The folder need not exist.
-
-    Raises:
-        BackendUnavailableError: If FlashInfer is not installed.
-
-    Examples:
-        >>> import importlib.util
-        >>> from hf_flashinfer_attn.kernels.modules import cache_directory
-        >>> cache_directory().name if importlib.util.find_spec("flashinfer") else "cached_ops"
-        'cached_ops'
-    """
-    return Path(_flashinfer("flashinfer.jit.env").FLASHINFER_JIT_DIR)
+    """Returns the folder, which may not exist yet, of modules compiled here, for FlashInfer's version and the GPUs."""
+    return Path(_flashinfer("env").FLASHINFER_JIT_DIR)
 
 
 def aot_directories() -> tuple[Path, ...]:
-    """Returns the folders of modules that came compiled, with FlashInfer or with the package flashinfer-jit-cache.
-
-    Raises:
-        BackendUnavailableError: If FlashInfer is not installed.
-    """
-    env = _flashinfer("flashinfer.jit.env")
-    return tuple(map(Path, getattr(env, "FLASHINFER_AOT_DIRS", (env.FLASHINFER_AOT_DIR,))))
+    """Returns the folders of modules that came compiled, with FlashInfer or with the package flashinfer-jit-cache."""
+    return tuple(map(Path, _flashinfer("env").FLASHINFER_AOT_DIRS))
 
 
 def compiled_library(module: KernelModule) -> Path | None:
-    """Returns the shared library of a module; None if it is neither compiled here nor came compiled.
-
-    Raises:
-        BackendUnavailableError: If FlashInfer is not installed.
-    """
-    name, env = module.name, _flashinfer("flashinfer.jit.env")
-    if hasattr(env, "get_aot_path"):
-        # Knows which of several packages are for these GPUs.
-        came = Path(env.get_aot_path(name))
-        found = [came] if came.is_file() else []
-    else:
-        found = [path for folder in aot_directories() if (path := folder / name / f"{name}.so").is_file()]
-    built = cache_directory() / name / f"{name}.so"
-    return next(iter(found), built if built.is_file() else None)
+    """Returns the shared library of a module; None if it is neither compiled here nor came compiled."""
+    # FlashInfer chooses among the packages that are for these GPUs.
+    came = Path(_flashinfer("env").get_aot_path(module.name))
+    built = cache_directory() / module.name / f"{module.name}.so"
+    return next((path for path in (came, built) if path.is_file()), None)
 
 
 def is_compiled(module: KernelModule) -> bool:
-    """Whether a module can be loaded without compiling it, unless FlashInfer, CUDA or flags changed since.
-
-    Raises:
-        BackendUnavailableError: If FlashInfer is not installed.
-
-    Examples:
-        >>> import importlib.util, torch
-        >>> from hf_flashinfer_attn.kernels.modules import KernelModule, is_compiled
-        >>> module = KernelModule("fa2", torch.float16, 64, window=False, softcap=False)
-        >>> importlib.util.find_spec("flashinfer") is None or is_compiled(module) in (True, False)
-        True
-    """
+    """Whether a module can be loaded without compiling it, unless FlashInfer, CUDA or flags changed since."""
     return compiled_library(module) is not None
 
 
 def compiled_modules() -> tuple[str, ...]:
-    """Returns the names of all modules of FlashInfer that are compiled, others than ours too, sorted.
-
-    Raises:
-        BackendUnavailableError: If FlashInfer is not installed.
-    """
+    """Returns the sorted names of all compiled modules of FlashInfer, not only of this package's."""
     libraries = (path for folder in (cache_directory(), *aot_directories()) for path in folder.glob("*/*.so"))
     return tuple(sorted({path.stem for path in libraries if path.parent.name == path.stem}))

@@ -8,11 +8,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,12 @@ ARCH_VARIABLE = "FLASHINFER_CUDA_ARCH_LIST"
 
 @dataclass(frozen=True, slots=True)
 class WarmedKernel:
-    """Result for one kernel.
-
-    Args:
-        module: Which.
-        seconds: That compiling it took; None where it was compiled before.
-        error: Why it could not be compiled, with the path of the log; None if it is there.
-    """
+    """Result for one kernel."""
 
     module: KernelModule
+    # None where it was compiled before.
     seconds: float | None
+    # Why it could not be compiled, with the path of the log.
     error: str | None
 
     def __str__(self) -> str:
@@ -54,18 +50,13 @@ class WarmedKernel:
 
 @dataclass(frozen=True, slots=True)
 class GraphCheck:
-    """Whether CUDA graphs of the model can be captured, and at what price; they ended with the check.
-
-    Args:
-        captured: How many graphs.
-        memory_mib: Of the GPU that they took, MiB.
-        seconds: From the unpadded model to the last graph, kernels of Triton compiled on the way.
-        problem: Why not all could be; None if they could.
-    """
+    """Whether CUDA graphs of the model can be captured, and at what price; they ended with the check."""
 
     captured: int
     memory_mib: float
+    # From the unpadded model to the last graph, with Triton's compilation.
     seconds: float
+    # Why not all were captured.
     problem: str | None
 
     def __str__(self) -> str:
@@ -177,28 +168,25 @@ def warmup(
     if not isinstance(config, PreTrainedConfig):
         with reading(config):
             config = AutoConfig.from_pretrained(config)
-    archs = _archs(arch)
-    chosen = _dtypes(config, dtypes)
+    archs, chosen = _archs(arch), _dtypes(config, dtypes)
     modules: dict[KernelModule, None] = {}
     notes: dict[str, None] = {}
-    for dtype in chosen:
-        for capability in map(_capability, archs):
-            plan = plan_of_config(config, dtype=dtype, capability=capability)
-            found = modules_of(plan, dtype)
-            modules.update(dict.fromkeys(found))
-            if plan.problem is not None:
-                notes[f"what its attention needs is not known: {plan.problem}"] = None
-            elif not found:
-                reasons = dict.fromkeys(layer.reason or "the settings in force" for layer in plan.layers)
-                notes[f"no kernel of FlashInfer serves it in {_named(dtype)}: {'; '.join(reasons)}"] = None
-            if any("auto" in layer.kernels for layer in plan.layers):
-                major, minor = capability
-                notes[f"on {major}.{minor} FlashInfer itself chooses, and may compile more on first use"] = None
-    at_once = workers or _default_workers()
+    for dtype, (major, minor) in product(chosen, map(_capability, archs)):
+        plan = plan_of_config(config, dtype=dtype, capability=(major, minor))
+        found = modules_of(plan, dtype)
+        modules |= dict.fromkeys(found)
+        if plan.problem is not None:
+            notes[f"what its attention needs is not known: {plan.problem}"] = None
+        elif not found:
+            reasons = dict.fromkeys(layer.reason or "the settings in force" for layer in plan.layers)
+            notes[f"no kernel of FlashInfer serves it in {_named(dtype)}: {'; '.join(reasons)}"] = None
+        if any("auto" in layer.kernels for layer in plan.layers):
+            notes[f"on {major}.{minor} FlashInfer itself chooses, and may compile more on first use"] = None
+    request = tuple(modules), workers or _default_workers(), progress
     if arch is None:
-        directory, kernels = cache_directory(), _compile_all(tuple(modules), at_once, progress)
+        directory, kernels = cache_directory(), _compile_all(*request)
     else:
-        directory, kernels = _compile_elsewhere(tuple(modules), arch, at_once, progress)
+        directory, kernels = _compile_elsewhere(arch, request)
     check = _check_graphs(str(model), chosen[0], shapes) if shapes else None
     seconds = time.perf_counter() - start
     return WarmupReport(config.model_type, archs, directory, kernels, tuple(notes), check, seconds)
@@ -254,126 +242,79 @@ def _default_workers() -> int:
     return max(1, min(cores, free // _COMPILER_GIB))
 
 
-class _Progress:
-    """Files compiled so far, on stderr: a bar on a terminal, and else a line now and then."""
-
-    def __init__(self, shown: bool) -> None:
-        self._start = time.perf_counter()
-        self._lock = threading.Lock()
-        self._steps: dict[KernelModule, tuple[int, int]] = {}
-        self._shown = shown
-        self._bar: Any = _make_bar() if shown and sys.stderr.isatty() else None
-        self._over = threading.Event()
-
-    def __enter__(self) -> _Progress:
-        if self._shown:
-            threading.Thread(target=self._tick, name="hf_flashinfer_attn-progress", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        if self._bar is not None:
-            self._bar.close()
-
-    def say(self, text: str) -> None:
-        """Says something on a line of its own."""
-        if not self._shown:
-            return
-        line = f"[{time.perf_counter() - self._start:6.1f} s] {text}"
-        with self._lock:
-            if self._bar is None:
-                print(line, file=sys.stderr, flush=True)
-            else:
-                self._bar.write(line, file=sys.stderr)
-
-    def step(self, module: KernelModule, done: int, total: int) -> None:
-        """Counts the files of one module."""
-        with self._lock:
-            self._steps[module] = done, total
-            if self._bar is not None:
-                files, self._bar.total = self._files()
-                self._bar.update(files - self._bar.n)
-
-    def _files(self) -> tuple[int, int]:
-        counts = self._steps.values()
-        return sum(done for done, _ in counts), sum(total for _, total in counts)
-
-    def _tick(self) -> None:
-        # A single file can take minutes.
-        while not self._over.wait(1.0 if self._bar is not None else jit.HEARTBEAT):
-            if self._bar is None:
-                done, total = self._files()
-                self.say(f"compiled {done} of {total} files" if total else "compiling the first files")
-            else:
-                self._bar.refresh()
-
-
-def _make_bar() -> Any:
-    from tqdm import tqdm
-
-    return tqdm(desc="compiling", unit=" files", leave=False, file=sys.stderr)
-
-
 def _compile_all(modules: Sequence[KernelModule], workers: int, shown: bool) -> tuple[WarmedKernel, ...]:
-    """Compiles what is missing; each module has a ninja of its own, which runs compilers."""
+    """Compiles missing modules at the same time, with progress on stderr: bars on a terminal, lines elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     missing = [module for module in modules if not jit.is_up_to_date(module)]
     if missing and jit.nvcc_path() is None:
         raise BackendUnavailableError("flashinfer", jit.NO_NVCC, jit.GET_NVCC)
     # Those of fa3 take longest.
     missing.sort(key=lambda module: module.kernel, reverse=True)
-    at_once = max(1, min(workers, len(missing)))
+    at_once, start = max(1, min(workers, len(missing))), time.perf_counter()
+    on_terminal = shown and sys.stderr.isatty()
+    bars = Progress(console=Console(stderr=True), transient=True, disable=not on_terminal)
+    tasks = {module: bars.add_task(str(module), total=None) for module in missing}
+
+    def say(text: str) -> None:
+        if shown and missing:
+            print(f"[{time.perf_counter() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def beat() -> None:
+        done, total = sum(task.completed for task in bars.tasks), sum(task.total or 0 for task in bars.tasks)
+        if not on_terminal:
+            say(f"compiled {done:.0f} of {total:.0f} files" if total else "compiling the first files")
 
     def compile_one(module: KernelModule) -> WarmedKernel:
+        def step(done: int, total: int) -> None:
+            bars.update(tasks[module], completed=done, total=total)
+
         seconds = error = None
         try:
-            seconds = jit.compile_module(
-                module, jobs=max(1, workers // at_once), on_step=lambda *counts: progress.step(module, *counts)
-            )
+            seconds = jit.compile_module(module, jobs=max(1, workers // at_once), on_step=step)
         except BackendUnavailableError as failure:
             error = f"{failure.reason}. {failure.way_out}"
         kernel = WarmedKernel(module, seconds, error)
-        # Why is in the report, which comes last.
-        progress.say(str(kernel) if error is None else f"{module}: failed")
+        # The report, which comes last, has the reason.
+        say(str(kernel) if error is None else f"{module}: failed")
         return kernel
 
-    with _Progress(shown and bool(missing)) as progress, ThreadPoolExecutor(at_once) as pool:
-        progress.say(f"compiling {len(missing)} of {len(modules)} kernels, with {workers} compilers at a time")
+    with bars, jit.heartbeat(beat), ThreadPoolExecutor(at_once) as pool:
+        say(f"compiling {len(missing)} of {len(modules)} kernels, with {workers} compilers at a time")
         compiled = {kernel.module: kernel for kernel in pool.map(compile_one, missing)}
     return tuple(compiled.get(module, WarmedKernel(module, None, None)) for module in modules)
 
 
-def _compile_elsewhere(
-    modules: Sequence[KernelModule], arch: str, workers: int, shown: bool
-) -> tuple[Path, tuple[WarmedKernel, ...]]:
-    """Compiles for GPUs of another kind in a process of its own: FlashInfer settles on one kind when it is imported."""
+def _compile_elsewhere(arch: str, request: tuple[Any, ...]) -> tuple[Path, tuple[WarmedKernel, ...]]:
+    """Compiles for another GPU in a process of its own, as FlashInfer reads the compute capability on import."""
+    root = str(Path(__file__).parents[2])
     with tempfile.TemporaryDirectory(prefix="hf_flashinfer_attn-") as folder:
-        (Path(folder) / "request").write_bytes(pickle.dumps((modules, workers, shown)))
-        here = str(Path(__file__).parents[1])
-        code = f"import sys; sys.path.append({here!r}); from {__name__} import _answer; _answer({folder!r})"
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env={**os.environ, ARCH_VARIABLE: arch}, check=False)
         answer = Path(folder) / "answer"
+        code = f"import sys; sys.path.append({root!r}); from {__name__} import _answer; _answer({str(answer)!r})"
+        environment = {**os.environ, ARCH_VARIABLE: arch}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, input=pickle.dumps(request), env=environment, check=False)
         if not answer.is_file():
             raise BackendUnavailableError(
                 "flashinfer",
                 f"the process that compiles its kernels for {arch} ended with status {done.returncode}",
                 "What it wrote to stderr says why.",
             )
-        found: tuple[Path, tuple[WarmedKernel, ...]] | tuple[str, str] = pickle.loads(answer.read_bytes())
-    if isinstance(found[0], str) and isinstance(found[1], str):
-        raise BackendUnavailableError("flashinfer", found[0], found[1])
-    return found
+        directory, kernels, error = pickle.loads(answer.read_bytes())
+    if error is not None:
+        raise BackendUnavailableError("flashinfer", *error)
+    return directory, kernels
 
 
-def _answer(folder: str) -> None:
-    """What that process runs."""
-    modules, workers, shown = pickle.loads((Path(folder) / "request").read_bytes())
-    found: tuple[object, object]
+def _answer(file: str) -> None:
+    """Runs in that process: request on stdin, result or error into a file."""
+    found: tuple[object, ...]
     try:
-        found = cache_directory(), _compile_all(modules, workers, shown)
+        found = cache_directory(), _compile_all(*pickle.load(sys.stdin.buffer)), None
     except BackendUnavailableError as error:
-        found = error.reason, error.way_out
-    (Path(folder) / "answer").write_bytes(pickle.dumps(found))
+        found = None, None, (error.reason, error.way_out)
+    Path(file).write_bytes(pickle.dumps(found))
 
 
 def _check_graphs(name: str, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> GraphCheck:
