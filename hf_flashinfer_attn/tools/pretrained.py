@@ -1,4 +1,4 @@
-"""One line for what goes wrong when a model or its config is read by path or id."""
+"""Errors of reading a model or its config by path or id, as one line."""
 
 from __future__ import annotations
 
@@ -14,21 +14,14 @@ _WAY_OUT = "Pass a folder with a config.json, or the id of a model on the hub."
 
 
 class UnreadableModelError(FlashInferAttentionError):
-    """No model, or none that transformers can read, is where the caller said."""
+    """There is no model that transformers can read at this path or id."""
 
 
 @contextmanager
 def reading(name: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what transformers raises while it reads a model into an error of one line.
-
-    Args:
-        name: Path or id of the model.
-
-    Raises:
-        UnreadableModelError: If there is no such folder, or what transformers raised is about it.
-    """
+    """Turns what transformers raises while it reads the model `name` into an `UnreadableModelError`."""
     path = os.fspath(name)
-    # What can be no id is not asked of the hub.
+    # Not a valid id, so the hub is not asked.
     if path.startswith(("/", ".", "~")) and not os.path.exists(path):
         raise UnreadableModelError(f"there is no folder {path!r}. {_WAY_OUT}")
     try:

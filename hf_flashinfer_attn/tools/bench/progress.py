@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
-from tqdm import tqdm
-
-from ..notebook import NotebookBar, in_notebook
+from tqdm.auto import tqdm
 
 __all__ = ["Progress"]
 
-SECONDS_BETWEEN_UPDATES = 0.5
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_UPDATES, SECONDS_BETWEEN_LINES = 0.5, 10.0
 
 
-class Progress:
-    """Tells what a benchmark is at. Text for stdout goes through `print`, so that it never meets the bar.
-
-    Args:
-        bar: Whether to update a single line of stderr; by default if stderr is a terminal.
+class Progress(AbstractContextManager["Progress"]):
+    """The current step, on stderr; by default as a bar where one can be redrawn. Results go to stdout.
 
     Examples:
         >>> from hf_flashinfer_attn.tools.bench import Progress
@@ -31,45 +25,33 @@ class Progress:
     """
 
     def __init__(self, bar: bool | None = None) -> None:
-        self._start = time.perf_counter()
-        self._line = NotebookBar("starting") if bar is None and in_notebook() else None
-        self._bar: tqdm[Any] | None = None
-        if bar or (bar is None and self._line is None and sys.stderr.isatty()):
-            self._bar = tqdm(bar_format="{elapsed}  {desc}", leave=False, file=sys.stderr, dynamic_ncols=True)
-        self._text, self._shown = "", self._start
+        self._start = self._shown = time.perf_counter()
+        self._text = ""
+        self._redrawn = (sys.stderr.isatty() or "ipykernel" in sys.modules) if bar is None else bar
+        options: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "disable": not self._redrawn}
+        self._bar = tqdm(bar_format="{elapsed}  {desc}", **options)
 
     def step(self, text: str, detail: str = "") -> None:
         """Shows a step and its progress; updates within a step are rate-limited."""
         now = time.perf_counter()
-        redrawn = self._line is not None or self._bar is not None
-        if text == self._text and now - self._shown < (SECONDS_BETWEEN_UPDATES if redrawn else SECONDS_BETWEEN_LINES):
+        wait = SECONDS_BETWEEN_UPDATES if self._redrawn else SECONDS_BETWEEN_LINES
+        if text == self._text and now - self._shown < wait:
             return
         self._text, self._shown = text, now
         shown = f"{text}, {detail}" if detail else text
-        if self._line is not None:
-            self._line.update(description=shown)
-        elif self._bar is not None:
+        if self._redrawn:
             self._bar.set_description_str(shown)
         else:
             print(f"[{now - self._start:6.1f} s] {shown}", file=sys.stderr, flush=True)
 
     def print(self, text: str) -> None:
-        """Prints a result to stdout."""
-        if self._bar is not None:
-            self._bar.clear()
+        """Prints a result to stdout; the bar is drawn again by the next step."""
+        self._bar.clear()
         print(text, flush=True)
 
     def close(self) -> None:
-        """Removes the bar; in a notebook the time that it all took stays."""
-        if self._line is not None:
-            self._line.close("time taken")
-        if self._bar is not None:
-            self._bar.close()
+        """Removes the bar."""
+        self._bar.close()
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
