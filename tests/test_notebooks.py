@@ -106,12 +106,6 @@ def test_progress_leaves_nothing_in_a_notebook(tmp_path: Path) -> None:
     notebook = _write(
         tmp_path / "progress.ipynb",
         "import warnings; warnings.simplefilter('error')\n"
-<<<<<<< HEAD
-        "from hf_flashinfer_attn.tools.notebook import in_notebook, track\n"
-        "assert in_notebook()\n"
-        "list(track(['a', 'b'], 'reading <b>'))",
-=======
->>>>>>> demo
         "from hf_flashinfer_attn.tools.bench import Progress\n"
         "with Progress() as progress:\n"
         "    progress.step('loading')\n"
