@@ -103,7 +103,7 @@ class PackedTokens:
                 inputs["slots"] = (inputs["slots"][0, row_of] + places)[None]
         if "position_ids" not in inputs:
             inputs["position_ids"] = (places + self._first_position if self._first_position else places)[None]
-        attach_state(cu_seqlens, layout).packing = Packing((1, total), layout, False, True, {})
+        attach_state(cu_seqlens, layout).packing = Packing((1, total), returns_dict=True, layout=layout)
         if self._family.is_causal:
             # The mask keeps transformers from detecting packed sequences in the positions.
             inputs.update(attention_mask=mask_of_ones(1, total, self._device), use_cache=False)
