@@ -133,26 +133,23 @@ def test_batches_hold_the_lengths_and_no_padding_inside() -> None:
 def test_pairs_of_a_band(length: int, band: tuple[int | None, int | None]) -> None:
     left, right = (length if side is None else side for side in band)
     distance = torch.arange(length) - torch.arange(length)[:, None]
-    assert floors._pairs(length, *band) == int(((distance >= -left) & (distance <= right)).sum())
+    assert floors.count_pairs(length, *band) == int(((distance >= -left) & (distance <= right)).sum())
 
 
 def test_work_of_bert() -> None:
     model = BertModel(TINY)
     lengths = [3, 7, 1]
     work = floors.count_work(model, workload.synthetic_batches(lengths, 2, TINY, CPU))
-    assert work is not None
     embedding_norm = 2 * 32
     layer = 4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 4 * 32
     weights = embedding_norm + 2 * layer
-    assert work.flops == 2 * weights * 11 + 4 * 32 * (9 + 49 + 1) * 2
-    assert work.bytes == 2 * 4 * weights + 11 * 32 * 4
-    rates = floors.MachineRates(work.flops / 2, work.bytes / 3)
-    assert work.floor_seconds(rates) == pytest.approx(3)
+    assert work == (2 * weights * 11 + 4 * 32 * (9 + 49 + 1) * 2, 2 * 4 * weights + 11 * 32 * 4)
+    assert floors.MachineRates(work[0] / 2, work[1] / 3).floor_seconds(*work) == pytest.approx(3)
 
 
 def test_windows_and_causality_count() -> None:
-    assert floors._bands(shape_model("modernbert-base").config, 3, False) == [(None, None), (64, 64), (64, 64)]
-    assert floors._bands(shape_model("qwen3-embedding").config, 3, True) == [(None, 0)] * 3
+    assert floors.bands_of(shape_model("modernbert-base").config, 3, False) == [(None, None), (64, 64), (64, 64)]
+    assert floors.bands_of(shape_model("qwen3-embedding").config, 3, True) == [(None, 0)] * 3
 
 
 def test_twin_shares_weights_and_wider_one_does_not() -> None:
