@@ -8,21 +8,15 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    AutoModel,
-    BertConfig,
-    BertModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaModel,
-)
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks import make_tables
 from hf_flashinfer_attn.kernels import torch_ragged as reference
@@ -39,25 +33,56 @@ TINY = BertConfig(
     vocab_size=5 + len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
     max_position_embeddings=40, initializer_range=0.2,
 )  # fmt: skip
-SMALL = ["--device", "cpu", "--requests", "8", "--batch-size", "4"]
+GTE = ["--shape", "gte-small"]
+SMALL = ["--layers", "1", "--device", "cpu", "--requests", "8", "--batch-size", "4"]
+Command = Callable[..., tuple[dict[str, Any], str, str]]
 
 
 @pytest.fixture(autouse=True)
 def _quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine reaches is not under test, and takes most of a second to measure."""
     monkeypatch.setattr(measure, "measure_rates", functools.partial(floors.measure_rates, seconds=0.01))
+
+
+@pytest.fixture
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `bench`, and returns the figures, stdout and stderr."""
+
+    def run(*arguments: object, status: int = 0) -> tuple[dict[str, Any], str, str]:
+        file = tmp_path / "out.json"
+        assert cli.main(["bench", *map(str, arguments), "--json", str(file)]) == status
+        return json.loads(file.read_text()), *capsys.readouterr()
+
+    return run
+
+
+def small_plan(lengths: str = "4+9", **changes: Any) -> bench.Plan:
+    sets = tuple(map(workload.parse_request_set, lengths.split(",")))
+    small = {"shapes": ("gte-small",), "layers": 1, "request_sets": sets, "requests": 8, "device": "cpu", "repeats": 1}
+    return bench.Plan(**(small | changes))
+
+
+def small_cell(lengths: str = "4+9", **changes: Any) -> bench.Cell:
+    (cell,) = bench.run_bench(small_plan(lengths, **changes)).cells
+    return cell
+
+
+def changed(monkeypatch: pytest.MonkeyPatch, like: str, **changes: Any) -> None:
+    """Puts a contender like another one, but for some changes, in place of it or under another name."""
+    contender = dataclasses.replace(CONTENDERS[like], **changes)
+    monkeypatch.setitem(CONTENDERS, contender.name, contender)
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     BertModel(TINY).save_pretrained(folder)
-    vocabulary = {word: at for at, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    vocabulary = {word: at for at, word in enumerate([*special.values(), "[MASK]", *WORDS])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return folder
 
 
@@ -70,11 +95,14 @@ def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shape_model(shape: str, layers: int = 3) -> PreTrainedModel:
-    config = workload.shape_config(shape, layers)
     narrow: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
-    if hasattr(config, "head_dim"):
-        narrow |= {"head_dim": 32, "num_key_value_heads": 1}
-    config = type(config)(**{**config.to_dict(), **narrow})
+    if shape == "roberta":
+        config = AutoConfig.for_model("roberta", num_hidden_layers=layers, **narrow)
+    else:
+        config = workload.shape_config(shape, layers)
+        if hasattr(config, "head_dim"):
+            narrow |= {"head_dim": 32, "num_key_value_heads": 1}
+        config = type(config)(**{**config.to_dict(), **narrow})
     return AutoModel.from_config(config, attn_implementation="sdpa").eval()
 
 
@@ -88,11 +116,9 @@ def test_named_request_sets(name: str, requests: int, padding: float) -> None:
     lengths = chosen.lengths()
     assert len(lengths) == requests
     assert max(lengths) <= chosen.longest
-    slots = 0
-    for start in range(0, requests, chosen.batch_size):
-        rows = lengths[start : start + chosen.batch_size]
-        slots += max(rows) * len(rows)
-    assert 1 - sum(lengths) / slots == pytest.approx(padding, abs=0.01)
+    batches = [lengths[start : start + chosen.batch_size] for start in range(0, requests, chosen.batch_size)]
+    positions = sum(max(rows) * len(rows) for rows in batches)
+    assert 1 - sum(lengths) / positions == pytest.approx(padding, abs=0.01)
     assert chosen.lengths(20) == (lengths[:20] if name != "sorted" else sorted(chosen.lengths(20), reverse=True))
 
 
@@ -102,19 +128,21 @@ def test_no_request_set(text: str) -> None:
         workload.parse_request_set(text)
 
 
-@pytest.mark.parametrize("shape", list(workload.SHAPES))
-def test_shapes(shape: str) -> None:
-    layers, hidden, heads, intermediate = {
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    {
         "gte-small": (12, 384, 12, 1536),
         "bge-base": (12, 768, 12, 3072),
         "bge-large": (24, 1024, 16, 4096),
         "reranker-base": (12, 768, 12, 3072),
         "modernbert-base": (22, 768, 12, 1152),
         "qwen3-embedding": (28, 1024, 16, 3072),
-    }[shape]
+    }.items(),
+)
+def test_shapes(shape: str, sizes: tuple[int, ...]) -> None:
     config = workload.shape_config(shape)
-    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (layers, hidden, heads)
-    assert (config.intermediate_size, config.vocab_size) == (intermediate, 30_522)
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    assert tuple(getattr(config, name) for name in names) == (*sizes, 30_522)
     assert workload.shape_config(shape, 3).num_hidden_layers == 3
 
 
@@ -184,40 +212,30 @@ def varlen_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scal
 def test_packed_input_gives_the_padded_numbers(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen, "varlen_attn", varlen_stand_in)
-    if shape == "roberta":
-        config = RobertaConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
-        model = RobertaModel._from_config(config, attn_implementation="sdpa").eval()
-    else:
-        model = shape_model(shape)
+    model = shape_model(shape)
     batch = workload.synthetic_batches([30, 200, 1, 77], 4, model.config, CPU)[0]
     pooled = []
-    for name in ("sdpa", "varlen"):
-        contender = CONTENDERS[name]
+    for contender in (CONTENDERS["sdpa"], CONTENDERS["varlen"]):
         prepared = contender.prepare_batch(batch, model)
         with torch.no_grad():
             pooled.append(contender.pool(contender.run(contender.prepare_model(model), prepared), prepared))
     torch.testing.assert_close(*pooled, rtol=1e-4, atol=1e-5)
 
 
-def test_model_and_texts(
-    model_folder: Path, texts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_model_and_texts(model_folder: Path, texts_file: Path, tmp_path: Path, command: Command) -> None:
     pytest.importorskip("matplotlib")
-    file, chart = tmp_path / "out.json", tmp_path / "out.png"
-    status = cli.main(
-        ["bench", "--model", str(model_folder), "--texts", str(texts_file), "--batch-size", "4", "--device", "cpu",
-         "--against", "eager", "--repeats", "2", "--json", str(file), "--plot", str(chart)]
+    chart = tmp_path / "out.png"
+    figures, out, err = command(
+        "--model", model_folder, "--texts", texts_file, "--batch-size", 4, "--device", "cpu", "--against", "eager",
+        "--repeats", 2, "--plot", chart,
     )  # fmt: skip
-    captured = capsys.readouterr()
-    assert status == 0
     assert chart.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert "13 requests in batches of 4" in captured.out
-    assert captured.out.endswith(bench.COLUMNS_EXPLAINED + "\n\n")
-    assert "{" not in captured.out
-    assert max(map(len, [*captured.out.splitlines(), *captured.err.splitlines()])) <= 100
-    assert str(model_folder.parent) not in captured.err
-    assert "warm-up and check" in captured.err
-    figures = json.loads(file.read_text())
+    assert "13 requests in batches of 4" in out
+    assert out.endswith(bench.COLUMNS_EXPLAINED + "\n\n")
+    assert "{" not in out
+    assert max(map(len, [*out.splitlines(), *err.splitlines()])) <= 100
+    assert str(model_folder.parent) not in err
+    assert "warm-up and check" in err
     assert figures["passed"] is True
     assert set(figures) == {
         "format", "environment", "device", "dtype", "repeats", "rates", "passed", "cells", "skipped"
@@ -245,25 +263,19 @@ def test_model_and_texts(
 
 def test_sorted_texts_have_less_padding(model_folder: Path, texts_file: Path) -> None:
     texts = tuple(line for line in texts_file.read_text().splitlines() if line)
-    cells = [
-        bench.run_bench(
-            bench.Plan(model=str(model_folder), texts=texts, batch_size=4, device="cpu", repeats=1, sort=sort)
-        ).cells[0]
-        for sort in (False, True)
-    ]
-    assert cells[0].tokens == cells[1].tokens
-    assert cells[1].padded_fraction < cells[0].padded_fraction
+    plan = small_plan(shapes=(), layers=None, request_sets=(), requests=None, model=str(model_folder), texts=texts)
+    plans = [dataclasses.replace(plan, batch_size=4, sort=sort) for sort in (False, True)]
+    unsorted, ordered = (bench.run_bench(plan).cells[0] for plan in plans)
+    assert unsorted.tokens == ordered.tokens
+    assert ordered.padded_fraction < unsorted.padded_fraction
 
 
-def test_named_shapes(tmp_path: Path) -> None:
-    file = tmp_path / "out.json"
+def test_named_shapes(command: Command) -> None:
     # transformers 5.5 makes no ModernBERT without a local layer.
-    shapes = ["--shape", "gte-small,modernbert-base", "--shape", "qwen3-embedding", "--layers", "2"]
-    assert (
-        cli.main(["bench", *shapes, "--lengths", "4+20,uniform:3:9", *SMALL, "--requests", "4", "--json", str(file)])
-        == 0
-    )
-    figures = json.loads(file.read_text())
+    figures, _, _ = command(
+        "--shape", "gte-small,modernbert-base", "--shape", "qwen3-embedding", "--lengths", "4+20,uniform:3:9",
+        *SMALL, "--layers", 2, "--requests", 4,
+    )  # fmt: skip
     assert [(cell["shape"], cell["lengths"]) for cell in figures["cells"]] == [
         (shape, lengths)
         for shape in ("gte-small", "modernbert-base", "qwen3-embedding")
@@ -273,13 +285,10 @@ def test_named_shapes(tmp_path: Path) -> None:
     assert {outcome["status"] for cell in figures["cells"] for outcome in cell["contenders"]} == {"measured"}
 
 
-def test_what_a_model_is_too_short_for_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "out.json"
-    arguments = ["bench", "--shape", "gte-small", "--layers", "1", "--lengths", "4,513", *SMALL]
-    assert cli.main([*arguments, "--json", str(file)]) == 0
+def test_what_a_model_is_too_short_for_is_skipped(command: Command) -> None:
+    figures, _, err = command(*GTE, "--lengths", "4,513", *SMALL)
     reason = "513 has requests of 513 tokens, gte-small takes 512"
-    assert f"skipped: {reason}\n" in capsys.readouterr().err
-    figures = json.loads(file.read_text())
+    assert f"skipped: {reason}\n" in err
     assert figures["skipped"] == [reason]
     assert [cell["lengths"] for cell in figures["cells"]] == ["4"]
 
@@ -312,19 +321,12 @@ def not_a_number(hidden: torch.Tensor, batch: workload.PaddedBatch) -> torch.Ten
     ids=["no-mask", "rows-swapped", "nan", "bfloat16"],
 )
 def test_wrong_outputs_are_not_timed(
-    changes: dict[str, Any],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any], message: str, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "out.json"
-    wrong = dataclasses.replace(CONTENDERS["eager"], name="wrong", ours=True, **changes)
-    monkeypatch.setitem(CONTENDERS, "wrong", wrong)
-    arguments = ["bench", "--shape", "gte-small", "--layers", "1", "--lengths", "30+4+9+17", *SMALL]
-    assert cli.main([*arguments, "--requests", "64", "--batch-size", "16", "--json", str(file)]) == 1
-    assert re.search(rf"  wrong +wrong: .*{message}", " ".join(capsys.readouterr().out.split("\n")))
-    figures = json.loads(file.read_text())
+    changed(monkeypatch, "eager", name="wrong", ours=True, **changes)
+    larger = ["--requests", 64, "--batch-size", 16]
+    figures, out, _ = command(*GTE, "--lengths", "30+4+9+17", *SMALL, *larger, status=1)
+    assert re.search(rf"  wrong +wrong: .*{message}", " ".join(out.split("\n")))
     assert figures["passed"] is False
     outcomes = {outcome["name"]: outcome for outcome in figures["cells"][0]["contenders"]}
     assert (outcomes["wrong"]["status"], outcomes["wrong"]["best_seconds"]) == ("wrong", None)
@@ -365,13 +367,6 @@ def test_logits_next_to_zero_are_judged_beside_those_of_other_requests() -> None
     assert "request 8 is" in str(verify.judge(output, sdpa, judged, torch.float16).reason)
 
 
-def raiser(error: Exception) -> Any:
-    def run(model: Any, batch: Any) -> torch.Tensor:
-        raise error
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("error", "status", "passed"),
     [
@@ -384,37 +379,24 @@ def raiser(error: Exception) -> Any:
 def test_a_failure_is_a_value(
     name: str, error: Exception, status: str, passed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(CONTENDERS, name, dataclasses.replace(CONTENDERS[name], run=raiser(error)))
-    plan = bench.Plan(
-        shapes=("gte-small",), layers=1, request_sets=(workload.parse_request_set("4+9"),), requests=8,
-        against=("eager",), device="cpu", repeats=1,
-    )  # fmt: skip
-    report = bench.run_bench(plan)
-    assert report.passed is passed
-    outcomes = {outcome.name: outcome for outcome in report.cells[0].contenders}
+    changed(monkeypatch, name, run=Mock(side_effect=error))
+    cell = small_cell(against=("eager",))
+    assert cell.passed is passed
+    outcomes = {outcome.name: outcome for outcome in cell.contenders}
     assert (outcomes[name].status, outcomes[name].best_seconds, outcomes[name].verified) == (status, None, None)
     assert outcomes["flashinfer"].verified
     assert (outcomes["flashinfer"].speedup_over_sdpa is None) == (name == "sdpa")
-    assert status in bench.format_cell(report.cells[0])
+    assert status in bench.format_cell(cell)
 
 
 def test_compiled_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without inductor, which takes half a minute on a CPU.
-    traced = functools.partial(contenders._compiled, backend="eager")
-    monkeypatch.setitem(CONTENDERS, "compile", dataclasses.replace(CONTENDERS["compile"], prepare_model=traced))
-    plan = bench.Plan(
-        shapes=("gte-small",), layers=1, request_sets=(workload.parse_request_set("4+9"),), requests=8, batch_size=3,
-        against=("compile",), device="cpu", repeats=1,
-    )  # fmt: skip
-    assert bench.run_bench(plan).cells[0].contenders[1].status == "measured"
+    changed(monkeypatch, "compile", prepare_model=functools.partial(contenders.compiled, backend="eager"))
+    assert small_cell(batch_size=3, against=("compile",)).contenders[1].status == "measured"
 
 
-def test_soft_budget_ends_after_a_whole_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = bench.Plan(
-        shapes=("gte-small",), layers=1, request_sets=(workload.parse_request_set("4"),), requests=4,
-        device="cpu", repeats=5, seconds=1e-9,
-    )  # fmt: skip
-    (cell,) = bench.run_bench(plan).cells
+def test_soft_budget_ends_after_a_whole_round() -> None:
+    cell = small_cell("4", requests=4, repeats=5, seconds=1e-9)
     assert [len(outcome.passes_seconds) for outcome in cell.contenders] == [1, 1, 1]
 
 
@@ -425,24 +407,20 @@ def test_fallbacks_are_told() -> None:
         "  flashinfer  failed: no kernel",
         "  flashinfer fell back: position_bias",
     ]
+    assert "flashinfer fell back: position_bias" in bench.format_html(cell)
 
 
 @pytest.mark.parametrize("rate", [1.0, 1e15], ids=["too-slow", "fast"])
 def test_a_floor_that_was_beaten_is_none(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "measure_rates", lambda device, dtype: floors.MachineRates(rate, 1e15))
-    plan = bench.Plan(
-        shapes=("gte-small",), layers=1, request_sets=(workload.parse_request_set("4"),), requests=4,
-        device="cpu", repeats=1,
-    )  # fmt: skip
-    (cell,) = bench.run_bench(plan).cells
+    cell = small_cell("4", requests=4)
+    best = cell.contenders[0]
     if rate == 1.0:
-        assert (cell.floor_seconds, cell.contenders[0].floor_fraction) == (None, None)
+        assert (cell.floor_seconds, best.floor_fraction) == (None, None)
         assert "no floor" in bench.format_cell(cell)
     else:
-        assert cell.flops is not None
         assert cell.floor_seconds == cell.flops / rate
-        assert cell.contenders[0].best_seconds is not None
-        assert cell.contenders[0].floor_fraction == cell.floor_seconds / cell.contenders[0].best_seconds
+        assert best.floor_fraction == cell.floor_seconds / best.best_seconds
 
 
 @pytest.mark.parametrize(
@@ -467,16 +445,12 @@ def test_what_cannot_be_measured(
     assert message in capsys.readouterr().err
 
 
-def test_what_cannot_run_here_is_a_line_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_run_here_is_a_line_of_the_table(command: Command) -> None:
     pytest.importorskip("torch.nn.attention.varlen")
-    file = tmp_path / "out.json"
-    names = ["--against", "varlen", "--ours", "unpad,graphs", "--json", str(file)]
-    assert cli.main(["bench", "--shape", "gte-small", "--layers", "1", "--lengths", "4+9", *SMALL, *names]) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"^  varlen +unsupported: torch's varlen_attn runs on CUDA only, not on cpu$", shown, re.MULTILINE)
-    assert re.search(r"^  graphs +unsupported: CUDA graphs need a GPU, not cpu$", shown, re.MULTILINE)
-    (cell,) = json.loads(file.read_text())["cells"]
-    statuses = {outcome["name"]: outcome["status"] for outcome in cell["contenders"]}
+    figures, out, _ = command(*GTE, "--lengths", "4+9", *SMALL, "--against", "varlen", "--ours", "unpad,graphs")
+    assert re.search(r"^  varlen +unsupported: torch's varlen_attn runs on CUDA only, not on cpu$", out, re.MULTILINE)
+    assert re.search(r"^  graphs +unsupported: CUDA graphs need a GPU, not cpu$", out, re.MULTILINE)
+    statuses = {outcome["name"]: outcome["status"] for outcome in figures["cells"][0]["contenders"]}
     assert statuses == {"sdpa": "measured", "varlen": "unsupported", "unpad": "measured", "graphs": "unsupported"}
 
 
@@ -501,10 +475,7 @@ def test_table_is_no_wider_than_100_columns() -> None:
 
 def test_steps_tell_how_far_they_are() -> None:
     steps: dict[str, list[str]] = {}
-    plan = bench.Plan(
-        shapes=("gte-small",), layers=1, request_sets=(workload.parse_request_set("4+9"),), requests=8, batch_size=3,
-        against=("sdpa",), ours=("unpad",), device="cpu", repeats=2,
-    )  # fmt: skip
+    plan = small_plan(batch_size=3, ours=("unpad",), repeats=2)
     bench.run_bench(plan, on_step=lambda step, detail: steps.setdefault(step, []).append(detail))
     assert steps["gte-small, 4+9: reference"][0] == "request 1 of 4"
     assert steps["gte-small, 4+9: unpad, warm-up and check"] == [f"batch {at} of 3" for at in (1, 2, 3)]
@@ -524,44 +495,29 @@ def test_names_on_the_command_line_are_those_of_the_benchmark() -> None:
 
 
 def test_names_that_the_benchmark_does_not_know() -> None:
-    sets = (workload.parse_request_set("4"),)
     with pytest.raises(bench.BenchError, match="'bert-huge' is no shape"):
-        bench.run_bench(bench.Plan(shapes=("bert-huge",), request_sets=sets, device="cpu"))
+        bench.run_bench(small_plan(shapes=("bert-huge",)))
     with pytest.raises(bench.BenchError, match="'flash' is no contender"):
-        bench.run_bench(bench.Plan(shapes=("gte-small",), request_sets=sets, against=("flash",), device="cpu"))
+        bench.run_bench(small_plan(against=("flash",)))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "one of the arguments --model --shape is required"),
-        (["--shape", "bert-huge"], "'bert-huge' is not known; expected some of gte-small,bge-base"),
-        (["--shape", "gte-small", "--against", "sdpa,flash"], "'flash' is not known; expected some of sdpa,eager"),
-        (["--shape", "gte-small", "--ours"], "no name given; expected some of flashinfer,unpad"),
-        (["--shape", "gte-small", "--ours", ""], "no name given; expected some of flashinfer,unpad"),
-        (["--shape", "gte-small", "--plot", "out.foo"], "'out.foo' does not end in .png"),
-        (["--shape", "gte-small", "--model", "x"], "not allowed with"),
-        (["--shape", "gte-small", "--lengths", "chats"], "'chats' is no request set"),
-        (["--model", "x", "--texts", "no/such/file"], "cannot be read"),
-        (["--model", "x", "--texts", "{latin}"], "cannot be read: it is not UTF-8"),
-        (["--shape", "gte-small", "--json", "no/such/folder/x.json"], "existing folder"),
-        (["--shape", "gte-small", "--json", "/proc/x.json"], "cannot be written"),
-    ],
-    ids=[
-        "nothing",
-        "shape",
-        "contender",
-        "no-names",
-        "empty-names",
-        "plot",
-        "both",
-        "lengths",
-        "texts",
-        "latin",
-        "json",
-        "unwritable",
-    ],
-)
+WRONG_USAGE = {
+    "nothing": ([], "one of the arguments --model --shape is required"),
+    "shape": (["--shape", "bert-huge"], "'bert-huge' is not known; expected some of gte-small,bge-base"),
+    "contender": ([*GTE, "--against", "sdpa,flash"], "'flash' is not known; expected some of sdpa,eager"),
+    "no-names": ([*GTE, "--ours"], "no name given; expected some of flashinfer,unpad"),
+    "empty-names": ([*GTE, "--ours", ""], "no name given; expected some of flashinfer,unpad"),
+    "plot": ([*GTE, "--plot", "out.foo"], "'out.foo' does not end in .png"),
+    "both": ([*GTE, "--model", "x"], "not allowed with"),
+    "lengths": ([*GTE, "--lengths", "chats"], "'chats' is no request set"),
+    "texts": (["--model", "x", "--texts", "no/such/file"], "cannot be read"),
+    "latin": (["--model", "x", "--texts", "{latin}"], "cannot be read: it is not UTF-8"),
+    "json": ([*GTE, "--json", "no/such/folder/x.json"], "existing folder"),
+    "unwritable": ([*GTE, "--json", "/proc/x.json"], "cannot be written"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_USAGE.values(), ids=WRONG_USAGE)
 def test_wrong_usage(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     latin = tmp_path / "latin.txt"
     latin.write_bytes("f\u00fcr".encode("latin-1"))
@@ -617,11 +573,7 @@ def test_readme_commands_are_understood() -> None:
 
 def test_tables_of_two_runs(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    plan = bench.Plan(
-        shapes=("gte-small",), layers=1, requests=4, device="cpu", repeats=1,
-        request_sets=tuple(map(workload.parse_request_set, ("4+8", "5"))),
-    )  # fmt: skip
-    first = bench.report_figures(bench.run_bench(plan))
+    first = bench.report_figures(bench.run_bench(small_plan("4+8,5", requests=4)))
     second = json.loads(json.dumps(first))
     second["environment"]["date_utc"] = "9999-01-01T00:00:00+00:00"
     second["cells"] = [
@@ -659,10 +611,7 @@ def test_no_report(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", ["gte-small", "modernbert-base", "qwen3-embedding"])
 def test_every_contender_on_a_gpu(shape: str) -> None:
-    plan = bench.Plan(
-        shapes=(shape,), layers=4, request_sets=(workload.REQUEST_SETS["chat"],), requests=256,
-        against=tuple(name for name, contender in CONTENDERS.items() if not contender.ours), repeats=1,
-    )  # fmt: skip
-    report = bench.run_bench(plan)
-    assert {outcome.name: outcome.reason for outcome in report.cells[0].contenders if outcome.reason} == {}
-    assert all(outcome.peak_memory_bytes > 0 for outcome in report.cells[0].contenders)
+    rivals = tuple(name for name, contender in CONTENDERS.items() if not contender.ours)
+    cell = small_cell("chat", shapes=(shape,), layers=4, requests=256, against=rivals, device="auto")
+    assert {outcome.name: outcome.reason for outcome in cell.contenders if outcome.reason} == {}
+    assert all(outcome.peak_memory_bytes > 0 for outcome in cell.contenders)

@@ -6,10 +6,10 @@ A new contender is one entry of `CONTENDERS`.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from ...settings import NAME
 from ...unpadding import GraphOptions, unpad
 from .workload import BenchError, PaddedBatch
 
-__all__ = ["BASELINE", "CONTENDERS", "Contender", "first_position", "pool_padded", "run_model", "twin"]
+__all__ = ["BASELINE", "CONTENDERS", "Contender", "compiled", "first_position", "pool_padded", "run_model", "twin"]
 
 BASELINE = "sdpa"
 _VARLEN = "torch_varlen"
+_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def twin(model: PreTrainedModel, implementation: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -101,7 +102,8 @@ class Contender:
     pool: Callable[[torch.Tensor, Any], torch.Tensor] = pool_padded
 
 
-def _compiled(model: PreTrainedModel, backend: str = "inductor") -> Any:
+def compiled(model: PreTrainedModel, backend: str = "inductor") -> Any:
+    """Returns the model with sdpa under torch.compile."""
     # Compilations of other models count against the limit per layer.
     torch.compiler.reset()
     return torch.compile(twin(model, BASELINE), dynamic=True, backend=backend)
@@ -135,14 +137,9 @@ def _pack(batch: PaddedBatch, model: PreTrainedModel) -> _PackedBatch:
     offsets = nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     longest = max(batch.lengths)
     packed = {name: tensor[valid][None] for name, tensor in batch.inputs.items() if name != "attention_mask"}
-    inputs = packed | {
-        "position_ids": (valid.cumsum(1)[valid] - 1 + first_position(model))[None],
-        "cu_seq_lens_q": offsets,
-        "cu_seq_lens_k": offsets,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
-    return _PackedBatch(inputs, valid.nonzero()[:, 0], batch.divisors)
+    packed["position_ids"] = (valid.cumsum(1)[valid] - 1 + first_position(model))[None]
+    bounds = dict(zip(_BOUNDS, (offsets, offsets, longest, longest)))
+    return _PackedBatch(packed | bounds, valid.nonzero()[:, 0], batch.divisors)
 
 
 def first_position(model: PreTrainedModel) -> int:
@@ -188,7 +185,7 @@ def _varlen_attention(
     from torch.nn.attention import varlen
 
     attend: Any = varlen.varlen_attn
-    bounds = [kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
+    bounds = [kwargs.get(name) for name in _BOUNDS]
     unknown = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
     if unknown or any(bound is None for bound in bounds):
         raise BenchError(f"torch's varlen_attn cannot serve {type(module).__name__}; take varlen out of --against.")
@@ -202,34 +199,31 @@ def _varlen_attention(
     return attend(*tokens, *bounds, **options)[None], None
 
 
-@functools.cache
+@cache
 def _takes(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
 _UNPAD = Contender("unpad", _unpadded, ours=True)
-_GRAPHS = Contender("graphs", functools.partial(_unpadded, cuda_graphs=True), ours=True, refuse=_refuse_graphs)
-_COMPILED = Contender(
-    "compiled_graphs",
-    functools.partial(_unpadded, cuda_graphs=GraphOptions(compile=True)),
-    ours=True,
-    refuse=_refuse_graphs,
+_GRAPHS = Contender("graphs", partial(_unpadded, cuda_graphs=True), ours=True, refuse=_refuse_graphs)
+_COMPILED_GRAPHS = replace(
+    _GRAPHS, name="compiled_graphs", prepare_model=partial(_unpadded, cuda_graphs=GraphOptions(compile=True))
 )
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
         Contender(BASELINE, lambda model: model),
-        Contender("eager", functools.partial(twin, implementation="eager")),
-        Contender("flex_attention", functools.partial(twin, implementation="flex_attention")),
+        Contender("eager", partial(twin, implementation="eager")),
+        Contender("flex_attention", partial(twin, implementation="flex_attention")),
         # The whole model on packed tokens, packed before the clock starts.
         Contender("varlen", _varlen_model, refuse=_refuse_varlen, prepare_batch=_pack, pool=_pool_packed),
-        Contender("compile", _compiled),
-        Contender(NAME, functools.partial(twin, implementation=NAME), ours=True),
+        Contender("compile", compiled),
+        Contender(NAME, partial(twin, implementation=NAME), ours=True),
         _UNPAD,
         _on_host(_UNPAD, refuse=_refuse_host),
         _GRAPHS,
         _on_host(_GRAPHS),
-        _COMPILED,
-        _on_host(_COMPILED),
+        _COMPILED_GRAPHS,
+        _on_host(_COMPILED_GRAPHS),
     )
 }

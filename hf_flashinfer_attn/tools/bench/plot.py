@@ -53,14 +53,15 @@ def draw_chart(reports: Sequence[dict[str, Any]], file: Path, *, description: st
     bars = max(sum(len(cell["contenders"]) + _GAP_BARS for cell in panel) for panel in panels.values())
     size = (max(4.3 * columns + 0.4, 7.0), rows * (bars * _BAR_INCHES + 0.55) + 1.3)
     figure = Figure(figsize=size, dpi=160, layout="constrained")
-    title = f"Tokens per second, and times that of {BASELINE}"
-    figure.suptitle(title, x=0.02, ha="left", size=13, weight="bold", color=_INK)
     environment = reports[0]["environment"]
     versions = f"torch {environment['torch']}, transformers {environment['transformers']}"
     caption = f"{environment['gpu'] or environment['cpu']}, {reports[0]['dtype']}, {versions}"
     figure.supxlabel(caption, x=0.02, ha="left", size=7.5, color=_MUTED)
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8.5)
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8.5, alignment="left",
+        title=f"Tokens per second, and times that of {BASELINE}", title_fontproperties={"size": 13, "weight": "bold"},
+    )  # fmt: skip
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (shape, panel) in zip(grid, panels.items()):
         _draw_panel(axes, panel, colours)
@@ -89,7 +90,7 @@ def _draw_panel(axes: Any, cells: Sequence[dict[str, Any]], colours: dict[str, s
     axes.tick_params(length=0)
     # Room for the labels.
     axes.set_xlim(0, axes.dataLim.xmax * 1.28 or 1)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.set_frame_on(False)
 
 
 def _label(outcome: dict[str, Any]) -> str:
