@@ -71,9 +71,8 @@ def count_work(model: PreTrainedModel, batches: Sequence[PaddedBatch]) -> tuple[
     the configuration does not tell, or where a token does not meet every weight.
     """
     config = model.config.get_text_config()
-    layers, hidden, heads, head_dim = (
-        getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")
-    )
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")
+    layers, hidden, heads, head_dim = (getattr(config, name, None) for name in names)
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     if not (layers and hidden and heads) or any(getattr(config, name, None) for name in experts):
         return None

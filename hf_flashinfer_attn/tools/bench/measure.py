@@ -33,23 +33,9 @@ def run_bench(
     on_step: OnStep = lambda step, detail: None,
     on_cell: Callable[[BenchReport], None] = lambda report: None,
 ) -> BenchReport:
-    """Measures everything in a plan.
+    """Measures everything in a plan; `on_cell` is given the report so far, after each cell.
 
-    Args:
-        plan: What to measure.
-        on_step: Called with each step and its progress, such as "batch 3 of 40". It must be quick: it is called
-            while passes are timed.
-        on_cell: Called with the report so far, after each cell.
-
-    Raises:
-        BenchError: If something in the plan cannot be measured here.
-
-    Examples:
-        >>> from hf_flashinfer_attn.tools.bench import Plan, parse_request_set, run_bench
-        >>> plan = Plan(("gte-small",), request_sets=(parse_request_set("4+9"),), requests=8, layers=1, device="cpu")
-        >>> report = run_bench(plan)
-        >>> report.passed, [outcome.name for outcome in report.cells[0].contenders]
-        (True, ['sdpa', 'flashinfer', 'unpad'])
+    `on_step` must be quick: it is called while passes are timed.
     """
     plan.check()
     device, dtype = plan.place()
@@ -143,12 +129,7 @@ class _Entry:
 
 
 def _measure(
-    plan: Plan,
-    contenders: Sequence[Contender],
-    subject: Subject,
-    workload: Workload,
-    rates: MachineRates,
-    on_step: OnStep,
+    plan: Plan, contenders: list[Contender], subject: Subject, workload: Workload, rates: MachineRates, on_step: OnStep
 ) -> Cell:
     """Checks and times all contenders on one workload."""
     model, batches = subject.model, workload.batches
@@ -178,11 +159,10 @@ def _measure(
             which = f"{entry.contender.name}, pass {done + 1} of {plan.repeats}, "
             entry.attempt(entry.time_pass, details("timing", which))
     tokens = sum(sum(batch.lengths) for batch in batches)
-    flops, moved = count_work(model, batches) or (None, None)
     outcomes = tuple(entry.outcome for entry in entries)
-    passes = [seconds for outcome in outcomes for seconds in outcome.passes_seconds]
-    floor = None if flops is None or moved is None else rates.floor_seconds(flops, moved)
-    if floor is not None and floor > min(passes, default=floor):
+    work = count_work(model, batches)
+    floor = None if work is None else rates.floor_seconds(*work)
+    if floor is not None and any(seconds < floor for outcome in outcomes for seconds in outcome.passes_seconds):
         # The rates were no ceilings, and a fraction of such a floor would say nothing.
         floor = None
     for outcome in outcomes:
@@ -195,9 +175,9 @@ def _measure(
         requests=sum(len(batch.lengths) for batch in batches),
         batches=len(batches),
         tokens=tokens,
-        padded_fraction=1 - tokens / sum(batch.padding.numel() for batch in batches),
-        flops=flops,
-        bytes=moved,
+        padded_fraction=1 - tokens / sum(batch.slots for batch in batches),
+        flops=work and work[0],
+        bytes=work and work[1],
         floor_seconds=floor,
         reference=reference.summary,
         sdpa_error=sdpa_error,

@@ -30,12 +30,9 @@ def require_matplotlib() -> None:
 
 
 def draw_chart(reports: Sequence[dict[str, Any]], file: Path, *, description: str = "") -> None:
-    """Draws one panel per model, one group of bars per request set, one bar per contender.
+    """Draws reports of one machine and dtype as a PNG; `description` is kept in the file's metadata.
 
-    Args:
-        reports: From `report_figures` or `load_reports`, of one machine and dtype.
-        file: A PNG.
-        description: Kept in the file's metadata.
+    One panel per model, one group of bars per request set, one bar per contender.
     """
     require_matplotlib()
     from matplotlib.figure import Figure

@@ -56,7 +56,7 @@ def _sample(batches: Sequence[PaddedBatch], most: int) -> list[tuple[int, Padded
     for request in sorted({int((at + at * GOLDEN % 1) * stretch) for at in range(count)}):
         batch, row = rows[request]
         alone = batch.row(row)
-        positions += alone.padding.numel()
+        positions += alone.slots
         if chosen and positions > SAMPLE_POSITIONS:
             break
         chosen.append((request, alone))
