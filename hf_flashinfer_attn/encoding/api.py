@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import (
-    Precision,
-    Task,
-    count_of,
-    place,
-    prompt_name_of,
-    prompt_of,
-    quantizer_of,
-    require_iterable,
-    wants_bar,
-)
-from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, is_instance
-from .pipeline import Array, Chunk, prepare, run_all
+from .arguments import Precision, Task, place, prompt_of, quantizer_of, require_iterable
+from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, check_texts, is_instance
+from .pipeline import Array, count_of, prepare, run_all
 from .sentence_engine import SentenceEngine
 from .tokens import Budget
 
@@ -107,42 +96,36 @@ def encode(
         (2, 384)
     """
     require_iterable(inputs)
+    is_single = isinstance(inputs, str)
     if output_value is None:
         if not is_instance(model, "SentenceTransformer"):
             raise ValueError(f"output_value=None: expected a SentenceTransformer, not a {type(model).__name__}.")
         place(model, device)
-        given = [inputs] if isinstance(inputs, str) else list(inputs)
-        for index, text in enumerate(given):
-            if not isinstance(text, str):
-                raise TypeError(f"text {index} is a {type(text).__name__}; expected a string.")
         features = cast(Any, model).encode(
-            given, output_value=None, prompt_name=prompt_name_of(model, prompt_name, prompt, task), prompt=prompt,
-            show_progress_bar=show_progress_bar, truncate_dim=truncate_dim, **kwargs,
-            **({} if task is None else {"task": task}),
+            [inputs] if is_single else check_texts(list(inputs)), output_value=None,
+            prompt=prompt_of(model, prompt_name, prompt, task), show_progress_bar=show_progress_bar,
+            truncate_dim=truncate_dim, **kwargs, **({} if task is None else {"task": task}),
         )  # fmt: skip
-        return features[0] if isinstance(inputs, str) else features
-    wants_tokens = _check_output_value(output_value)
-    convert_to_numpy = convert_to_numpy and not convert_to_tensor and not wants_tokens
+        return features[0] if is_single else features
+    if output_value not in ("sentence_embedding", "token_embeddings"):
+        raise ValueError(f"output_value={output_value!r}: expected 'sentence_embedding', 'token_embeddings' or None.")
+    wants_tokens = output_value == "token_embeddings"
     engine = _encode_engine(
-        model, tokenizer=tokenizer, pooling=pooling, max_length=max_length, prompt_name=prompt_name, prompt=prompt,
-        task=task, device=device, normalize=normalize_embeddings, truncate_dim=truncate_dim, wants_tokens=wants_tokens,
-        options=kwargs,
+        model, tokenizer, pooling, max_length, prompt_name, prompt, task, device, normalize_embeddings, truncate_dim,
+        wants_tokens, kwargs,
     )  # fmt: skip
     quantize, budget = quantizer_of(precision), Budget(tokens_per_batch, batch_size)
     if isinstance(inputs, str):
-        rows: Any = engine.run(prepare(engine, Chunk(0, [inputs]), budget).batches[0])
+        rows: Any = engine.run(prepare(engine, 0, [inputs], budget).batches[0])
     else:
-        rows = _run_to_end(
-            engine, inputs, count_of(inputs), budget,
-            to_host=convert_to_numpy, bar=wants_bar(show_progress_bar),
-        )  # fmt: skip
+        to_host = convert_to_numpy and not convert_to_tensor and not wants_tokens
+        rows = _collect(engine, inputs, budget, to_host=to_host, bar=show_progress_bar)
     if wants_tokens:
-        return rows[0] if isinstance(inputs, str) else list(rows)
-    found: Any = rows
+        return rows[0] if is_single else list(rows)
     if quantize is not None and len(rows):
-        found = quantize(rows)
-    found = _converted(found, engine, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
-    return found[0] if isinstance(inputs, str) else found
+        rows = quantize(rows)
+    rows = _converted(rows, engine, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
+    return rows[0] if is_single else rows
 
 
 def encode_iter(
@@ -209,20 +192,18 @@ def encode_iter(
     if isinstance(inputs, str):
         raise TypeError("inputs is a string; expected an iterable of strings. Use encode for one text.")
     engine = _encode_engine(
-        model, tokenizer=tokenizer, pooling=pooling, max_length=max_length, prompt_name=prompt_name, prompt=prompt,
-        task=task, device=device, normalize=normalize_embeddings, truncate_dim=truncate_dim, wants_tokens=False,
-        options=kwargs,
+        model, tokenizer, pooling, max_length, prompt_name, prompt, task, device, normalize_embeddings, truncate_dim,
+        False, kwargs,
     )  # fmt: skip
-    outputs = run_all(engine, inputs, Budget(tokens_per_batch, batch_size), to_host=not convert_to_tensor)
-    return _rows(outputs, count_of(inputs), bar=wants_bar(show_progress_bar))
+    budget = Budget(tokens_per_batch, batch_size)
+    return _rows(run_all(engine, inputs, budget, to_host=not convert_to_tensor, bar=show_progress_bar))
 
 
-def _rows(outputs: Iterator[Output | Array], count: int | None, *, bar: bool) -> Iterator[Any]:
-    with closing(cast(Any, outputs)), tqdm(total=count, unit=" texts", disable=not bar) as progress:
+def _rows(outputs: Generator[Output | Array, None, None]) -> Iterator[Any]:
+    with closing(outputs):
         for output in outputs:
             # Copies, since a view of one row would keep the whole output alive.
             yield from map(np.copy, output) if isinstance(output, np.ndarray) else output
-            progress.update(len(output))
 
 
 def predict(
@@ -296,13 +277,10 @@ def predict(
 
     engine = CrossEngine(encoder, score, prompt=prompt_of(model, prompt_name, prompt, None), options=kwargs)
     is_single = isinstance(inputs, (list, tuple, np.ndarray)) and len(inputs) == 2 and isinstance(inputs[0], str)
-    pairs = [inputs] if is_single else inputs
-    scores = _run_to_end(
-        engine, pairs, count_of(pairs), Budget(tokens_per_batch, batch_size),
-        to_host=convert_to_numpy and not convert_to_tensor, bar=wants_bar(show_progress_bar),
-    )  # fmt: skip
-    found = _converted(scores, engine, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
-    return found[0] if is_single else found
+    budget, to_host = Budget(tokens_per_batch, batch_size), convert_to_numpy and not convert_to_tensor
+    scores = _collect(engine, [inputs] if is_single else inputs, budget, to_host=to_host, bar=show_progress_bar)
+    scores = _converted(scores, engine, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
+    return scores[0] if is_single else scores
 
 
 def rank(
@@ -355,7 +333,6 @@ def rank(
 
 def _encode_engine(
     model: torch.nn.Module,
-    *,
     tokenizer: PreTrainedTokenizerBase | None,
     pooling: Pooling | None,
     max_length: int | None,
@@ -366,7 +343,7 @@ def _encode_engine(
     normalize: bool,
     truncate_dim: int | None,
     wants_tokens: bool,
-    options: Mapping[str, Any],
+    options: dict[str, Any],
 ) -> Engine:
     if truncate_dim is not None and truncate_dim < 1:
         raise ValueError(f"truncate_dim={truncate_dim!r}: expected a number above 0.")
@@ -396,10 +373,8 @@ def _encode_engine(
             masks = features["attention_mask"].bool()
             return [row[mask] for row, mask in zip(features["token_embeddings"], masks)]
 
-        return SentenceEngine(
-            model, select, prompt=prompt_of(model, prompt_name, prompt, task),
-            options={**options, **({} if task is None else {"task": task})},
-        )  # fmt: skip
+        options = options if task is None else {**options, "task": task}
+        return SentenceEngine(model, select, prompt=prompt_of(model, prompt_name, prompt, task), options=options)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"encode({type(model).__name__}): expected a SentenceTransformer or a loaded transformers model."
@@ -421,40 +396,28 @@ def _encode_engine(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length={max_length!r}: expected a number above 0.")
     place(model, device)
-    return PlainEngine(
-        model, tokenizer, pooling, finish, prompt=prompt_of(model, None, prompt, None), max_length=max_length
-    )
+    prompt = prompt_of(model, None, prompt, None)
+    return PlainEngine(model, finish, pooling, tokenizer=tokenizer, prompt=prompt, max_length=max_length)
 
 
-def _check_output_value(output_value: object) -> bool:
-    if output_value not in ("sentence_embedding", "token_embeddings"):
-        raise ValueError(f"output_value={output_value!r}: expected 'sentence_embedding', 'token_embeddings' or None.")
-    return output_value == "token_embeddings"
-
-
-def _run_to_end(
-    engine: Engine, inputs: Iterable[Any], count: int | None, budget: Budget, *, to_host: bool, bar: bool
+def _collect(
+    engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: bool, bar: bool | None
 ) -> Output | Array:
     """Returns all rows as one array, one tensor or a list."""
     parts: list[Any] = []
     whole: Array | None = None
-    done = 0
-    with (
-        closing(cast(Any, run_all(engine, inputs, budget, to_host=to_host))) as outputs,
-        tqdm(total=count, unit=" texts", disable=not bar) as progress,
-    ):
+    count, done = count_of(inputs), 0
+    with closing(run_all(engine, inputs, budget, to_host=to_host, bar=bar)) as outputs:
         for output in outputs:
-            if isinstance(output, np.ndarray) and count is not None:
-                # Copied at once, so that the pinned memory is reused.
-                if whole is None:
-                    whole = np.empty((count, *output.shape[1:]), output.dtype)
-                if done + len(output) > count:
-                    raise ValueError(f"inputs yields more than its length, {count}.")
-                whole[done : done + len(output)] = output
-            else:
+            start, done = done, done + len(output)
+            if count is None or not isinstance(output, np.ndarray):
                 parts.append(output)
-            done += len(output)
-            progress.update(len(output))
+                continue
+            # Copied at once, while the model runs, and into one array.
+            whole = np.empty((count, *output.shape[1:]), output.dtype) if whole is None else whole
+            if done > count:
+                raise ValueError(f"inputs yields more than its length, {count}.")
+            whole[start:done] = output
     if whole is not None:
         return whole[:done]
     if parts and isinstance(parts[0], torch.Tensor):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Any, Literal, cast, get_args
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -18,17 +17,7 @@ from ..unpadding.hooks import HANDLES
 from ..unpadding.model import unpad
 from ..unpadding.reasons import implementation_of
 
-__all__ = [
-    "Precision",
-    "Task",
-    "count_of",
-    "place",
-    "prompt_name_of",
-    "prompt_of",
-    "quantizer_of",
-    "require_iterable",
-    "wants_bar",
-]
+__all__ = ["Precision", "Task", "place", "prompt_of", "quantizer_of", "require_iterable"]
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 Task = Literal["query", "document"]
@@ -45,54 +34,41 @@ def place(model: torch.nn.Module, device: str | torch.device | None) -> None:
     if device is not None and torch.device(device) != getattr(model, "device", None):
         model.to(device)
     first = model if isinstance(model, PreTrainedModel) else next(model.children(), model)
-    if HANDLES in vars(getattr(first, "model", first)) and not _unpadding.locked():
+    if HANDLES in vars(first._modules.get("model", first)) and not _unpadding.locked():
         return
     with _unpadding:
-        if not any(HANDLES in vars(module) for module in model.modules()):
-            _unpad(model)
+        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        if not models or any(HANDLES in vars(module) for module in model.modules()):
+            return
+        backbone = next((module for module in models if family_of(module) is not None), models[0])
+        if (implementation := implementation_of(backbone)) != NAME:
+            log_once(
+                f"{type(model).__name__} with attn_implementation={implementation!r} runs on padded batches; load it "
+                f"with attn_implementation={NAME!r} to skip padding"
+            )
+            return
+        try:
+            unpad(model, cuda_graphs=True)
+        except UnsupportedAttentionError as error:
+            log_once(f"{type(model).__name__} runs on padded batches: {first_line(error)}")
 
 
-def _unpad(model: torch.nn.Module) -> None:
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if not models:
-        return
-    backbone = next((module for module in models if family_of(module) is not None), models[0])
-    if (implementation := implementation_of(backbone)) != NAME:
-        log_once(
-            f"{type(model).__name__} with attn_implementation={implementation!r} runs on padded batches; load it with "
-            f"attn_implementation={NAME!r} to skip padding"
-        )
-        return
-    try:
-        unpad(model, cuda_graphs=True)
-    except UnsupportedAttentionError as error:
-        log_once(f"{type(model).__name__} runs on padded batches: {first_line(error)}")
-
-
-def prompt_name_of(
-    model: torch.nn.Module, prompt_name: str | None, prompt: str | None, task: Task | None
-) -> str | None:
-    """Returns the name of the prompt that sentence-transformers would use."""
+def prompt_of(model: Any, prompt_name: str | None, prompt: str | None, task: Task | None) -> str | None:
+    """Returns the prompt that sentence-transformers would use."""
     if task is not None and task not in get_args(Task):
         raise ValueError(f"task={task!r}: expected 'query', 'document' or None.")
-    if prompt is None and prompt_name is None and task is not None:
-        return next((name for name in _PROMPTS[task] if name in cast(Any, model).prompts), None)
-    return prompt_name
-
-
-def prompt_of(model: torch.nn.Module, prompt_name: str | None, prompt: str | None, task: Task | None) -> str | None:
-    """Returns the prompt that sentence-transformers would use."""
     if prompt is not None:
         if not isinstance(prompt, str):
             raise TypeError(f"prompt={prompt!r}: expected a string.")
         return prompt
-    name = prompt_name_of(model, prompt_name, prompt, task)
     prompts: dict[str, str] = getattr(model, "prompts", {})
-    if name is None:
+    if prompt_name is None and task is not None:
+        prompt_name = next((name for name in _PROMPTS[task] if name in prompts), None)
+    if prompt_name is None:
         return prompts.get(getattr(model, "default_prompt_name", None) or "")
-    if name not in prompts:
-        raise ValueError(f"prompt_name={name!r}: expected one of the model's prompts, {sorted(prompts)}.")
-    return prompts[name]
+    if prompt_name not in prompts:
+        raise ValueError(f"prompt_name={prompt_name!r}: expected one of the model's prompts, {sorted(prompts)}.")
+    return prompts[prompt_name]
 
 
 def quantizer_of(precision: Precision | None) -> Callable[[Any], Any] | None:
@@ -113,15 +89,3 @@ def require_iterable(inputs: object) -> None:
     is_scalar = not isinstance(inputs, str) and getattr(inputs, "ndim", 1) == 0
     if is_scalar or isinstance(inputs, (Mapping, bytes)) or not isinstance(inputs, Iterable):
         raise TypeError(f"inputs is a {type(inputs).__name__}; expected strings, or pairs of strings for predict.")
-
-
-def count_of(inputs: object) -> int | None:
-    """Returns the number of inputs, if it is known."""
-    return len(inputs) if isinstance(inputs, Sized) else None
-
-
-def wants_bar(show_progress_bar: bool | None) -> bool:
-    """Whether to show a progress bar; by default, as sentence-transformers decides."""
-    if show_progress_bar is not None:
-        return show_progress_bar
-    return logging.getLogger("sentence_transformers").getEffectiveLevel() in (logging.INFO, logging.DEBUG)
