@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Literal, cast, get_args
 
@@ -10,14 +10,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import Precision, Task, place, prompt_of, quantizer_of, require_iterable
 from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, check_texts, is_instance
+from .model_cache import place
 from .pipeline import Array, count_of, prepare, run_all
 from .sentence_engine import SentenceEngine
 from .tokens import Budget
 
 __all__ = ["encode", "encode_iter", "predict", "rank"]
 
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+Task = Literal["query", "document"]
+# Prompt names for each task; the first one that the model has is used.
+_PROMPTS: dict[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 TOKENS_PER_BATCH, ROWS_PER_BATCH = 32_768, 1_024
 
 
@@ -95,7 +99,7 @@ def encode(
         >>> hf_flashinfer_attn.encode(model, texts, tokenizer=tokenizer, pooling="mean").shape
         (2, 384)
     """
-    require_iterable(inputs)
+    _require_iterable(inputs)
     is_single = isinstance(inputs, str)
     if output_value is None:
         if not is_instance(model, "SentenceTransformer"):
@@ -103,7 +107,7 @@ def encode(
         place(model, device)
         features = cast(Any, model).encode(
             [inputs] if is_single else check_texts(list(inputs)), output_value=None,
-            prompt=prompt_of(model, prompt_name, prompt, task), show_progress_bar=show_progress_bar,
+            prompt=_prompt_of(model, prompt_name, prompt, task), show_progress_bar=show_progress_bar,
             truncate_dim=truncate_dim, **kwargs, **({} if task is None else {"task": task}),
         )  # fmt: skip
         return features[0] if is_single else features
@@ -114,7 +118,7 @@ def encode(
         model, tokenizer, pooling, max_length, prompt_name, prompt, task, device, normalize_embeddings, truncate_dim,
         wants_tokens, kwargs,
     )  # fmt: skip
-    quantize, budget = quantizer_of(precision), Budget(tokens_per_batch, batch_size)
+    quantize, budget = _quantizer_of(precision), Budget(tokens_per_batch, batch_size)
     if isinstance(inputs, str):
         rows: Any = engine.run(prepare(engine, 0, [inputs], budget).batches[0])
     else:
@@ -188,7 +192,7 @@ def encode_iter(
         >>> [vector.shape for vector in vectors]
         [(384,), (384,), (384,)]
     """
-    require_iterable(inputs)
+    _require_iterable(inputs)
     if isinstance(inputs, str):
         raise TypeError("inputs is a string; expected an iterable of strings. Use encode for one text.")
     engine = _encode_engine(
@@ -259,7 +263,7 @@ def predict(
         >>> hf_flashinfer_attn.predict(model, [("a question", "an answer"), ("another", "one")]).shape
         (2,)
     """
-    require_iterable(inputs)
+    _require_iterable(inputs)
     if not is_instance(model, "CrossEncoder"):
         raise TypeError(f"predict({type(model).__name__}): expected a CrossEncoder of sentence-transformers.")
     encoder = cast(Any, model)
@@ -275,7 +279,7 @@ def predict(
             scores = scores.squeeze(-1)
         return scores.softmax(1) if apply_softmax and scores.ndim > 1 else scores
 
-    engine = CrossEngine(encoder, score, prompt=prompt_of(model, prompt_name, prompt, None), options=kwargs)
+    engine = CrossEngine(encoder, score, prompt=_prompt_of(model, prompt_name, prompt, None), options=kwargs)
     is_single = isinstance(inputs, (list, tuple, np.ndarray)) and len(inputs) == 2 and isinstance(inputs[0], str)
     budget, to_host = Budget(tokens_per_batch, batch_size), convert_to_numpy and not convert_to_tensor
     scores = _collect(engine, [inputs] if is_single else inputs, budget, to_host=to_host, bar=show_progress_bar)
@@ -374,7 +378,7 @@ def _encode_engine(
             return [row[mask] for row, mask in zip(features["token_embeddings"], masks)]
 
         options = options if task is None else {**options, "task": task}
-        return SentenceEngine(model, select, prompt=prompt_of(model, prompt_name, prompt, task), options=options)
+        return SentenceEngine(model, select, prompt=_prompt_of(model, prompt_name, prompt, task), options=options)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"encode({type(model).__name__}): expected a SentenceTransformer or a loaded transformers model."
@@ -396,7 +400,7 @@ def _encode_engine(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length={max_length!r}: expected a number above 0.")
     place(model, device)
-    prompt = prompt_of(model, None, prompt, None)
+    prompt = _prompt_of(model, None, prompt, None)
     return PlainEngine(model, finish, pooling, tokenizer=tokenizer, prompt=prompt, max_length=max_length)
 
 
@@ -435,3 +439,41 @@ def _converted(rows: Any, engine: Engine, *, to_tensor: bool, to_numpy: bool) ->
     if not to_tensor:
         return list(rows)
     return rows if len(rows) else torch.tensor([], device=engine.device)
+
+
+def _prompt_of(model: Any, prompt_name: str | None, prompt: str | None, task: Task | None) -> str | None:
+    """Returns the prompt that sentence-transformers would use."""
+    if task is not None and task not in get_args(Task):
+        raise ValueError(f"task={task!r}: expected 'query', 'document' or None.")
+    if prompt is not None:
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt={prompt!r}: expected a string.")
+        return prompt
+    prompts: dict[str, str] = getattr(model, "prompts", {})
+    if prompt_name is None and task is not None:
+        prompt_name = next((name for name in _PROMPTS[task] if name in prompts), None)
+    if prompt_name is None:
+        return prompts.get(getattr(model, "default_prompt_name", None) or "")
+    if prompt_name not in prompts:
+        raise ValueError(f"prompt_name={prompt_name!r}: expected one of the model's prompts, {sorted(prompts)}.")
+    return prompts[prompt_name]
+
+
+def _quantizer_of(precision: Precision | None) -> Callable[[Any], Any] | None:
+    """Returns a function that quantises embeddings; None for float32."""
+    if precision is None or precision == "float32":
+        return None
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, get_args(Precision)))}.")
+    try:
+        from sentence_transformers.util import quantize_embeddings
+    except ImportError as error:
+        raise ValueError(f"precision={precision!r} needs sentence-transformers installed.") from error
+    return lambda vectors: quantize_embeddings(vectors, precision=precision)
+
+
+def _require_iterable(inputs: object) -> None:
+    """Raises a `TypeError` for inputs that are not a list, array or other iterable of texts."""
+    is_scalar = not isinstance(inputs, str) and getattr(inputs, "ndim", 1) == 0
+    if is_scalar or isinstance(inputs, (Mapping, bytes)) or not isinstance(inputs, Iterable):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; expected strings, or pairs of strings for predict.")

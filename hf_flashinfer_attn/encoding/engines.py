@@ -161,7 +161,8 @@ class Engine:
         if found is None:
             # A comparison on a few texts may miss what user code does.
             is_customised = is_other or any(_overrides(part, names) for part, names in watched)
-            found = (None, {}) if is_customised else self._compare_preparations()
+            with _preprocessing:
+                found = (None, {}) if is_customised else self._compare_preparations()
             self._cache.keep(key, found)
         return found
 
@@ -172,8 +173,7 @@ class Engine:
         inputs: list[Text] = [(text, _SENTENCES[1]) for text in texts] if self.takes_pairs else [*texts]
         # Twice: another thread may have used the model's own tokenizer meanwhile.
         for _ in range(2):
-            with _preprocessing:
-                own = self._prepare_slowly(inputs)
+            own = self._prepare_slowly(inputs)
             types = own.get("token_type_ids")
             # Making zeros is faster than reading them from the tokenizer.
             type_ids: TypeIds = "none" if types is None else "own" if self.takes_pairs or types.any() else "zeros"

@@ -1,20 +1,30 @@
-"""Per-model state kept between calls: copies of the tokenizer, and where they replace the model's preprocessing."""
+"""Models of calls: placed on a device and unpadded once; what is cached for them between calls."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, TypeAlias
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import UnsupportedAttentionError, first_line
+from ..log import log_once
+from ..settings import NAME
+from ..unpadding.families import family_of
+from ..unpadding.hooks import HANDLES
+from ..unpadding.model import unpad
+from ..unpadding.reasons import implementation_of
 from .tokens import TextTokenizer, TypeIds
 
-__all__ = ["ModelCache", "Preparation"]
+__all__ = ["ModelCache", "Preparation", "place"]
 
 _MAX_PREPARATIONS = 64
+# Two threads that unpad one model would add its hooks twice.
+_unpadding = threading.Lock()
 
 
 # Tokenizer in place of the model's own preprocessing, unless None, and the features that are the same in every batch.
@@ -75,3 +85,29 @@ class ModelCache:
 
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, ModelCache] = weakref.WeakKeyDictionary()
+
+
+def place(model: torch.nn.Module, device: str | torch.device | None) -> None:
+    """Moves a model to `device`, unless None, and unpads it if possible."""
+    if isinstance(device, (list, tuple)):
+        raise ValueError(f"device={device!r}: expected one device. examples/ has programs for several GPUs.")
+    if device is not None and torch.device(device) != getattr(model, "device", None):
+        model.to(device)
+    first = model if isinstance(model, PreTrainedModel) else next(model.children(), model)
+    if HANDLES in vars(first._modules.get("model", first)) and not _unpadding.locked():
+        return
+    with _unpadding:
+        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        if not models or any(HANDLES in vars(module) for module in model.modules()):
+            return
+        backbone = next((module for module in models if family_of(module) is not None), models[0])
+        if (implementation := implementation_of(backbone)) != NAME:
+            log_once(
+                f"{type(model).__name__} with attn_implementation={implementation!r} runs on padded batches; load it "
+                f"with attn_implementation={NAME!r} to skip padding"
+            )
+            return
+        try:
+            unpad(model, cuda_graphs=True)
+        except UnsupportedAttentionError as error:
+            log_once(f"{type(model).__name__} runs on padded batches: {first_line(error)}")
