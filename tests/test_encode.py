@@ -20,6 +20,13 @@ from hf_flashinfer_attn import encode, encode_iter
 
 PASSAGES = [text[: 40 + 20 * index] for index, text in enumerate(TEXTS[:6])]
 QUERIES = (QUERY, "format a number with a thousands separator", "slots of a class")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "none": {},
     "prompt": {"prompt": "clustering: "},
@@ -45,7 +52,6 @@ def expected_of(case: str, is_single: bool) -> Any:
     return em.minilm("sdpa").encode(PASSAGES[1] if is_single else PASSAGES, **ARGUMENTS[case])
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_arguments(case: str, kind: str) -> None:
     for is_single in (False, True):
@@ -53,7 +59,6 @@ def test_arguments(case: str, kind: str) -> None:
         assert_same(vectors, expected_of(case, is_single))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_rankings_are_equal(kind: str) -> None:
     model, reference = both(kind, em.minilm)
     scores = []
@@ -63,7 +68,6 @@ def test_rankings_are_equal(kind: str) -> None:
     assert_equal_rankings(*scores)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", ["query", "document"])
 def test_tasks_are_encode_query_and_encode_document(task: Any, kind: str) -> None:
     model, reference = both(kind)
@@ -86,7 +90,6 @@ def test_default_prompt_and_dimension_of_the_model() -> None:
         assert_same(encode(model, TEXTS, task="document"), reference.encode_document(TEXTS))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
 def test_precision(precision: Any, kind: str) -> None:
     model, reference = both(kind)
@@ -121,7 +124,6 @@ def test_any_iterable_of_strings() -> None:
     assert_same(encode(model, [TEXTS[0]]), expected[:1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_empty_strings_and_empty_inputs(kind: str) -> None:
     model, reference = both(kind)
     for text in ("", " \n", "\x00", "[SEP] [PAD] [MASK]", "https://example.org/cat.png"):
@@ -135,7 +137,6 @@ def test_empty_strings_and_empty_inputs(kind: str) -> None:
     assert encode(model, iter(())).shape == (0,)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_token_embeddings(kind: str) -> None:
     model, reference = both(kind)
     for inputs in (TEXTS, TEXTS[3], TEXTS[:1]):
@@ -144,10 +145,9 @@ def test_token_embeddings(kind: str) -> None:
         assert_same(encode(model, inputs, output_value="token_embeddings", tokens_per_batch=50), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_all_features(kind: str) -> None:
     model, reference = both(kind)
-    for options in ({}, {"prompt": "words: "}, {"batch_size": 4}):
+    for options in ({}, {"prompt": "words: "}, {"batch_size": 4}, {"truncate_dim": 8}):
         expected = reference.encode(TEXTS, output_value=None, **options)
         for one, other in zip(encode(model, TEXTS, output_value=None, **options), expected, strict=True):
             assert one.keys() == other.keys()
@@ -157,12 +157,6 @@ def test_all_features(kind: str) -> None:
             assert_same(*tokens)
     ours, expected = encode(model, QUERY, output_value=None), reference.encode(QUERY, output_value=None)
     assert ours.keys() == expected.keys()
-
-
-def test_all_features_with_fewer_dimensions() -> None:
-    (model, reference), options = both("unpadded"), {"output_value": None, "truncate_dim": 8}
-    ours, expected = encode(model, QUERY, **options), reference.encode(QUERY, **options)
-    assert_same(ours["sentence_embedding"], expected["sentence_embedding"])
 
 
 @pytest.mark.parametrize("is_lists", [True, False])
@@ -202,7 +196,6 @@ def with_all_modes(family: str, implementation: str) -> Any:
     return encoder(family, implementation, Pooling(WIDTH, MODES), is_left_padded=family == "qwen3")
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", em.FAMILIES)
 def test_families_with_all_modes_of_pooling(family: str, kind: str) -> None:
     model, reference = both(kind, functools.partial(with_all_modes, family))
@@ -215,11 +208,6 @@ def test_families_with_all_modes_of_pooling(family: str, kind: str) -> None:
     for inputs in (TEXTS, TEXTS[0]):
         assert_encodes(model, reference, inputs, prompt="a few words: ", batch_size=4)
     assert_encodes(model, reference)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_modes_of_pooling(mode: Any) -> None:
-    assert_encodes(*fresh(Pooling(WIDTH, mode), Normalize()))
 
 
 class Weighting(nn.Module):
@@ -248,13 +236,13 @@ MODULES: dict[str, Callable[[], list[nn.Module]]] = {
     "one layer twice": lambda: [Pooling(WIDTH), SHARED_LAYER, Normalize(), SHARED_LAYER],
     "custom": lambda: [Weighting()],
     "layers": lambda: [parts.WeightedLayerPooling(WIDTH, num_hidden_layers=em.LAYERS, layer_start=1), Pooling(WIDTH)],
+    **{mode: functools.partial(lambda mode: [Pooling(WIDTH, mode), Normalize()], mode) for mode in MODES},
     "route after pooling": lambda: [
         Pooling(WIDTH), Router.for_query_document([Dense(WIDTH, 8)], [Dense(WIDTH, 8), Normalize()]),
     ],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", MODULES)
 def test_modules_after_the_transformer(case: str, kind: str) -> None:
     reference = encoder("bert", "sdpa", *MODULES[case]())
@@ -284,16 +272,16 @@ def router(implementation: str) -> Any:
     return em.st.SentenceTransformer(modules=modules, prompts=em.PROMPTS, device="cpu")
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_routes_of_queries_and_documents(kind: str) -> None:
     model, reference = both(kind, router)
     for inputs in (TEXTS, TEXTS[2]):
         assert_same(encode(model, inputs, task="query"), reference.encode_query(inputs))
         assert_same(encode(model, inputs, task="document"), reference.encode_document(inputs))
         assert_encodes(model, reference, inputs)
+    expected = reference.encode_query(TEXTS, output_value="token_embeddings")
+    assert_same(encode(model, TEXTS, task="query", output_value="token_embeddings"), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_each_route_has_its_tokenizer(kind: str) -> None:
     def accented(implementation: str) -> Any:
         model = router(implementation)
@@ -308,10 +296,3 @@ def test_each_route_has_its_tokenizer(kind: str) -> None:
     assert np.abs(expected - plain).max() > 1e-3
     assert_same(encode(model, texts, task="document"), expected)
     assert_same(encode(model, texts, task="query"), reference.encode_query(texts))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_token_embeddings_of_a_route(kind: str) -> None:
-    model, reference = both(kind, router)
-    expected = reference.encode_query(TEXTS, output_value="token_embeddings")
-    assert_same(encode(model, TEXTS, task="query", output_value="token_embeddings"), expected)

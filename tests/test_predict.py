@@ -84,19 +84,13 @@ def test_families(family: str, kind: str) -> None:
 def test_any_iterable_of_pairs() -> None:
     model, expected = tiny("flashinfer"), tiny("sdpa").predict(PAIRS)
     pair = PAIRS[0]
-    for inputs in (tuple(PAIRS), list(map(list, PAIRS)), np.array(PAIRS), np.array(PAIRS, dtype=object)):
+    for inputs in (
+        tuple(PAIRS), list(map(list, PAIRS)), np.array(PAIRS), np.array(PAIRS, dtype=object), (pair for pair in PAIRS),
+        zip([QUERY] * len(TEXTS), TEXTS), dict.fromkeys(PAIRS).keys(),
+    ):  # fmt: skip
         assert_same(predict(model, inputs), expected)
     for inputs in (pair, list(pair), np.array(pair), np.array(pair, dtype=object)):
         assert_same(predict(model, inputs), expected[0])
-
-
-@pytest.mark.parametrize("how", ["generator", "zip", "keys"])
-def test_streams_of_pairs(how: str) -> None:
-    inputs: dict[str, Any] = {
-        "generator": (pair for pair in PAIRS), "zip": zip([QUERY] * len(TEXTS), TEXTS),
-        "keys": dict.fromkeys(PAIRS).keys(),
-    }  # fmt: skip
-    assert_same(predict(tiny("flashinfer"), inputs[how]), tiny("sdpa").predict(PAIRS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,16 +169,10 @@ def test_state_of_the_model() -> None:
     for _ in range(2):
         assert_same(model.predict(PAIRS), expected)
         assert_same(predict(model, PAIRS), expected)
-    for each in (model, reference):
-        each.activation_fn = nn.Identity()
-    assert_predicts(model, reference)
-
-
-def test_a_model_without_activation() -> None:
-    model, reference = fresh()
-    for each in (model, reference):
-        each.activation_fn = None
-    assert_predicts(model, reference)
+    for activation in (nn.Identity(), None):
+        for each in (model, reference):
+            each.activation_fn = activation
+        assert_predicts(model, reference)
 
 
 # Errors.
