@@ -16,7 +16,7 @@ from test_sentence_transformers import TURNS_CACHES_OFF, random_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from hf_flashinfer_attn import repad, unpad
+from hf_flashinfer_attn import encode, repad, unpad
 from hf_flashinfer_attn.tools import demo
 
 st = pytest.importorskip("sentence_transformers", "5.4", reason="needs sentence-transformers of 5.4 or newer")
@@ -37,6 +37,7 @@ FAMILIES = {
 KINDS = ("unpadded", "flashinfer", "sdpa")
 # Of the largest absolute value, in float32: the distance of transformers' sdpa from float64 is up to 1.5e-6.
 TOLERANCE = 3e-6
+PROMPTS = {"query": "query: ", "passage": "passage: ", "other": "words of another kind: "}
 QUERY = "how does a with statement call __exit__?"
 TEXTS = [text[: 40 + 90 * (index % 5)] for index, text in enumerate(demo.load_passages(11))] + ["", "  two\n words "]
 
@@ -68,10 +69,31 @@ def encoder(family: str, implementation: str, *modules: nn.Module, is_left_padde
     return st.SentenceTransformer(modules=[transformer, *(modules or (Pooling(WIDTH),))], device="cpu")
 
 
+@functools.cache
 def minilm(implementation: str) -> Any:
-    return st.SentenceTransformer(
-        str(demo.model_path()), model_kwargs={"attn_implementation": implementation}, device="cpu"
-    )
+    """all-MiniLM-L6-v2, with prompts, which tests do not change but for unpadding."""
+    settings = {"attn_implementation": implementation}
+    return st.SentenceTransformer(str(demo.model_path()), model_kwargs=settings, prompts=dict(PROMPTS), device="cpu")
+
+
+@functools.cache
+def tiny(implementation: str) -> Any:
+    """A tiny model, with prompts, which tests do not change but for unpadding."""
+    model = encoder("bert", implementation)
+    model.prompts = dict(PROMPTS)
+    return model
+
+
+def fresh(*modules: nn.Module, family: str = "bert", **options: Any) -> list[Any]:
+    """A tiny model that `encode` unpads, and its reference; tests may change both."""
+    return [encoder(family, implementation, *modules, **options) for implementation in ("flashinfer", "sdpa")]
+
+
+@functools.cache
+def many_texts() -> tuple[list[str], Any]:
+    """Texts of 2 to 50 tokens, shuffled, and their vectors."""
+    texts = ["word " * (index * 7 % 49) + str(index) for index in range(150)]
+    return texts, tiny("sdpa").encode(texts)
 
 
 def reranker(family: str, implementation: str, head: str = "ForSequenceClassification", **options: Any) -> Any:
@@ -97,6 +119,18 @@ def of_kind(kind: str, make: Callable[[str], Any]) -> Any:
     if kind == "sdpa":
         return make("sdpa")
     return unpad(make("flashinfer")) if kind == "unpadded" else repad(make("flashinfer"))
+
+
+def both(kind: str, make: Callable[[str], Any] = tiny) -> tuple[Any, Any]:
+    """Makes a model of one of `KINDS`, and its reference."""
+    return of_kind(kind, make), make("sdpa")
+
+
+def assert_encodes(
+    model: Any, reference: Any, inputs: Any = TEXTS, tolerance: float = TOLERANCE, **options: Any
+) -> None:
+    """`encode` of a model returns what the reference's own does."""
+    assert_same(encode(model, inputs, **options), reference.encode(inputs, **options), tolerance)
 
 
 def assert_same(ours: Any, expected: Any, tolerance: float = TOLERANCE) -> None:

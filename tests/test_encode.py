@@ -6,51 +6,25 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import encode_models as em
 import numpy as np
 import pytest
-from encode_models import (
-    FAMILIES,
-    KINDS,
-    LAYERS,
-    QUERY,
-    TEXTS,
-    TOLERANCE,
-    WIDTH,
-    assert_same,
-    encoder,
-    minilm,
-    of_kind,
-    st,
-)  # fmt: skip
-from sentence_transformers.sentence_transformer.modules import (
-    Dense,
-    Dropout,
-    LayerNorm,
-    Normalize,
-    Pooling,
-    Router,
-    WeightedLayerPooling,
-)  # fmt: skip
+from encode_models import KINDS, QUERY, TEXTS, TOLERANCE, WIDTH, assert_encodes, assert_same, both, encoder, fresh, tiny
+from sentence_transformers.sentence_transformer import modules as parts
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Router
 from test_sentence_transformers import assert_equal_rankings
 from tokenizers.normalizers import BertNormalizer
 from torch import nn
 
 from hf_flashinfer_attn import encode, encode_iter
 
-PROMPTS = {"query": "query: ", "passage": "passage: ", "other": "words of another kind: "}
 PASSAGES = [text[: 40 + 20 * index] for index, text in enumerate(TEXTS[:6])]
 QUERIES = (QUERY, "format a number with a thousands separator", "slots of a class")
 
 
-@functools.cache
-def shared(implementation: str, family: str | None = None) -> Any:
-    """A model that tests do not change but for unpadding: all-MiniLM-L6-v2, or a tiny one."""
-    model = minilm(implementation) if family is None else encoder(family, implementation)
-    model.prompts = dict(PROMPTS)
-    return model
-
-
-tiny = functools.partial(shared, family="bert")
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -75,30 +49,28 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def expected_of(case: str, is_single: bool) -> Any:
-    return shared("sdpa").encode(PASSAGES[1] if is_single else PASSAGES, **ARGUMENTS[case])
+    return em.minilm("sdpa").encode(PASSAGES[1] if is_single else PASSAGES, **ARGUMENTS[case])
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_arguments(case: str, kind: str) -> None:
     for is_single in (False, True):
-        vectors = encode(of_kind(kind, shared), PASSAGES[1] if is_single else PASSAGES, **ARGUMENTS[case])
+        vectors = encode(em.of_kind(kind, em.minilm), PASSAGES[1] if is_single else PASSAGES, **ARGUMENTS[case])
         assert_same(vectors, expected_of(case, is_single))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_rankings_are_equal(kind: str) -> None:
+    model, reference = both(kind, em.minilm)
     scores = []
-    for function in (functools.partial(encode, of_kind(kind, shared)), shared("sdpa").encode):
+    for function in (functools.partial(encode, model), reference.encode):
         queries, passages = (function(texts, convert_to_tensor=True) for texts in (QUERIES, PASSAGES))
         scores.append(queries @ passages.T)
     assert_equal_rankings(*scores)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", ["query", "document"])
 def test_tasks_are_encode_query_and_encode_document(task: Any, kind: str) -> None:
-    model, reference = of_kind(kind, tiny), tiny("sdpa")
+    model, reference = both(kind)
     own = {"query": reference.encode_query, "document": reference.encode_document}[task]
     default = encode(model, TEXTS)
     for options in ({}, {"prompt": "x: "}, {"prompt_name": "other"}):
@@ -109,20 +81,18 @@ def test_tasks_are_encode_query_and_encode_document(task: Any, kind: str) -> Non
 
 
 def test_default_prompt_and_dimension_of_the_model() -> None:
-    model, reference = encoder("bert", "flashinfer"), encoder("bert", "sdpa")
+    model, reference = fresh()
     for name, dimension in (("query", None), ("other", 12), (None, None)):
         for each in (model, reference):
-            each.prompts, each.default_prompt_name, each.truncate_dim = dict(PROMPTS), name, dimension
-        assert_same(encode(model, TEXTS), reference.encode(TEXTS))
-        options: dict[str, Any] = {"prompt": "", "truncate_dim": 20}
-        assert_same(encode(model, TEXTS, **options), reference.encode(TEXTS, **options))
+            each.prompts, each.default_prompt_name, each.truncate_dim = dict(em.PROMPTS), name, dimension
+        assert_encodes(model, reference)
+        assert_encodes(model, reference, prompt="", truncate_dim=20)
         assert_same(encode(model, TEXTS, task="document"), reference.encode_document(TEXTS))
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
 def test_precision(precision: Any, kind: str) -> None:
-    model, reference = of_kind(kind, tiny), tiny("sdpa")
+    model, reference = both(kind)
     exact = reference.encode(TEXTS)
     for options in ({}, {"convert_to_tensor": True}, {"convert_to_numpy": False}):
         vectors = encode(model, TEXTS, precision=precision, **options)
@@ -138,51 +108,46 @@ def test_precision(precision: Any, kind: str) -> None:
             # The smallest and the largest number of each dimension lie at the edge of a bucket.
             assert np.abs(ours.astype(int) - expected).max() <= 1
     if "binary" in precision:
-        assert_same(encode(model, QUERY, precision=precision), reference.encode(QUERY, precision=precision))
+        assert_encodes(model, reference, QUERY, precision=precision)
 
 
 def test_any_iterable_of_strings() -> None:
     model, expected = tiny("flashinfer"), tiny("sdpa").encode(TEXTS)
     for inputs in (
         tuple(TEXTS), np.array(TEXTS), np.array(TEXTS, dtype=object), iter(TEXTS), (text for text in TEXTS),
-        map(str, TEXTS), dict.fromkeys(TEXTS), dict.fromkeys(TEXTS).keys(),
+        map(str, TEXTS), dict.fromkeys(TEXTS).keys(),
     ):  # fmt: skip
-        if isinstance(inputs, dict):
-            with pytest.raises(TypeError, match="dict"):
-                encode(model, inputs)
-        else:
-            assert_same(encode(model, inputs), expected)
+        assert_same(encode(model, inputs), expected)
+    with pytest.raises(TypeError, match="dict"):
+        encode(model, dict.fromkeys(TEXTS))
     assert_same(encode(model, np.str_(TEXTS[0])), expected[0])
     assert_same(encode(model, [TEXTS[0]]), expected[:1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_empty_strings_and_empty_inputs(kind: str) -> None:
-    model, reference = of_kind(kind, tiny), tiny("sdpa")
+    model, reference = both(kind)
     for text in ("", " \n", "\x00", "[SEP] [PAD] [MASK]", "https://example.org/cat.png"):
-        assert_same(encode(model, text), reference.encode(text))
-        assert_same(encode(model, [text, "a"]), reference.encode([text, "a"]))
+        assert_encodes(model, reference, text)
+        assert_encodes(model, reference, [text, "a"])
     for options in (
         {}, {"convert_to_tensor": True}, {"convert_to_numpy": False}, {"precision": "int8"},
         {"output_value": "token_embeddings"}, {"output_value": None},
     ):  # fmt: skip
-        assert_same(encode(model, [], **options), reference.encode([], **options))
+        assert_encodes(model, reference, [], **options)
     assert encode(model, iter(())).shape == (0,)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_token_embeddings(kind: str) -> None:
-    model, reference = of_kind(kind, tiny), tiny("sdpa")
+    model, reference = both(kind)
     for inputs in (TEXTS, TEXTS[3], TEXTS[:1]):
         expected = reference.encode(inputs, output_value="token_embeddings")
         assert_same(encode(model, inputs, output_value="token_embeddings"), expected)
         assert_same(encode(model, inputs, output_value="token_embeddings", tokens_per_batch=50), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_all_features(kind: str) -> None:
-    model, reference = of_kind(kind, tiny), tiny("sdpa")
-    for options in ({}, {"prompt": "words: "}, {"batch_size": 4}):
+    model, reference = both(kind)
+    for options in ({}, {"prompt": "words: "}, {"batch_size": 4}, {"truncate_dim": 8}):
         expected = reference.encode(TEXTS, output_value=None, **options)
         for one, other in zip(encode(model, TEXTS, output_value=None, **options), expected, strict=True):
             assert one.keys() == other.keys()
@@ -194,15 +159,9 @@ def test_all_features(kind: str) -> None:
     assert ours.keys() == expected.keys()
 
 
-def test_all_features_with_fewer_dimensions() -> None:
-    model, options = of_kind("unpadded", tiny), {"output_value": None, "truncate_dim": 8}
-    ours, expected = encode(model, QUERY, **options), tiny("sdpa").encode(QUERY, **options)
-    assert_same(ours["sentence_embedding"], expected["sentence_embedding"])
-
-
 @pytest.mark.parametrize("is_lists", [True, False])
 def test_long_texts_are_truncated(is_lists: bool) -> None:
-    model, reference = encoder("bert", "flashinfer"), encoder("bert", "sdpa")
+    model, reference = fresh()
     texts = ["word " * 1000, "a", "another " * 200, *TEXTS]
     for length in (None, 17, 128, 3):
         for each in (model, reference):
@@ -211,11 +170,11 @@ def test_long_texts_are_truncated(is_lists: bool) -> None:
         assert_same(encode(model, inputs, tokens_per_batch=60), reference.encode(inputs))
     for each in (model, reference):
         each.tokenizer.truncation_side = "left"
-    assert_same(encode(model, ["first " + texts[0] + "last"]), reference.encode(["first " + texts[0] + "last"]))
+    assert_encodes(model, reference, ["first " + texts[0] + "last"])
 
 
 def test_the_progress_bar_tells_texts_per_second(capsys: pytest.CaptureFixture[str]) -> None:
-    model = encoder("bert", "flashinfer")
+    model = tiny("flashinfer")
     for function in (encode, lambda *inputs, **options: list(encode_iter(*inputs, **options))):
         for inputs, count in ((TEXTS, f"{len(TEXTS)}/{len(TEXTS)}"), (iter(TEXTS), f"{len(TEXTS)} texts")):
             function(model, inputs, show_progress_bar=True)
@@ -237,27 +196,18 @@ def with_all_modes(family: str, implementation: str) -> Any:
     return encoder(family, implementation, Pooling(WIDTH, MODES), is_left_padded=family == "qwen3")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", em.FAMILIES)
 def test_families_with_all_modes_of_pooling(family: str, kind: str) -> None:
-    make = functools.partial(with_all_modes, family)
-    model, reference = of_kind(kind, make), make("sdpa")
+    model, reference = both(kind, functools.partial(with_all_modes, family))
     for each in (model, reference):
         each.set_pooling_include_prompt(True)
-    assert_same(encode(model, TEXTS), reference.encode(TEXTS))
-    assert_same(encode(model, TEXTS[0]), reference.encode(TEXTS[0]))
+    for inputs in (TEXTS, TEXTS[0]):
+        assert_encodes(model, reference, inputs)
     for each in (model, reference):
         each.set_pooling_include_prompt(False)
     for inputs in (TEXTS, TEXTS[0]):
-        options = {"prompt": "a few words: "}
-        assert_same(encode(model, inputs, **options, batch_size=4), reference.encode(inputs, **options))
-    assert_same(encode(model, TEXTS), reference.encode(TEXTS))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_modes_of_pooling(mode: Any) -> None:
-    model, reference = (encoder("bert", name, Pooling(WIDTH, mode), Normalize()) for name in ("flashinfer", "sdpa"))
-    assert_same(encode(model, TEXTS), reference.encode(TEXTS))
+        assert_encodes(model, reference, inputs, prompt="a few words: ", batch_size=4)
+    assert_encodes(model, reference)
 
 
 class Weighting(nn.Module):
@@ -278,25 +228,25 @@ class LastPlace(nn.Module):
 
 SHARED_LAYER = Dense(WIDTH, WIDTH)
 MODULES: dict[str, Callable[[], list[nn.Module]]] = {
-    "dense": lambda: [Pooling(WIDTH), Dense(WIDTH, 24), LayerNorm(24), Normalize()],
+    "dense": lambda: [Pooling(WIDTH), Dense(WIDTH, 24), parts.LayerNorm(24), Normalize()],
     "dense of tokens": lambda: [
         Dense(WIDTH, 24, module_input_name="token_embeddings", module_output_name="token_embeddings"), Pooling(24),
     ],
-    "dropout": lambda: [Pooling(WIDTH), Dropout(0.5)],
+    "dropout": lambda: [Pooling(WIDTH), parts.Dropout(0.5)],
     "one layer twice": lambda: [Pooling(WIDTH), SHARED_LAYER, Normalize(), SHARED_LAYER],
     "custom": lambda: [Weighting()],
-    "layers": lambda: [WeightedLayerPooling(WIDTH, num_hidden_layers=LAYERS, layer_start=1), Pooling(WIDTH)],
+    "layers": lambda: [parts.WeightedLayerPooling(WIDTH, num_hidden_layers=em.LAYERS, layer_start=1), Pooling(WIDTH)],
+    **{mode: functools.partial(lambda mode: [Pooling(WIDTH, mode), Normalize()], mode) for mode in MODES},
     "route after pooling": lambda: [
         Pooling(WIDTH), Router.for_query_document([Dense(WIDTH, 8)], [Dense(WIDTH, 8), Normalize()]),
     ],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", MODULES)
 def test_modules_after_the_transformer(case: str, kind: str) -> None:
     reference = encoder("bert", "sdpa", *MODULES[case]())
-    model = of_kind(kind, lambda implementation: encoder("bert", implementation, *MODULES[case]()))
+    model = em.of_kind(kind, lambda implementation: encoder("bert", implementation, *MODULES[case]()))
     for place, module in enumerate(reference):
         if place:
             model[place].load_state_dict(module.state_dict())
@@ -304,38 +254,34 @@ def test_modules_after_the_transformer(case: str, kind: str) -> None:
         for each in (model, reference):
             each[0].model.config.output_hidden_states = True
     model.train()
-    options: tuple[dict[str, Any], ...] = ({},)
-    if "route" in case:
-        options = ({"task": "query"}, {"task": "document"}, {})
     # Sums over tokens are larger than their means.
     tolerance = TOLERANCE * (3 if case == "custom" else 1)
-    for one in options:
-        assert_same(encode(model, TEXTS, **one), reference.encode(TEXTS, **one), tolerance)
-        assert_same(encode(model, TEXTS[0], **one), reference.encode(TEXTS[0], **one), tolerance)
+    for options in ({"task": "query"}, {"task": "document"}, {}) if "route" in case else ({},):
+        for inputs in (TEXTS, TEXTS[0]):
+            assert_encodes(model, reference, inputs, tolerance, **options)
 
 
 def test_a_module_that_reads_the_last_place() -> None:
-    model, reference = (encoder("qwen3", name, LastPlace(), is_left_padded=True) for name in ("flashinfer", "sdpa"))
-    assert_same(encode(model, TEXTS), reference.encode(TEXTS))
+    assert_encodes(*fresh(LastPlace(), family="qwen3", is_left_padded=True))
 
 
 def router(implementation: str) -> Any:
     families = {"bert": Pooling(WIDTH), "modernbert": Pooling(WIDTH, "cls")}
     routes = [list(encoder(family, implementation, pooling)) for family, pooling in families.items()]
     modules = [Router.for_query_document(*routes), Normalize()]
-    return st.SentenceTransformer(modules=modules, prompts=PROMPTS, device="cpu")
+    return em.st.SentenceTransformer(modules=modules, prompts=em.PROMPTS, device="cpu")
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_routes_of_queries_and_documents(kind: str) -> None:
-    model, reference = of_kind(kind, router), router("sdpa")
+    model, reference = both(kind, router)
     for inputs in (TEXTS, TEXTS[2]):
         assert_same(encode(model, inputs, task="query"), reference.encode_query(inputs))
         assert_same(encode(model, inputs, task="document"), reference.encode_document(inputs))
-        assert_same(encode(model, inputs), reference.encode(inputs))
+        assert_encodes(model, reference, inputs)
+    expected = reference.encode_query(TEXTS, output_value="token_embeddings")
+    assert_same(encode(model, TEXTS, task="query", output_value="token_embeddings"), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_each_route_has_its_tokenizer(kind: str) -> None:
     def accented(implementation: str) -> Any:
         model = router(implementation)
@@ -343,16 +289,10 @@ def test_each_route_has_its_tokenizer(kind: str) -> None:
         document.backend_tokenizer.normalizer = BertNormalizer(strip_accents=False)
         return model
 
-    model, reference = of_kind(kind, accented), accented("sdpa")
+    model, reference = both(kind, accented)
     texts = [*TEXTS, "un café naïve, déjà vu"]
     plain = router("sdpa").encode_document(texts)
     expected = reference.encode_document(texts)
     assert np.abs(expected - plain).max() > 1e-3
     assert_same(encode(model, texts, task="document"), expected)
     assert_same(encode(model, texts, task="query"), reference.encode_query(texts))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_token_embeddings_of_a_route(kind: str) -> None:
-    expected = router("sdpa").encode_query(TEXTS, output_value="token_embeddings")
-    assert_same(encode(of_kind(kind, router), TEXTS, task="query", output_value="token_embeddings"), expected)

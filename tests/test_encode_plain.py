@@ -7,10 +7,11 @@ import functools
 import inspect
 from typing import Any
 
+import encode_models as em
 import numpy as np
 import pytest
 import torch
-from encode_models import FAMILIES, KINDS, TEXTS, TOKENS, assert_same, encoder, of_kind, reranker, saved, st
+from encode_models import KINDS, TEXTS, TOKENS, assert_same, saved
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, CanineTokenizer
@@ -55,7 +56,7 @@ def error_of(vectors: Any, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", em.FAMILIES)
 def test_plain_models_are_as_exact_as_sdpa(family: str, pooling: Any) -> None:
     tokenizer, exact = tokenizer_of(family), exact_vectors(family, pooling)
     batch = tokenizer(TEXTS, truncation=True, padding=True, return_tensors="pt")
@@ -64,7 +65,7 @@ def test_plain_models_are_as_exact_as_sdpa(family: str, pooling: Any) -> None:
     rows = [pooled(states[mask.bool()])[pooling] for states, mask in zip(hidden, batch["attention_mask"])]
     allowed = 1.25 * error_of(torch.stack(rows), exact)
     for kind in KINDS:
-        model = of_kind(kind, functools.partial(plain, family)).train()
+        model = em.of_kind(kind, functools.partial(plain, family)).train()
         vectors = encode(model, TEXTS, tokenizer=tokenizer, pooling=pooling)
         assert (vectors.dtype, vectors.shape) == (np.float32, exact.shape)
         assert error_of(vectors, exact) <= allowed
@@ -74,38 +75,41 @@ def test_plain_models_are_as_exact_as_sdpa(family: str, pooling: Any) -> None:
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("family", ["bert", "qwen3"])
 def test_arguments_of_plain_models(family: str, pooling: Any) -> None:
-    model, tokenizer = plain(family, "flashinfer"), tokenizer_of(family)
-    own: dict[str, Any] = {"tokenizer": tokenizer, "pooling": pooling}
-    exact = exact_vectors(family, pooling, "words: ", 9).float()
-    options = {"prompt": "words: ", "max_length": 9, "batch_size": 3}
-    assert_same(encode(model, TEXTS, **own, **options), exact.numpy())
-    assert_same(encode(model, TEXTS[0], **own, **options), exact[0].numpy())
-    assert_same(encode(model, TEXTS, **own, **options, convert_to_tensor=True), exact)
-    assert_same(encode(model, TEXTS, **own, **options, convert_to_numpy=False), list(exact))
-    assert_same(list(encode_iter(model, iter(TEXTS), **own, **options)), list(exact.numpy()))
+    own = functools.partial(encode, plain(family, "flashinfer"), tokenizer=tokenizer_of(family), pooling=pooling)
+    exact, longest = exact_vectors(family, pooling, "words: ", 9).float(), exact_vectors(family, pooling).float()
+    short = functools.partial(own, prompt="words: ", max_length=9, batch_size=3)
+    assert_same(short(TEXTS), exact.numpy())
+    assert_same(short(TEXTS[0]), exact[0].numpy())
+    assert_same(short(TEXTS, convert_to_tensor=True), exact)
+    assert_same(short(TEXTS, convert_to_numpy=False), list(exact))
+    assert_same(list(encode_iter(*short.args, iter(TEXTS), **short.keywords)), list(exact.numpy()))
     unit = nn.functional.normalize(exact[:, :5])
-    assert_same(encode(model, TEXTS, **own, **options, truncate_dim=5, normalize_embeddings=True), unit.numpy())
-    bits = encode(model, TEXTS, **own, **options, precision="ubinary")
+    assert_same(short(TEXTS, truncate_dim=5, normalize_embeddings=True), unit.numpy())
+    bits = short(TEXTS, precision="ubinary")
     assert (bits != np.packbits(exact.numpy() > 0, axis=1)).sum() <= (exact.abs() < 1e-5).sum()
-    longest = exact_vectors(family, pooling).float()
-    assert_same(encode(model, TEXTS, **own), longest.numpy())
+    assert_same(own(TEXTS), longest.numpy())
     # The first token of a causal model sees no other.
     assert (longest - exact).abs().max() > 1e-2 or (family, pooling) == ("qwen3", "cls")
 
 
-def test_a_tokenizer_written_in_python() -> None:
+def character_model(implementation: str) -> Any:
+    """A tiny model for a tokenizer of characters; all have the same weights."""
     config = BertConfig(
-        vocab_size=58_000, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32,
-    )  # fmt: skip
-    eager = BertModel._from_config(config, attn_implementation="eager").eval()
-    tokenizer = CanineTokenizer(model_max_length=64)
+        vocab_size=58_000, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return BertModel._from_config(config, attn_implementation=implementation).eval()
+
+
+def test_a_tokenizer_written_in_python() -> None:
+    eager, tokenizer = character_model("eager"), CanineTokenizer(model_max_length=64)
     assert not tokenizer.is_fast
     with torch.no_grad():
         batches = [tokenizer(text, truncation=True, return_tensors="pt") for text in TEXTS]
         expected = torch.stack([eager(**batch).last_hidden_state[0].mean(0) for batch in batches]).numpy()
     for implementation in ("flashinfer", "sdpa"):
-        model = BertModel._from_config(copy.deepcopy(config), attn_implementation=implementation)
-        model.load_state_dict(eager.state_dict())
+        model = character_model(implementation)
         assert_same(encode(model, TEXTS, tokenizer=tokenizer, pooling="mean", batch_size=4), expected)
         assert_same(encode(model, TEXTS[0], tokenizer=tokenizer, pooling="mean"), expected[0])
 
@@ -128,12 +132,11 @@ class Bare(CanineTokenizer):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_texts_without_tokens_of_a_tokenizer_in_python(pooling: Any) -> None:
-    config = BertConfig(
-        vocab_size=58_000, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32,
-    )  # fmt: skip
-    model = BertModel._from_config(config, attn_implementation="flashinfer")
     with pytest.raises(ValueError, match="text 1 cannot be tokenised: it has no tokens"):
-        encode(model, ["some words", "", "more"], tokenizer=Bare(model_max_length=64), pooling=pooling)
+        encode(
+            character_model("flashinfer"), ["some words", "", "more"], tokenizer=Bare(model_max_length=64),
+            pooling=pooling,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["bert", "qwen3", "modernbert"])
@@ -148,8 +151,8 @@ def test_a_model_without_padding_logs_nothing_of_it(family: str, caplog: pytest.
 def test_signatures_are_those_of_sentence_transformers() -> None:
     other = {"self", "inputs", "pool", "chunk_size", "kwargs"}
     for function, own, more in (
-        (encode, st.SentenceTransformer.encode, {"task"}), (predict, st.CrossEncoder.predict, set()),
-        (rank, st.CrossEncoder.rank, set()),
+        (encode, em.st.SentenceTransformer.encode, {"task"}), (predict, em.st.CrossEncoder.predict, set()),
+        (rank, em.st.CrossEncoder.rank, set()),
     ):  # fmt: skip
         expected = {
             name: parameter.default
@@ -173,55 +176,46 @@ def test_encode_iter_takes_the_arguments_of_encode() -> None:
     assert all(own[name].default == other[name].default for name in own)
 
 
-WRONG_ARGUMENTS: list[Any] = [
+WRONG_ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
+    ("nonsense", {"nonsense": 1}),
+    ("output_value='words'", {"output_value": "words"}),
+    ("precision='int4'", {"precision": "int4"}),
+    (r"device=\['cpu', 'cpu'\]", {"device": ["cpu", "cpu"]}),
+]
+WRONG_FOR_PLAIN: list[tuple[str, dict[str, Any]]] = [
     ("prompt_name", {"prompt_name": "query"}),
     ("task", {"task": "query"}),
-    ("nonsense", {"nonsense": 1}),
     ("output_value", {"output_value": "token_embeddings"}),
     ("output_value=None", {"output_value": None}),
-    ("output_value='words'", {"output_value": "words"}),
     ("batch_size=0", {"batch_size": 0}),
     ("batch_size=-1", {"batch_size": -1}),
     ("tokens_per_batch=0", {"tokens_per_batch": 0}),
-    ("precision='int4'", {"precision": "int4"}),
     ("pooling='max'", {"pooling": "max"}),
     ("without pooling", {"pooling": None}),
     ("without tokenizer", {"tokenizer": None}),
-    (r"device=\['cpu', 'cpu'\]", {"device": ["cpu", "cpu"]}),
     ("max_length=0", {"max_length": 0}),
     ("max_length=-1", {"max_length": -1}),
 ]
+WRONG_FOR_SENTENCE_TRANSFORMERS: list[tuple[str, dict[str, Any]]] = [
+    ("prompt_name='missing'", {"prompt_name": "missing"}),
+    ("task='words'", {"task": "words"}),
+    ("pool", {"pool": {}}),
+    *[(f"{name} for a SentenceTransformer", {name: 5}) for name in ("tokenizer", "pooling", "max_length")],
+]
 
 
-@pytest.mark.parametrize(("message", "options"), WRONG_ARGUMENTS)
+@pytest.mark.parametrize(("message", "options"), WRONG_ARGUMENTS + WRONG_FOR_PLAIN)
 def test_wrong_arguments_for_a_plain_model(message: str, options: dict[str, Any]) -> None:
     arguments = {"tokenizer": tokenizer_of("bert"), "pooling": "mean", **options}
     with pytest.raises(ValueError, match=message):
         encode(plain("bert", "flashinfer"), TEXTS, **arguments)
 
 
-@pytest.mark.parametrize("argument", ["tokenizer", "pooling", "max_length"])
-def test_a_sentence_transformer_has_its_own(argument: str) -> None:
-    with pytest.raises(ValueError, match=f"{argument} for a SentenceTransformer"):
-        encode(encoder("bert", "flashinfer"), TEXTS, **{argument: tokenizer_of("bert")})
-
-
-@pytest.mark.parametrize(
-    ("message", "options"),
-    [
-        ("prompt_name='missing'", {"prompt_name": "missing"}),
-        ("task='words'", {"task": "words"}),
-        ("nonsense", {"nonsense": 1}),
-        ("pool", {"pool": {}}),
-        ("precision='int4'", {"precision": "int4"}),
-        ("output_value='words'", {"output_value": "words"}),
-        ("device", {"device": ["cpu", "cpu"]}),
-    ],
-)
+@pytest.mark.parametrize(("message", "options"), WRONG_ARGUMENTS + WRONG_FOR_SENTENCE_TRANSFORMERS)
 def test_wrong_arguments_for_a_sentence_transformer(message: str, options: dict[str, Any]) -> None:
     for inputs in (TEXTS, TEXTS[0], []):
         with pytest.raises(ValueError, match=message):
-            encode(encoder("bert", "sdpa"), inputs, **options)
+            encode(em.tiny("sdpa"), inputs, **options)
 
 
 @pytest.mark.parametrize("model", ["a/path", None, nn.Linear(2, 2), 5])
@@ -235,8 +229,8 @@ def test_wrong_models(model: Any) -> None:
 
 def test_models_of_the_other_kind() -> None:
     with pytest.raises(TypeError, match=r"encode\(CrossEncoder\): expected a SentenceTransformer"):
-        encode(reranker("bert", "sdpa"), TEXTS)
+        encode(em.reranker("bert", "sdpa"), TEXTS)
     with pytest.raises(TypeError, match=r"encode\(SparseEncoder\): expected a SentenceTransformer"):
-        encode(st.SparseEncoder(saved("bert", "ForMaskedLM"), device="cpu"), TEXTS)
+        encode(em.st.SparseEncoder(saved("bert", "ForMaskedLM"), device="cpu"), TEXTS)
     with pytest.raises(TypeError, match=r"predict\(SentenceTransformer\): expected a CrossEncoder"):
-        predict(encoder("bert", "sdpa"), TEXTS)
+        predict(em.tiny("sdpa"), TEXTS)

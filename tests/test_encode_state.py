@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import encode_models as em
 import numpy as np
 import pytest
 import torch
-from encode_models import KINDS, TEXTS, WIDTH, assert_same, encoder, of_kind, st
+from encode_models import KINDS, TEXTS, WIDTH, assert_encodes, assert_same, encoder, fresh, many_texts, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -20,11 +21,6 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from hf_flashinfer_attn import encode, encode_iter, repad, unpad
-
-
-@functools.cache
-def tiny(implementation: str) -> Any:
-    return encoder("bert", implementation)
 
 
 def test_dropout_does_not_run_in_a_stream_while_the_model_is_trained() -> None:
@@ -38,19 +34,17 @@ def test_dropout_does_not_run_in_a_stream_while_the_model_is_trained() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_never_runs(kind: str) -> None:
-    model, expected = of_kind(kind, functools.partial(encoder, "bert")), encoder("bert", "sdpa").encode(TEXTS)
+    model, expected = em.of_kind(kind, functools.partial(encoder, "bert")), tiny("sdpa").encode(TEXTS)
     backbone = model[0].model
     for module in (model, backbone, backbone.encoder.layer[1].attention.self, backbone.embeddings.dropout):
-        module.train()
-        assert_same(encode(model, TEXTS), expected)
-        module.train()
-        assert_same(encode(model, TEXTS[0]), expected[0])
+        for inputs, vectors in ((TEXTS, expected), (TEXTS[0], expected[0])):
+            module.train()
+            assert_same(encode(model, inputs), vectors)
     assert not any(module.training for module in model.modules())
 
 
 def test_repad_gives_the_model_back() -> None:
-    model, reference = encoder("bert", "flashinfer"), encoder("bert", "sdpa")
-    expected = reference.encode(TEXTS)
+    model, expected = encoder("bert", "flashinfer"), tiny("sdpa").encode(TEXTS)
     changes: list[Callable[[], Any]] = [
         lambda: None, lambda: repad(model), lambda: unpad(model), lambda: setattr(model[0], "unpad_inputs", True),
     ]  # fmt: skip
@@ -121,27 +115,26 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_changes_between_calls(case: str) -> None:
-    model, reference = encoder("bert", "flashinfer"), encoder("bert", "sdpa")
-    options = {"prompt": "a few words: "}
-    before = reference.encode(TEXTS, **options)
-    for inputs, expected in ((TEXTS, before), (TEXTS[0], before[0])):
-        assert_same(encode(model, inputs, **options), expected)
+    model, reference = fresh()
+    encodes = functools.partial(assert_encodes, model, reference, prompt="a few words: ")
+    before = reference.encode(TEXTS, prompt="a few words: ")
+    for inputs in (TEXTS, TEXTS[0]):
+        encodes(inputs)
     for each in (model, reference):
         CHANGES[case](each)
-    after = reference.encode(TEXTS, **options)
-    assert np.abs(after - before).max() > 1e-3
-    for inputs, expected in ((TEXTS, after), (TEXTS[0], after[0])):
-        assert_same(encode(model, inputs, **options), expected)
+    assert np.abs(reference.encode(TEXTS, prompt="a few words: ") - before).max() > 1e-3
+    for inputs in (TEXTS, TEXTS[0]):
+        encodes(inputs)
 
 
-class Doubling(st.SentenceTransformer):
+class Doubling(em.st.SentenceTransformer):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         features = super().forward(*args, **kwargs)
         features["sentence_embedding"] = features["sentence_embedding"] * 2
         return features
 
 
-class Replacing(st.SentenceTransformer):
+class Replacing(em.st.SentenceTransformer):
     def preprocess(self, inputs: list[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return super().preprocess([text.replace("statement", "cat") for text in inputs], *args, **kwargs)
 
@@ -149,7 +142,7 @@ class Replacing(st.SentenceTransformer):
 @pytest.mark.parametrize("subclass", [Doubling, Replacing])
 def test_subclasses_keep_their_own_methods(subclass: Any) -> None:
     model, reference = (subclass(modules=list(encoder("bert", name)), device="cpu") for name in ("flashinfer", "sdpa"))
-    assert_same(encode(model, TEXTS), reference.encode(TEXTS))
+    assert_encodes(model, reference)
 
 
 def _mask_second(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -180,9 +173,8 @@ def test_what_others_add_to_a_transformer_gets_padded_rows(how: str) -> None:
             model[0].register_forward_pre_hook(_mask_second)
         return model
 
-    plain = encoder("bert", "sdpa").encode(TEXTS)
     expected = change(encoder("bert", "sdpa")).encode(TEXTS)
-    assert np.abs(expected - plain).max() > 1e-3
+    assert np.abs(expected - tiny("sdpa").encode(TEXTS)).max() > 1e-3
     assert_same(encode(change(encoder("bert", "flashinfer")), TEXTS), expected)
     if how == "class":
         assert_same(unpad(change(encoder("bert", "flashinfer"))).encode(TEXTS), expected)
@@ -192,8 +184,7 @@ def test_what_others_add_to_a_transformer_gets_padded_rows(how: str) -> None:
 
 def test_hooks_of_a_plain_model_get_padded_rows() -> None:
     vectors = []
-    for implementation in ("flashinfer", "sdpa"):
-        model = encoder("bert", implementation)
+    for model in fresh():
         backbone, options = model[0].model, {"tokenizer": model.tokenizer, "pooling": "mean"}
         before = encode(backbone, TEXTS, **options)
         backbone.register_forward_hook(lambda module, args, output: _subtract_first(output))
@@ -221,18 +212,18 @@ def test_preprocessing_of_others_runs_in_one_thread() -> None:
 
 
 def test_copies_and_models_that_share_modules() -> None:
-    model, reference = encoder("bert", "flashinfer"), encoder("bert", "sdpa")
-    assert_same(encode(model, TEXTS), reference.encode(TEXTS))
+    model, reference = fresh()
+    assert_encodes(model, reference)
     twin, other = copy.deepcopy(model), copy.deepcopy(reference)
     for each in (twin, other):
         _scale_weights(each)
         each.max_seq_length = 11
-    maximum = st.SentenceTransformer(modules=[model[0], Pooling(WIDTH, "max")], device="cpu")
-    expected = st.SentenceTransformer(modules=[reference[0], Pooling(WIDTH, "max")], device="cpu").encode(TEXTS)
+    maximum = em.st.SentenceTransformer(modules=[model[0], Pooling(WIDTH, "max")], device="cpu")
+    expected = em.st.SentenceTransformer(modules=[reference[0], Pooling(WIDTH, "max")], device="cpu").encode(TEXTS)
     for _ in range(2):
-        assert_same(encode(twin, TEXTS), other.encode(TEXTS))
+        assert_encodes(twin, other)
         assert_same(encode(maximum, TEXTS), expected)
-        assert_same(encode(model, TEXTS), reference.encode(TEXTS))
+        assert_encodes(model, reference)
         vectors = encode(model[0].model, TEXTS, tokenizer=model.tokenizer, pooling="mean")
         assert_same(vectors, reference.encode(TEXTS))
 
@@ -246,7 +237,7 @@ def test_training_goes_on_afterwards() -> None:
 
 
 def test_padded_batches_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    encode(of_kind("flashinfer", tiny), TEXTS)
+    encode(em.of_kind("flashinfer", tiny), TEXTS)
     assert "padded" not in caplog.text
     for _ in range(3):
         encode(tiny("sdpa"), TEXTS)
@@ -257,20 +248,13 @@ def test_padded_batches_are_logged_once(caplog: pytest.LogCaptureFixture) -> Non
     ]
 
 
-@functools.cache
-def many_texts() -> tuple[list[str], Any]:
-    """Texts of 2 to 50 tokens, shuffled, and their vectors."""
-    texts = ["word " * (index * 7 % 49) + str(index) for index in range(150)]
-    return texts, tiny("sdpa").encode(texts)
-
-
 @pytest.mark.parametrize("kind", ["unpadded", "sdpa"])
 @settings(max_examples=15)
 @given(
     tokens=some.integers(1, 500), rows=some.integers(1, 200), first=some.integers(0, 140), count=some.integers(1, 150)
 )
 def test_batches_of_any_size(kind: str, tokens: int, rows: int, first: int, count: int) -> None:
-    model = of_kind(kind, tiny)
+    model = em.of_kind(kind, tiny)
     texts, expected = (values[first : first + count] for values in many_texts())
     budget = {"tokens_per_batch": tokens, "batch_size": rows}
     assert_same(encode(model, texts, **budget), expected)
@@ -279,7 +263,7 @@ def test_batches_of_any_size(kind: str, tokens: int, rows: int, first: int, coun
 
 @pytest.mark.parametrize("kind", ["unpadded", "sdpa"])
 def test_budgets_are_kept(kind: str) -> None:
-    model, (texts, expected) = of_kind(kind, functools.partial(encoder, "bert")), many_texts()
+    model, (texts, expected) = em.of_kind(kind, functools.partial(encoder, "bert")), many_texts()
     sizes: list[tuple[int, int]] = []
     embeddings = model[0].model.get_input_embeddings()
     embeddings.register_forward_hook(lambda module, args, output: sizes.append(tuple(args[0].shape)))

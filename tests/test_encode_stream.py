@@ -8,6 +8,7 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
@@ -16,7 +17,7 @@ import psutil
 import pytest
 import torch
 import tqdm
-from encode_models import TEXTS, WIDTH, assert_same, encoder, of_kind
+from encode_models import TEXTS, WIDTH, assert_same, both, encoder, of_kind, tiny
 
 from hf_flashinfer_attn import encode, encode_iter
 
@@ -26,14 +27,21 @@ MOST_AHEAD = 10_000
 
 
 @functools.cache
-def tiny(implementation: str) -> Any:
-    return encoder("bert", implementation)
-
-
-@functools.cache
 def many_texts() -> tuple[list[str], Any]:
     texts = [" ".join(["word"] * (index * 7 % 13)) + f" {index}" for index in range(1200)]
     return texts, tiny("sdpa").encode(texts)
+
+
+class Stream:
+    """Yields a text for each index below `count`, and counts how many were read."""
+
+    def __init__(self, count: int, text: str = "text {}") -> None:
+        self.count, self.text, self.read = count, text, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for index in range(self.count):
+            self.read += 1
+            yield self.text.format(index)
 
 
 def threads() -> set[threading.Thread]:
@@ -85,7 +93,7 @@ def test_streams_of_one_model_side_by_side() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_arguments_of_encode_iter(kind: str) -> None:
-    model, reference = of_kind(kind, tiny), tiny("sdpa")
+    model, reference = both(kind)
     for options in (
         {"prompt": "a few words: "}, {"normalize_embeddings": True}, {"truncate_dim": 7},
         {"truncate_dim": 7, "normalize_embeddings": True},
@@ -101,34 +109,20 @@ def test_arguments_of_encode_iter(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["unpadded", "sdpa"])
 @pytest.mark.parametrize("text", ["a", "some words of a longer text, " * 7])
 def test_input_is_read_as_vectors_are_taken(text: str, kind: str) -> None:
-    read = 0
-
-    def stream() -> Iterator[str]:
-        nonlocal read
-        for _ in range(25_000):
-            read += 1
-            yield text
-
-    with closing(encode_iter(of_kind(kind, tiny), stream())) as vectors:
-        assert read == 0
+    stream = Stream(25_000, text)
+    with closing(encode_iter(of_kind(kind, tiny), stream)) as vectors:
+        assert stream.read == 0
         for taken in range(2_000):
             next(vectors)
-            assert read - taken <= MOST_AHEAD
+            assert stream.read - taken <= MOST_AHEAD
 
 
 def test_a_small_batch_is_read_ahead_by_little() -> None:
-    read = 0
-
-    def stream() -> Iterator[str]:
-        nonlocal read
-        for index in range(5_000):
-            read += 1
-            yield f"text {index}"
-
-    with closing(encode_iter(of_kind("unpadded", tiny), stream(), batch_size=8)) as vectors:
+    stream = Stream(5_000)
+    with closing(encode_iter(of_kind("unpadded", tiny), stream, batch_size=8)) as vectors:
         for taken in range(1_000):
             next(vectors)
-            assert read - taken <= 100
+            assert stream.read - taken <= 100
 
 
 def test_memory_does_not_grow() -> None:
@@ -173,31 +167,22 @@ def test_a_text_that_is_no_string(function: Callable[..., Any], bad: Any) -> Non
 def test_a_bad_text_after_thousands(function: Callable[..., Any]) -> None:
     model = of_kind("unpadded", tiny)
 
-    def stream(bad: Any) -> Iterator[Any]:
-        yield from ("a" for _ in range(3_000))
-        yield bad
-        yield from ("b" for _ in range(100))
-
+    many = ["a"] * 3_000
     with pytest.raises(TypeError, match="text 3000 is a NoneType; expected a string"):
-        function(model, stream(None))
+        function(model, iter([*many, None, *many[:100]]))
     with pytest.raises(ValueError, match=r"text 3000 cannot be tokenised.*surrogates not allowed"):
-        function(model, stream("lone \ud800"))
+        function(model, iter([*many, "lone \ud800", *many[:100]]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lone_surrogates(kind: str) -> None:
-    texts = [f"text {index}" for index in range(2_500)]
+    texts, model = list(Stream(2_500)), of_kind(kind, tiny)
     for place in (0, 300, 2_499):
-        bad = [*texts[:place], "a\udfff", *texts[place + 1 :]]
         with pytest.raises(ValueError, match=rf"text {place} cannot be tokenised"):
-            encode(of_kind(kind, tiny), bad)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_lone_surrogate_as_the_only_text(kind: str) -> None:
+            encode(model, [*texts[:place], "a\udfff", *texts[place + 1 :]])
     for inputs in (["\ud800"], "\ud800"):
         with pytest.raises(ValueError, match="text 0 cannot be tokenised"):
-            encode(of_kind(kind, tiny), inputs)
+            encode(model, inputs)
 
 
 @pytest.mark.parametrize("bad", [b"bytes", bytearray(b"bytes"), {"text": "a"}, [{"role": "user", "content": "a"}]])
@@ -218,7 +203,7 @@ class OwnError(Exception):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_an_error_of_the_generator_is_the_callers(function: Callable[..., Any], count: int, error: Any) -> None:
     def stream() -> Iterator[str]:
-        yield from (f"text {index}" for index in range(count))
+        yield from Stream(count)
         raise error
 
     with pytest.raises(type(error)) as raised:
@@ -239,27 +224,20 @@ def test_an_error_in_the_model_stops_the_threads(error: Any, kind: str) -> None:
             raise error
 
     model[1].register_forward_hook(interrupt)
-    read = 0
-
-    def stream() -> Iterator[str]:
-        nonlocal read
-        for read in range(100_000):
-            yield f"text {read}"
-
     before = threads()
     for function in FUNCTIONS:
-        forwards = 0
+        forwards, stream = 0, Stream(100_000)
         with pytest.raises(type(error)) as raised:
-            function(model, stream())
+            function(model, stream)
         assert raised.value is error
         assert threads() <= before
-        assert read < 99_999
+        assert stream.read < 100_000
 
 
 @pytest.mark.parametrize("taken", [0, 1, 500])
 @pytest.mark.parametrize("how", ["close", "collected"])
 def test_a_stream_that_is_left_closes_everything(how: str, taken: int) -> None:
-    vectors = encode_iter(of_kind("unpadded", tiny), (f"text {index}" for index in range(100_000)))
+    vectors = encode_iter(of_kind("unpadded", tiny), Stream(100_000))
     before = threads()
     for _ in range(taken):
         next(vectors)
@@ -278,24 +256,14 @@ def test_a_stream_that_is_left_closes_everything(how: str, taken: int) -> None:
 
 def in_threads(*functions: Callable[[], Any]) -> list[Any]:
     """Runs functions at the same time, and raises what one of them raises."""
-    barrier, results = threading.Barrier(len(functions)), [None] * len(functions)
+    barrier = threading.Barrier(len(functions))
 
-    def run(place: int) -> None:
+    def run(function: Callable[[], Any]) -> Any:
         barrier.wait()
-        try:
-            results[place] = functions[place]()
-        except BaseException as error:  # raised by the caller
-            results[place] = error
+        return function()
 
-    started = [threading.Thread(target=run, args=(place,)) for place in range(len(functions))]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(run, functions))
 
 
 @pytest.mark.parametrize("kind", ["unpadded", "flashinfer", "sdpa"])

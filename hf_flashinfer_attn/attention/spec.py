@@ -316,9 +316,9 @@ class AttentionInputs:
             if has_values and not (self.cu_seqlens is not None and packed) and lazy.state.has_holes:
                 return _HOLES
             keeps = pattern.is_window and self.padded_queries is not None
-            if keeps or (pattern.is_causal and self.reads_causal_padding):
-                if not has_values or lazy.state.has_padding:
-                    return WINDOW_KEEPS if keeps else _CAUSAL_PADDING
+            is_read = keeps or (pattern.is_causal and self.reads_causal_padding)
+            if is_read and (not has_values or lazy.state.has_padding):
+                return WINDOW_KEEPS if keeps else _CAUSAL_PADDING
         if keeps_on_request and self.mask is not None:
             if lazy is None:
                 # A 2D mask does not tell which queries are padding.

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import (
-    Precision,
-    Task,
-    count_of,
-    place,
-    prompt_name_of,
-    prompt_of,
-    quantizer_of,
-    require_iterable,
-    wants_bar,
-)
-from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, is_instance
-from .pipeline import Array, Chunk, prepare, run_all
+from .engines import CrossEngine, Engine, Features, Output, PlainEngine, Pooling, check_texts, is_instance
+from .model_cache import place
+from .pipeline import Array, count_of, prepare, run_all
 from .sentence_engine import SentenceEngine
 from .tokens import Budget
 
 __all__ = ["encode", "encode_iter", "predict", "rank"]
 
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+Task = Literal["query", "document"]
+# Prompt names for each task; the first one that the model has is used.
+_PROMPTS: dict[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 TOKENS_PER_BATCH, ROWS_PER_BATCH = 32_768, 1_024
 
 
@@ -106,43 +99,37 @@ def encode(
         >>> hf_flashinfer_attn.encode(model, texts, tokenizer=tokenizer, pooling="mean").shape
         (2, 384)
     """
-    require_iterable(inputs)
+    _require_iterable(inputs)
+    is_single = isinstance(inputs, str)
     if output_value is None:
         if not is_instance(model, "SentenceTransformer"):
             raise ValueError(f"output_value=None: expected a SentenceTransformer, not a {type(model).__name__}.")
         place(model, device)
-        given = [inputs] if isinstance(inputs, str) else list(inputs)
-        for index, text in enumerate(given):
-            if not isinstance(text, str):
-                raise TypeError(f"text {index} is a {type(text).__name__}; expected a string.")
         features = cast(Any, model).encode(
-            given, output_value=None, prompt_name=prompt_name_of(model, prompt_name, prompt, task), prompt=prompt,
-            show_progress_bar=show_progress_bar, truncate_dim=truncate_dim, **kwargs,
-            **({} if task is None else {"task": task}),
+            [inputs] if is_single else check_texts(list(inputs)), output_value=None,
+            prompt=_prompt_of(model, prompt_name, prompt, task), show_progress_bar=show_progress_bar,
+            truncate_dim=truncate_dim, **kwargs, **({} if task is None else {"task": task}),
         )  # fmt: skip
-        return features[0] if isinstance(inputs, str) else features
-    wants_tokens = _check_output_value(output_value)
-    convert_to_numpy = convert_to_numpy and not convert_to_tensor and not wants_tokens
+        return features[0] if is_single else features
+    if output_value not in ("sentence_embedding", "token_embeddings"):
+        raise ValueError(f"output_value={output_value!r}: expected 'sentence_embedding', 'token_embeddings' or None.")
+    wants_tokens = output_value == "token_embeddings"
     engine = _encode_engine(
-        model, tokenizer=tokenizer, pooling=pooling, max_length=max_length, prompt_name=prompt_name, prompt=prompt,
-        task=task, device=device, normalize=normalize_embeddings, truncate_dim=truncate_dim, wants_tokens=wants_tokens,
-        options=kwargs,
+        model, tokenizer, pooling, max_length, prompt_name, prompt, task, device, normalize_embeddings, truncate_dim,
+        wants_tokens, kwargs,
     )  # fmt: skip
-    quantize, budget = quantizer_of(precision), Budget(tokens_per_batch, batch_size)
+    quantize, budget = _quantizer_of(precision), Budget(tokens_per_batch, batch_size)
     if isinstance(inputs, str):
-        rows: Any = engine.run(prepare(engine, Chunk(0, [inputs]), budget).batches[0])
+        rows: Any = engine.run(prepare(engine, 0, [inputs], budget).batches[0])
     else:
-        rows = _run_to_end(
-            engine, inputs, count_of(inputs), budget,
-            to_host=convert_to_numpy, bar=wants_bar(show_progress_bar),
-        )  # fmt: skip
+        to_host = convert_to_numpy and not convert_to_tensor and not wants_tokens
+        rows = _collect(engine, inputs, budget, to_host=to_host, bar=show_progress_bar)
     if wants_tokens:
-        return rows[0] if isinstance(inputs, str) else list(rows)
-    found: Any = rows
+        return rows[0] if is_single else list(rows)
     if quantize is not None and len(rows):
-        found = quantize(rows)
-    found = _converted(found, engine, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
-    return found[0] if isinstance(inputs, str) else found
+        rows = quantize(rows)
+    rows = _converted(rows, engine, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
+    return rows[0] if is_single else rows
 
 
 def encode_iter(
@@ -205,24 +192,22 @@ def encode_iter(
         >>> [vector.shape for vector in vectors]
         [(384,), (384,), (384,)]
     """
-    require_iterable(inputs)
+    _require_iterable(inputs)
     if isinstance(inputs, str):
         raise TypeError("inputs is a string; expected an iterable of strings. Use encode for one text.")
     engine = _encode_engine(
-        model, tokenizer=tokenizer, pooling=pooling, max_length=max_length, prompt_name=prompt_name, prompt=prompt,
-        task=task, device=device, normalize=normalize_embeddings, truncate_dim=truncate_dim, wants_tokens=False,
-        options=kwargs,
+        model, tokenizer, pooling, max_length, prompt_name, prompt, task, device, normalize_embeddings, truncate_dim,
+        False, kwargs,
     )  # fmt: skip
-    outputs = run_all(engine, inputs, Budget(tokens_per_batch, batch_size), to_host=not convert_to_tensor)
-    return _rows(outputs, count_of(inputs), bar=wants_bar(show_progress_bar))
+    budget = Budget(tokens_per_batch, batch_size)
+    return _rows(run_all(engine, inputs, budget, to_host=not convert_to_tensor, bar=show_progress_bar))
 
 
-def _rows(outputs: Iterator[Output | Array], count: int | None, *, bar: bool) -> Iterator[Any]:
-    with closing(cast(Any, outputs)), tqdm(total=count, unit=" texts", disable=not bar) as progress:
+def _rows(outputs: Generator[Output | Array, None, None]) -> Iterator[Any]:
+    with closing(outputs):
         for output in outputs:
             # Copies, since a view of one row would keep the whole output alive.
             yield from map(np.copy, output) if isinstance(output, np.ndarray) else output
-            progress.update(len(output))
 
 
 def predict(
@@ -278,7 +263,7 @@ def predict(
         >>> hf_flashinfer_attn.predict(model, [("a question", "an answer"), ("another", "one")]).shape
         (2,)
     """
-    require_iterable(inputs)
+    _require_iterable(inputs)
     if not is_instance(model, "CrossEncoder"):
         raise TypeError(f"predict({type(model).__name__}): expected a CrossEncoder of sentence-transformers.")
     encoder = cast(Any, model)
@@ -294,15 +279,12 @@ def predict(
             scores = scores.squeeze(-1)
         return scores.softmax(1) if apply_softmax and scores.ndim > 1 else scores
 
-    engine = CrossEngine(encoder, score, prompt=prompt_of(model, prompt_name, prompt, None), options=kwargs)
+    engine = CrossEngine(encoder, score, prompt=_prompt_of(model, prompt_name, prompt, None), options=kwargs)
     is_single = isinstance(inputs, (list, tuple, np.ndarray)) and len(inputs) == 2 and isinstance(inputs[0], str)
-    pairs = [inputs] if is_single else inputs
-    scores = _run_to_end(
-        engine, pairs, count_of(pairs), Budget(tokens_per_batch, batch_size),
-        to_host=convert_to_numpy and not convert_to_tensor, bar=wants_bar(show_progress_bar),
-    )  # fmt: skip
-    found = _converted(scores, engine, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
-    return found[0] if is_single else found
+    budget, to_host = Budget(tokens_per_batch, batch_size), convert_to_numpy and not convert_to_tensor
+    scores = _collect(engine, [inputs] if is_single else inputs, budget, to_host=to_host, bar=show_progress_bar)
+    scores = _converted(scores, engine, to_tensor=convert_to_tensor, to_numpy=convert_to_numpy)
+    return scores[0] if is_single else scores
 
 
 def rank(
@@ -355,7 +337,6 @@ def rank(
 
 def _encode_engine(
     model: torch.nn.Module,
-    *,
     tokenizer: PreTrainedTokenizerBase | None,
     pooling: Pooling | None,
     max_length: int | None,
@@ -366,7 +347,7 @@ def _encode_engine(
     normalize: bool,
     truncate_dim: int | None,
     wants_tokens: bool,
-    options: Mapping[str, Any],
+    options: dict[str, Any],
 ) -> Engine:
     if truncate_dim is not None and truncate_dim < 1:
         raise ValueError(f"truncate_dim={truncate_dim!r}: expected a number above 0.")
@@ -396,10 +377,8 @@ def _encode_engine(
             masks = features["attention_mask"].bool()
             return [row[mask] for row, mask in zip(features["token_embeddings"], masks)]
 
-        return SentenceEngine(
-            model, select, prompt=prompt_of(model, prompt_name, prompt, task),
-            options={**options, **({} if task is None else {"task": task})},
-        )  # fmt: skip
+        options = options if task is None else {**options, "task": task}
+        return SentenceEngine(model, select, prompt=_prompt_of(model, prompt_name, prompt, task), options=options)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"encode({type(model).__name__}): expected a SentenceTransformer or a loaded transformers model."
@@ -421,40 +400,28 @@ def _encode_engine(
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length={max_length!r}: expected a number above 0.")
     place(model, device)
-    return PlainEngine(
-        model, tokenizer, pooling, finish, prompt=prompt_of(model, None, prompt, None), max_length=max_length
-    )
+    prompt = _prompt_of(model, None, prompt, None)
+    return PlainEngine(model, finish, pooling, tokenizer=tokenizer, prompt=prompt, max_length=max_length)
 
 
-def _check_output_value(output_value: object) -> bool:
-    if output_value not in ("sentence_embedding", "token_embeddings"):
-        raise ValueError(f"output_value={output_value!r}: expected 'sentence_embedding', 'token_embeddings' or None.")
-    return output_value == "token_embeddings"
-
-
-def _run_to_end(
-    engine: Engine, inputs: Iterable[Any], count: int | None, budget: Budget, *, to_host: bool, bar: bool
+def _collect(
+    engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: bool, bar: bool | None
 ) -> Output | Array:
     """Returns all rows as one array, one tensor or a list."""
     parts: list[Any] = []
     whole: Array | None = None
-    done = 0
-    with (
-        closing(cast(Any, run_all(engine, inputs, budget, to_host=to_host))) as outputs,
-        tqdm(total=count, unit=" texts", disable=not bar) as progress,
-    ):
+    count, done = count_of(inputs), 0
+    with closing(run_all(engine, inputs, budget, to_host=to_host, bar=bar)) as outputs:
         for output in outputs:
-            if isinstance(output, np.ndarray) and count is not None:
-                # Copied at once, so that the pinned memory is reused.
-                if whole is None:
-                    whole = np.empty((count, *output.shape[1:]), output.dtype)
-                if done + len(output) > count:
-                    raise ValueError(f"inputs yields more than its length, {count}.")
-                whole[done : done + len(output)] = output
-            else:
+            start, done = done, done + len(output)
+            if count is None or not isinstance(output, np.ndarray):
                 parts.append(output)
-            done += len(output)
-            progress.update(len(output))
+                continue
+            # Copied at once, while the model runs, and into one array.
+            whole = np.empty((count, *output.shape[1:]), output.dtype) if whole is None else whole
+            if done > count:
+                raise ValueError(f"inputs yields more than its length, {count}.")
+            whole[start:done] = output
     if whole is not None:
         return whole[:done]
     if parts and isinstance(parts[0], torch.Tensor):
@@ -472,3 +439,41 @@ def _converted(rows: Any, engine: Engine, *, to_tensor: bool, to_numpy: bool) ->
     if not to_tensor:
         return list(rows)
     return rows if len(rows) else torch.tensor([], device=engine.device)
+
+
+def _prompt_of(model: Any, prompt_name: str | None, prompt: str | None, task: Task | None) -> str | None:
+    """Returns the prompt that sentence-transformers would use."""
+    if task is not None and task not in get_args(Task):
+        raise ValueError(f"task={task!r}: expected 'query', 'document' or None.")
+    if prompt is not None:
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt={prompt!r}: expected a string.")
+        return prompt
+    prompts: dict[str, str] = getattr(model, "prompts", {})
+    if prompt_name is None and task is not None:
+        prompt_name = next((name for name in _PROMPTS[task] if name in prompts), None)
+    if prompt_name is None:
+        return prompts.get(getattr(model, "default_prompt_name", None) or "")
+    if prompt_name not in prompts:
+        raise ValueError(f"prompt_name={prompt_name!r}: expected one of the model's prompts, {sorted(prompts)}.")
+    return prompts[prompt_name]
+
+
+def _quantizer_of(precision: Precision | None) -> Callable[[Any], Any] | None:
+    """Returns a function that quantises embeddings; None for float32."""
+    if precision is None or precision == "float32":
+        return None
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, get_args(Precision)))}.")
+    try:
+        from sentence_transformers.util import quantize_embeddings
+    except ImportError as error:
+        raise ValueError(f"precision={precision!r} needs sentence-transformers installed.") from error
+    return lambda vectors: quantize_embeddings(vectors, precision=precision)
+
+
+def _require_iterable(inputs: object) -> None:
+    """Raises a `TypeError` for inputs that are not a list, array or other iterable of texts."""
+    is_scalar = not isinstance(inputs, str) and getattr(inputs, "ndim", 1) == 0
+    if is_scalar or isinstance(inputs, (Mapping, bytes)) or not isinstance(inputs, Iterable):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; expected strings, or pairs of strings for predict.")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,22 +16,10 @@ from ..log import log_once
 from ..ragged.host_copy import to_device_async
 from ..unpadding.hooks import HANDLES, has_other_hooks
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
-from .model_cache import FastPreparation, ModelCache
-from .tokens import Budget, Numbers, Text, TextTokenizer, Tokens, TypeIds, limit_of, strings_of
+from .model_cache import ModelCache, Preparation
+from .tokens import Budget, Numbers, Padding, Text, Tokens, TypeIds, limit_of, strings_of
 
-__all__ = [
-    "Batch",
-    "CrossEngine",
-    "Engine",
-    "Features",
-    "Output",
-    "PlainEngine",
-    "Pooling",
-    "SentenceTransformersEngine",
-    "Window",
-    "is_instance",
-    "tokenizer_of",
-]
+__all__ = ["Batch", "CrossEngine", "Engine", "Features", "Output", "PlainEngine", "Pooling", "Window", "is_instance"]
 
 Pooling = Literal["mean", "cls", "last"]
 Features: TypeAlias = "dict[str, Any]"
@@ -47,6 +33,8 @@ _CHARACTERS_PER_TOKEN = 4
 _preprocessing = threading.Lock()
 _LIBRARIES = ("builtins", "sentence_transformers", "torch", "transformers")
 _TOKENIZER_METHODS = ("__call__", "_encode_plus", "_batch_encode_plus", "pad", "prepare_for_tokenization")
+_PREPROCESSING_METHODS = ("preprocess", "tokenize")
+_PLAIN = (type(None), bool, int, float, str, tuple, list, dict)
 _NO_TOKENS = "it has no tokens to pool"
 _SENTENCES = ("A text.", "Another text, which is longer than the first one.")
 
@@ -57,132 +45,76 @@ def is_instance(model: object, name: Literal["SentenceTransformer", "CrossEncode
     return package is not None and isinstance(model, getattr(package, name))
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Texts that were sorted by length and cut into batches.
-
-    Args:
-        batches: Inputs of `Engine.run`, in order.
-        order: Index of each row's text, over all batches, int64, shape `(texts,)`.
-        tokens: Number of tokens.
-    """
+class Window(NamedTuple):
+    """Texts that were sorted by length and cut into batches: inputs of `Engine.run`, index of each text, all tokens."""
 
     batches: list[Batch]
     order: Numbers
     tokens: int
 
 
-class Engine(abc.ABC):
-    """One model with the arguments of one call. Any thread may tokenise; forwards run in one thread at a time.
+class Engine:
+    """A model of sentence-transformers with the arguments of one call; its first module preprocesses texts.
 
-    Args:
-        model: The model, in eval mode.
-        tokenizer: Tokenizer of the model; None if it has none.
-        prompt: Prefix of every text, or of the first text of every pair.
-        max_length: Maximum length of a text in tokens; None for the tokenizer's own limit.
-        options: Further arguments of preprocessing and forward.
+    Any thread may tokenise; forwards run in one thread at a time. `finish` gets the features that the model returns.
     """
 
     takes_pairs = False
+    # Number of batches in a window, which is sorted by length: more than 1 if batches are padded.
+    batches_per_window = 8
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        tokenizer: PreTrainedTokenizerBase | None,
+        model: Any,
+        finish: Callable[[Any], Output],
         *,
-        prompt: str | None = None,
+        prompt: str | None,
+        options: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
-        options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model = model
-        self.prompt = prompt or None
-        self.max_length = max_length
-        self.options = dict(options or {})
-        # Weights offloaded by accelerate are on "meta".
-        devices = (weight.device for weight in model.parameters())
-        self.device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
-        self._tokenizer = tokenizer
-        is_fast = tokenizer is not None and tokenizer.is_fast
-        self._cache = ModelCache.of(model, tokenizer if is_fast else None)
+        self.model, self._finish = model, finish
+        self.prompt, self.max_length, self.options = prompt or None, max_length, dict(options)
+        tokenizer = model.tokenizer if tokenizer is None else tokenizer
+        self._tokenizer: Any = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+        is_fast = self._tokenizer is not None and self._tokenizer.is_fast
+        self._cache = ModelCache.of(model, self._tokenizer if is_fast else None)
         self._cache.enter_eval(model)
-        self._fast = self._find_preparation() if is_fast and not self._is_customised() else None
-        if tokenizer is not None and not is_fast:
+        self.device = self._input_device = self._cache.device_of(model)
+        self._padding = Padding.of(self._tokenizer) if is_fast else Padding(0, 0, False)
+        # The tokenizer of `prepare`; None if the model's own preprocessing is used.
+        self.fast_tokenizer, self._constants = self._find_preparation() if is_fast else (None, {})
+        if self._tokenizer is not None and not is_fast:
             log_once(f"the tokenizer of {type(model).__name__} is written in Python, which is slower")
-
-    @property
-    def fast_tokenizer(self) -> TextTokenizer | None:
-        """The tokenizer of `prepare`; None if the model's own preprocessing is used."""
-        return None if self._fast is None else self._fast.tokenise
-
-    @property
-    def batches_per_window(self) -> int:
-        """Number of batches in a window, which is sorted by length: more if batches are padded."""
-        return 8
-
-    @abc.abstractmethod
-    def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
-        """Tokenises and pads with the model's own preprocessing."""
-
-    @abc.abstractmethod
-    def _forward(self, batch: Batch) -> Output:
-        """Runs a batch on the current device, in inference mode."""
-
-    def check(self, inputs: Sequence[Any], start: int = 0) -> list[Text]:
-        """Returns inputs as strings or pairs of strings.
-
-        Args:
-            inputs: Consecutive inputs of a call.
-            start: Index of the first one.
-
-        Raises:
-            TypeError: If an input is of another type; the message has its index.
-        """
-        if not self.takes_pairs:
-            for place, text in enumerate(inputs):
-                if not isinstance(text, str):
-                    raise TypeError(
-                        f"text {start + place} is a {type(text).__name__}; expected a string. Use the model's own "
-                        "encode for messages, pairs, images and audio."
-                    )
-            return list(inputs)
-        pairs: list[Text] = []
-        for place, pair in enumerate(inputs):
-            texts = tuple(pair) if isinstance(pair, (list, tuple, np.ndarray)) else ()
-            if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"pair {start + place} is {pair!r:.100}; expected two strings.")
-            pairs.append((texts[0], texts[1]))
-        return pairs
-
-    def prepare(self, texts: Sequence[Text], budget: Budget) -> Window:
-        """Tokenises texts, with the prompt, and cuts them into batches. May be called in any thread."""
-        if self._fast is None:
-            return self._prepare_window_slowly(texts, budget)
-        tokens, order = self._fast.tokenise(self._prompted(texts))
-        return Window(
-            [self._batch_of(part) for part in tokens.split(budget, padded=self.batches_per_window > 1)],
-            order,
-            len(tokens.ids),
-        )
-
-    def _prepare_window_slowly(self, texts: Sequence[Text], budget: Budget) -> Window:
-        sizes = np.array([sum(map(len, strings_of(text))) // _CHARACTERS_PER_TOKEN + 1 for text in texts])
-        order = np.argsort(-sizes, kind="stable")
-        batches, start = [], 0
-        while start < len(texts):
-            stop = start + min(max(budget.tokens // int(sizes[order[start]]), 1), budget.rows)
-            with _preprocessing:
-                batches.append(self._prepare_slowly([texts[place] for place in order[start:stop]]))
-            start = stop
-        return Window(batches, order, int(sizes.sum()))
-
-    def _batch_of(self, tokens: Tokens) -> Batch:
-        """Makes a batch on the host from tokens, longest text first."""
-        assert self._fast is not None
-        return {**self._fast.constants, **self._pad(tokens)}
 
     def enter_eval(self) -> None:
         """Puts the model into eval mode, if it is not."""
         self._cache.enter_eval(self.model)
+
+    def check(self, inputs: Sequence[Any], start: int = 0) -> list[Text]:
+        """Returns inputs as strings or pairs of strings; an error has the index of the input, from `start`."""
+        if not self.takes_pairs:
+            return check_texts(inputs, start)
+        pairs: list[Text] = []
+        for place, pair in enumerate(inputs, start):
+            texts = tuple(pair) if isinstance(pair, (list, tuple, np.ndarray)) else ()
+            if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"pair {place} is {pair!r:.100}; expected two strings.")
+            pairs.append((texts[0], texts[1]))
+        return pairs
+
+    def prepare(self, texts: list[Text], budget: Budget) -> Window:
+        """Tokenises texts, with the prompt, and cuts them into batches. May be called in any thread."""
+        if self.fast_tokenizer is not None:
+            tokens, order = self.fast_tokenizer(self._prompted(texts))
+            parts = tokens.split(budget, padded=self.batches_per_window > 1)
+            return Window([self._batch_of(part) for part in parts], order, len(tokens.ids))
+        sizes = np.array([sum(map(len, strings_of(text))) // _CHARACTERS_PER_TOKEN + 1 for text in texts])
+        order, batches = np.argsort(-sizes, kind="stable"), []
+        for rows in budget.cut(sizes[order], padded=True):
+            with _preprocessing:
+                batches.append(self._prepare_slowly([texts[place] for place in order[rows]]))
+        return Window(batches, order, int(sizes.sum()))
 
     def run(self, batch: Batch) -> Output:
         """Runs a batch; asynchronously on a GPU."""
@@ -190,169 +122,107 @@ class Engine(abc.ABC):
         with torch.inference_mode(), on_device:
             return self._forward(batch)
 
-    def _prompted(self, texts: Sequence[Text]) -> list[Text]:
-        prompt = self.prompt
-        if prompt is None:
-            return list(texts)
-        return [prompt + text if isinstance(text, str) else (prompt + text[0], text[1]) for text in texts]
+    def _forward(self, batch: Batch) -> Output:
+        return self._finish(self.model(self._moved(batch), **self.options))
 
-    def _settings(self) -> object:
-        """Returns the state of preprocessing besides the tokenizer and the arguments of the call."""
-        return None
-
-    def _is_customised(self) -> bool:
-        """Whether user code takes part in preprocessing, which a comparison on a few texts may miss."""
-        return _overrides(self._tokenizer, _TOKENIZER_METHODS)
-
-    def _find_preparation(self) -> FastPreparation | None:
-        key = self.prompt, self.max_length, repr(sorted(self.options.items())), self._padding(), self._settings()
-        is_known, found = self._cache.preparation(key)
-        if not is_known:
-            with _preprocessing:
-                # Compared twice: another thread may have used the model's own tokenizer meanwhile.
-                found = self._compare_preparations() or self._compare_preparations()
-            if found is None:
-                log_once(
-                    f"{type(self.model).__name__} preprocesses texts differently from its tokenizer; the model's own "
-                    "preprocessing is used, which is slower"
-                )
-            self._cache.keep_preparation(key, found)
-        return found
-
-    def _compare_preparations(self) -> FastPreparation | None:
-        """Compares the tokenizers library with the model's own preprocessing on a few texts; None if they differ."""
-        assert self._tokenizer is not None
-        limit = limit_of(self._tokenizer, self.max_length)
-        texts = [*_SENTENCES, *([] if limit is None else ["word " * (limit + 2)])]
-        inputs: list[Text] = [(text, _SENTENCES[1]) for text in texts] if self.takes_pairs else [*texts]
-        own = self._prepare_slowly(inputs)
-        types = own.get("token_type_ids")
-        # Making zeros is faster than reading them from the tokenizer.
-        type_ids: TypeIds = "none" if types is None else "own" if self.takes_pairs or types.any() else "zeros"
-        tokenise = self._cache.tokeniser(self.max_length, type_ids)
-        tokens, order = tokenise(self._prompted(inputs))
-        ours = {name: value[np.argsort(order)] for name, value in self._pad(tokens).items()}
-        constants = {name: value for name, value in own.items() if name not in ours}
-        if not any(isinstance(value, torch.Tensor) for value in constants.values()) and all(
-            isinstance(own.get(name), torch.Tensor) and torch.equal(own[name], ours[name]) for name in ours
-        ):
-            return FastPreparation(tokenise, constants)
-        return None
-
-    def _padding(self) -> tuple[int, int, bool]:
-        """Returns the padding id, its token type id, and whether padding is on the left."""
-        tokenizer = self._tokenizer
-        assert tokenizer is not None
-        return tokenizer.pad_token_id or 0, tokenizer.pad_token_type_id, tokenizer.padding_side == "left"
-
-    def _pad(self, tokens: Tokens) -> Features:
-        pad_id, pad_type_id, on_left = self._padding()
-        return dict(tokens.pad(pad_id, pad_type_id, on_left=on_left))
-
-    @staticmethod
-    def _moved(features: Features, device: torch.device) -> Features:
+    def _moved(self, features: Features) -> Features:
+        device = self._input_device
         return {
             n: to_device_async(value, device) if isinstance(value, torch.Tensor) else value
             for n, value in features.items()
         }
 
+    def _prepare_slowly(self, texts: list[Text]) -> Features:
+        """Tokenises and pads with the model's own preprocessing."""
+        return dict(self.model.preprocess(texts, prompt=self.prompt, **self.options))
 
-class SentenceTransformersEngine(Engine):
-    """A sentence-transformers model, whose first module preprocesses texts."""
+    def _batch_of(self, tokens: Tokens) -> Batch:
+        """Makes a batch on the host from tokens, longest text first."""
+        return self._constants | tokens.pad(self._padding)
 
-    def _settings(self) -> object:
-        # `processing_kwargs`, for example.
-        plain = (type(None), bool, int, float, str, tuple, list, dict)
-        items = (item for part in self._first_modules() for item in vars(part).items())
-        return repr([item for item in items if isinstance(item[1], plain) and item[0][0] != "_"])
+    def _prompted(self, texts: list[Text]) -> list[Text]:
+        if (prompt := self.prompt) is None:
+            return texts
+        return [prompt + text if isinstance(text, str) else (prompt + text[0], text[1]) for text in texts]
 
-    def _first_modules(self) -> list[torch.nn.Module]:
-        """Returns the first module and, if it chooses between several by task, the first of each route."""
-        first: Any = next(self.model.children())
-        routes: Any = first.sub_modules.values() if hasattr(first, "sub_modules") else ()
-        return [first, *(next(route.children()) for route in routes)]
-
-    def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
-        features: Features = dict(cast(Any, self.model).preprocess(list(texts), prompt=self.prompt, **self.options))
-        return features
-
-    def _is_customised(self) -> bool:
-        firsts = self._first_modules()
+    def _find_preparation(self) -> Preparation:
+        """Returns the cached preparation of calls like this one; compares anew after any change of the model."""
+        firsts = _first_modules(self.model)
+        watched: list[tuple[Any, tuple[str, ...]]] = [(self._tokenizer, _TOKENIZER_METHODS)]
+        watched += [(part, _PREPROCESSING_METHODS) for part in ([self.model, *firsts] if firsts else [])]
         # A router names the tokenizer of one of its routes as its own.
         is_other = any(getattr(part, "tokenizer", None) not in (None, self._tokenizer) for part in firsts)
-        return (
-            super()._is_customised()
-            or is_other
-            or any(_overrides(part, ("preprocess", "tokenize")) for part in (self.model, *firsts))
+        # `processing_kwargs`, for example.
+        settings = [
+            item for part in firsts for item in vars(part).items() if item[0][0] != "_" and isinstance(item[1], _PLAIN)
+        ]
+        key = (
+            self.prompt, self.max_length, repr((sorted(self.options.items()), settings)), self._padding, is_other,
+            *[(name in vars(part), getattr(type(part), name, None)) for part, names in watched for name in names],
+        )  # fmt: skip
+        found = self._cache.preparations.get(key)
+        if found is None:
+            # A comparison on a few texts may miss what user code does.
+            is_customised = is_other or any(_overrides(part, names) for part, names in watched)
+            with _preprocessing:
+                found = (None, {}) if is_customised else self._compare_preparations()
+            self._cache.keep(key, found)
+        return found
+
+    def _compare_preparations(self) -> Preparation:
+        """Compares the tokenizers library with the model's own preprocessing on a few texts."""
+        limit = limit_of(self._tokenizer, self.max_length)
+        texts = [*_SENTENCES, *([] if limit is None else ["word " * (limit + 2)])]
+        inputs: list[Text] = [(text, _SENTENCES[1]) for text in texts] if self.takes_pairs else [*texts]
+        # Twice: another thread may have used the model's own tokenizer meanwhile.
+        for _ in range(2):
+            own = self._prepare_slowly(inputs)
+            types = own.get("token_type_ids")
+            # Making zeros is faster than reading them from the tokenizer.
+            type_ids: TypeIds = "none" if types is None else "own" if self.takes_pairs or types.any() else "zeros"
+            tokenise = self._cache.tokeniser(self.max_length, type_ids)
+            tokens, order = tokenise(self._prompted(inputs))
+            ours = {name: value[np.argsort(order)] for name, value in tokens.pad(self._padding).items()}
+            constants = {name: value for name, value in own.items() if name not in ours}
+            if not any(isinstance(value, torch.Tensor) for value in constants.values()) and all(
+                isinstance(own.get(name), torch.Tensor) and torch.equal(own[name], ours[name]) for name in ours
+            ):
+                return tokenise, constants
+        log_once(
+            f"{type(self.model).__name__} preprocesses texts differently from its tokenizer; the model's own "
+            "preprocessing is used, which is slower"
         )
+        return None, {}
 
 
-class CrossEngine(SentenceTransformersEngine):
-    """A `CrossEncoder`.
-
-    Args:
-        model: The model.
-        score: Computes scores from the features that the model returns.
-        prompt: Prefix of the first text of every pair.
-        options: Further arguments of its `preprocess` and `forward`.
-    """
+class CrossEngine(Engine):
+    """A `CrossEncoder`; `finish` computes scores."""
 
     takes_pairs = True
 
-    def __init__(
-        self, model: Any, score: Callable[[Features], torch.Tensor], *, prompt: str | None, options: Mapping[str, Any]
-    ) -> None:
-        super().__init__(model, tokenizer_of(model), prompt=prompt, options=options)
-        self._score = score
-        # The unpadding hooks pack on the host and move what the head needs.
+    def __init__(self, model: Any, finish: Callable[[Features], Output], **arguments: Any) -> None:
+        super().__init__(model, finish, **arguments)
         first, *others = model.children()
-        on_host = not others and HANDLES in vars(getattr(first, "model", first))
-        self._input_device = torch.device("cpu") if on_host else self.device
-
-    @property
-    def batches_per_window(self) -> int:
-        return 8 if self._input_device == self.device else 2
-
-    def _forward(self, batch: Batch) -> Output:
-        return self._score(self.model(self._moved(batch, self._input_device), **self.options))
+        # The unpadding hooks pack on the host and move what the head needs.
+        if not others and HANDLES in vars(getattr(first, "model", first)) and self.device.type != "cpu":
+            self._input_device, self.batches_per_window = torch.device("cpu"), 2
 
 
 class PlainEngine(Engine):
-    """A transformers model, with pooling of its last hidden states.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        pooling: Pooling of the hidden states.
-        finish: Computes the output from the pooled vectors.
-        prompt: Prefix of every text.
-        max_length: Maximum length of a text in tokens; None for the tokenizer's own limit.
-    """
+    """A transformers model; `finish` gets its last hidden states, pooled."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        pooling: Pooling,
-        finish: Callable[[torch.Tensor], torch.Tensor],
-        *,
-        prompt: str | None,
-        max_length: int | None,
+        self, model: PreTrainedModel, finish: Callable[[torch.Tensor], Output], pooling: Pooling, **arguments: Any
     ) -> None:
-        super().__init__(model, tokenizer, prompt=prompt, max_length=max_length)
+        super().__init__(model, finish, options={}, **arguments)
         self._pooling = pooling
-        self._finish = finish
         reason = "it has hooks" if has_other_hooks(model) else reason_against_packed_inputs(model)
-        self._packs = self._fast is not None and reason is None
+        self._packs = self.fast_tokenizer is not None and reason is None
+        self.batches_per_window = 1 if self._packs else 8
         if reason is not None and HANDLES in vars(model):
             log_once(f"batches of {type(model).__name__} are padded: {reason}")
 
-    @property
-    def batches_per_window(self) -> int:
-        return 1 if self._packs else 8
-
-    def _prepare_slowly(self, texts: Sequence[Text]) -> Features:
-        assert self._tokenizer is not None
+    def _prepare_slowly(self, texts: list[Text]) -> Features:
         limit = limit_of(self._tokenizer, self.max_length)
         truncation = {} if limit is None else {"truncation": True, "max_length": limit}
         features = dict(self._tokenizer(self._prompted(texts), padding=True, return_tensors="pt", **truncation))
@@ -365,11 +235,11 @@ class PlainEngine(Engine):
             raise ValueError(_NO_TOKENS)
         if not self._packs:
             return super()._batch_of(tokens)
-        return PackedTokens(cast(PreTrainedModel, self.model), self.device, tokens.lengths, tokens.ids, tokens.type_ids)
+        return PackedTokens(self.model, self.device, tokens.lengths, tokens.ids, tokens.type_ids)
 
     def _forward(self, batch: Batch) -> Output:
         is_packed = isinstance(batch, PackedTokens)
-        inputs = batch.inputs() if is_packed else {**self._moved(batch, self.device), "return_dict": True}
+        inputs = batch.inputs() if is_packed else {**self._moved(batch), "return_dict": True}
         hidden = getattr(self.model(**inputs), "last_hidden_state", None)
         if hidden is None:
             raise TypeError(
@@ -397,10 +267,24 @@ class PlainEngine(Engine):
         return (sums / valid.sum(1)[:, None]).to(hidden.dtype)
 
 
-def tokenizer_of(model: Any) -> PreTrainedTokenizerBase | None:
-    """Returns the transformers tokenizer of a sentence-transformers model; None if it has none."""
-    tokenizer = model.tokenizer
-    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+def check_texts(inputs: Sequence[Any], start: int = 0) -> list[Text]:
+    """Returns the inputs, which must be strings; an error has the index of the input, from `start`."""
+    for place, text in enumerate(inputs, start):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"text {place} is a {type(text).__name__}; expected a string. Use the model's own encode for messages, "
+                "pairs, images and audio."
+            )
+    return list(inputs)
+
+
+def _first_modules(model: torch.nn.Module) -> list[Any]:
+    """Returns the modules that preprocess: the first one and, if it routes by task, the first one of each route."""
+    if isinstance(model, PreTrainedModel):
+        return []
+    first: Any = next(model.children())
+    routes: Any = first.sub_modules.values() if "sub_modules" in first._modules else ()
+    return [first, *(next(route.children()) for route in routes)]
 
 
 def _overrides(value: object, methods: Iterable[str]) -> bool:

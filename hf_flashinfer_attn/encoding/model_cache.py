@@ -1,55 +1,50 @@
-"""Per-model cache of tokenizers and preprocessing, kept between calls."""
+"""Models of calls: placed on a device and unpadded once; what is cached for them between calls."""
 
 from __future__ import annotations
 
-import itertools
-import operator
+import threading
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any, TypeAlias
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import UnsupportedAttentionError, first_line
+from ..log import log_once
+from ..settings import NAME
+from ..unpadding.families import family_of
+from ..unpadding.hooks import HANDLES
+from ..unpadding.model import unpad
+from ..unpadding.reasons import implementation_of
 from .tokens import TextTokenizer, TypeIds
 
-__all__ = ["FastPreparation", "ModelCache"]
+__all__ = ["ModelCache", "Preparation", "place"]
 
 _MAX_PREPARATIONS = 64
+# Two threads that unpad one model would add its hooks twice.
+_unpadding = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class FastPreparation:
-    """Replacement for a model's own preprocessing.
-
-    Args:
-        tokenise: Returns token ids and token type ids.
-        constants: All other features, the same for every batch.
-    """
-
-    tokenise: TextTokenizer
-    constants: dict[str, Any]
+# Tokenizer in place of the model's own preprocessing, unless None, and the features that are the same in every batch.
+Preparation: TypeAlias = "tuple[TextTokenizer | None, dict[str, Any]]"
 
 
 class ModelCache:
-    """Cache of one model. It lives as long as the model, or until the model's tokenizer changes.
-
-    Args:
-        tokenizer: Tokenizer of the model; None if it is not of the tokenizers library.
-        state: State of the tokenizer.
-    """
+    """Cache of one model. It lives as long as the model, or until the model's tokenizer changes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, state: object) -> None:
         self._tokenizer, self._state = tokenizer, state
         self._tokenisers: dict[tuple[int | None, TypeIds], TextTokenizer] = {}
-        self._preparations: dict[object, FastPreparation | None] = {}
+        self.preparations: dict[object, Preparation] = {}
         self._modules: list[torch.nn.Module] = []
         self._dicts: list[dict[str, torch.nn.Module | None]] = []
         self._children: list[torch.nn.Module | None] = []
 
     @classmethod
     def of(cls, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> ModelCache:
-        """Returns the cache of a model, a new one if its tokenizer has changed."""
+        """Returns the cache of a model, a new one if its tokenizer (None: of no use here) has changed."""
         state = None if tokenizer is None else TextTokenizer.state_of(tokenizer)
         known = _known.get(model)
         if known is None or known._tokenizer is not tokenizer or known._state != state:
@@ -64,26 +59,55 @@ class ModelCache:
             self._tokenisers[key] = TextTokenizer(self._tokenizer, *key)
         return self._tokenisers[key]
 
-    def preparation(self, key: object) -> tuple[bool, FastPreparation | None]:
-        """Returns whether the key is cached, and its value."""
-        return key in self._preparations, self._preparations.get(key)
-
-    def keep_preparation(self, key: object, found: FastPreparation | None) -> None:
-        """Caches how texts are prepared; None for the model's own preprocessing."""
-        if len(self._preparations) >= _MAX_PREPARATIONS:
-            self._preparations.clear()
-        self._preparations[key] = found
+    def keep(self, key: object, found: Preparation) -> None:
+        """Caches how texts are prepared."""
+        if len(self.preparations) >= _MAX_PREPARATIONS:
+            self.preparations.clear()
+        self.preparations[key] = found
 
     def enter_eval(self, model: torch.nn.Module) -> None:
         """Puts a model into eval mode. Faster than `model.eval()` if no module was exchanged or is in training mode."""
-        found = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
-        is_known = len(found) == len(self._children) and all(map(operator.is_, found, self._children))
-        if not self._dicts or not is_known or any(map(operator.attrgetter("training"), [model, *self._modules])):
+        found = list(chain.from_iterable(map(dict.values, self._dicts)))
+        is_known = len(found) == len(self._children) and all(map(is_, found, self._children))
+        if not self._dicts or not is_known or any(map(attrgetter("training"), [model, *self._modules])):
             model.eval()
             # Without the model itself, which the cache must not keep alive.
             self._modules = [module for module in model.modules() if module is not model]
             self._dicts = [module._modules for module in [model, *self._modules]]
-            self._children = list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
+            self._children = list(chain.from_iterable(map(dict.values, self._dicts)))
+
+    def device_of(self, model: torch.nn.Module) -> torch.device:
+        """Returns the device of the first weight, after `enter_eval`. Faster than to ask `model.parameters()`."""
+        weights = chain.from_iterable(map(dict.values, map(attrgetter("_parameters"), [model, *self._modules])))
+        # Weights offloaded by accelerate are on "meta".
+        found = (weight.device for weight in weights if weight is not None and weight.device.type != "meta")
+        return next(found, torch.device("cpu"))
 
 
 _known: weakref.WeakKeyDictionary[torch.nn.Module, ModelCache] = weakref.WeakKeyDictionary()
+
+
+def place(model: torch.nn.Module, device: str | torch.device | None) -> None:
+    """Moves a model to `device`, unless None, and unpads it if possible."""
+    if isinstance(device, (list, tuple)):
+        raise ValueError(f"device={device!r}: expected one device. examples/ has programs for several GPUs.")
+    if device is not None and torch.device(device) != getattr(model, "device", None):
+        model.to(device)
+    first = model if isinstance(model, PreTrainedModel) else next(model.children(), model)
+    if HANDLES in vars(first._modules.get("model", first)) and not _unpadding.locked():
+        return
+    with _unpadding:
+        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        if not models or any(HANDLES in vars(module) for module in model.modules()):
+            return
+        backbone = next((module for module in models if family_of(module) is not None), models[0])
+        if (implementation := implementation_of(backbone)) != NAME:
+            log_once(
+                f"{type(model).__name__} with attn_implementation={implementation!r} runs on padded batches; load it "
+                f"with attn_implementation={NAME!r} to skip padding"
+            )
+            return
+        try:
+            unpad(model, cuda_graphs=True)
+        except UnsupportedAttentionError as error:
+            log_once(f"{type(model).__name__} runs on padded batches: {first_line(error)}")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from .engines import Engine, Output, Window
 from .tokens import Budget, Numbers, Text, strings_of
 
-__all__ = ["THREADS", "Array", "Chunk", "prepare", "run_all"]
+__all__ = ["THREADS", "Array", "count_of", "prepare", "run_all"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 Item = TypeVar("Item")
@@ -33,22 +34,20 @@ _FILL = 0.9
 _BATCHES_AHEAD = 2
 
 
-def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: bool) -> Iterator[Output | Array]:
-    """Runs texts through an engine.
+def run_all(
+    engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: bool, bar: bool | None
+) -> Generator[Output | Array, None, None]:
+    """Yields outputs of several texts at a time, in the order of the texts, which are read lazily.
 
     Args:
         engine: The model.
-        inputs: Strings or pairs of strings; consumed lazily.
+        inputs: Strings or pairs of strings; a `TypeError` or `ValueError` has the index of one that is neither.
         budget: Size of a batch.
         to_host: Whether to return tensors as arrays, bfloat16 as float32.
-
-    Yields:
-        Outputs of several texts at a time, in the order of the texts.
-
-    Raises:
-        TypeError: If an input is not a string (or a pair of strings, for a model of pairs).
-        ValueError: If a text cannot be tokenised.
+        bar: Whether to show a progress bar. Default: as sentence-transformers decides.
     """
+    if bar is None:
+        bar = logging.getLogger("sentence_transformers").getEffectiveLevel() in (logging.INFO, logging.DEBUG)
     sizes = _WindowSize(budget, engine.batches_per_window)
     under_way: deque[tuple[list[_Copy], Numbers]] = deque()
     # A window of several batches keeps the model busy for longer.
@@ -56,27 +55,26 @@ def run_all(engine: Engine, inputs: Iterable[Any], budget: Budget, *, to_host: b
     # The model's own preprocessing may not be made for several threads.
     threads = 1 if engine.fast_tokenizer is None else THREADS
     chunks = _chunks(engine, inputs, sizes)
-    windows = _in_background(lambda chunk: prepare(engine, chunk, budget), chunks, ahead, threads)
-    with closing(windows):
-        for window in windows:
-            sizes.update(window)
-            # The caller may have trained the model since the last vectors.
-            engine.enter_eval()
-            copies = [_Copy(engine.run(batch), to_host=to_host) for batch in window.batches]
-            under_way.append((copies, window.order))
-            while sum(len(copies) for copies, _ in under_way) > _BATCHES_AHEAD and len(under_way) > 1:
-                yield _in_order(*under_way.popleft())
-        while under_way:
-            yield _in_order(*under_way.popleft())
+    windows = _in_background(lambda chunk: prepare(engine, *chunk, budget), chunks, ahead, threads)
+    with closing(windows), tqdm(total=count_of(inputs), unit=" texts", disable=not bar) as progress:
+        # None: the end.
+        for window in chain(windows, (None,)):
+            if window is not None:
+                sizes.update(window)
+                # The caller may have trained the model since the last vectors.
+                engine.enter_eval()
+                copies = [_Copy(engine.run(batch), to_host=to_host) for batch in window.batches]
+                under_way.append((copies, window.order))
+            while under_way and (
+                window is None or (len(under_way) > 1 and sum(len(copies) for copies, _ in under_way) > _BATCHES_AHEAD)
+            ):
+                output = _in_order(*under_way.popleft())
+                yield output
+                progress.update(len(output))
 
 
 class _WindowSize:
-    """Number of texts expected to fill several batches.
-
-    Args:
-        budget: Size of a batch.
-        batches: Number of batches.
-    """
+    """Number of texts expected to fill several batches."""
 
     def __init__(self, budget: Budget, batches: int) -> None:
         self._tokens, self._rows = _FILL * budget.tokens * batches, min(budget.rows * batches, _MAX_TEXTS)
@@ -91,38 +89,31 @@ class _WindowSize:
         self.texts = max(min(int(self._tokens / self._per_text), self._rows), 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive texts.
-
-    Args:
-        start: Index of the first text.
-        texts: The texts.
-    """
-
-    start: int
-    texts: list[Text]
+def count_of(inputs: object) -> int | None:
+    """Returns the number of inputs, if it is known."""
+    return len(inputs) if isinstance(inputs, Sized) else None
 
 
-def _chunks(engine: Engine, inputs: Iterable[Any], size: _WindowSize) -> Iterator[Chunk]:
+def _chunks(engine: Engine, inputs: Iterable[Any], size: _WindowSize) -> Iterator[tuple[int, list[Text]]]:
+    """Yields consecutive texts, with the index of the first one."""
     stream, start = iter(inputs), 0
-    while chunk := list(itertools.islice(stream, size.texts)):
-        yield Chunk(start, engine.check(chunk, start))
+    while chunk := list(islice(stream, size.texts)):
+        yield start, engine.check(chunk, start)
         start += len(chunk)
 
 
-def prepare(engine: Engine, chunk: Chunk, budget: Budget) -> Window:
-    """Prepares a window, in any thread; errors have the index of the text."""
+def prepare(engine: Engine, start: int, texts: list[Text], budget: Budget) -> Window:
+    """Prepares a window, in any thread; errors have the index of the text, from `start`."""
     try:
-        return engine.prepare(chunk.texts, budget)
+        return engine.prepare(texts, budget)
     except (TypeError, ValueError) as error:
         kind = "pair" if engine.takes_pairs else "text"
-        for place, text in enumerate(chunk.texts):
+        for place, text in enumerate(texts, start):
             try:
                 engine.prepare([text], budget)
             except (TypeError, ValueError) as own:
                 reason = _reason_of_unicode(text) or str(own)
-                raise ValueError(f"{kind} {chunk.start + place} cannot be tokenised: {reason}") from error
+                raise ValueError(f"{kind} {place} cannot be tokenised: {reason}") from error
         raise
 
 
@@ -136,30 +127,21 @@ def _reason_of_unicode(text: Text) -> str | None:
 
 
 class _Copy:
-    """An output and, for the host, its asynchronous copy.
+    """An output and, for the host (tensors only), its asynchronous copy."""
 
-    Args:
-        output: The output.
-        to_host: Whether to copy it.
-    """
-
-    def __init__(self, output: Output, *, to_host: bool) -> None:
+    def __init__(self, output: Any, *, to_host: bool) -> None:
         self._to_host = to_host and isinstance(output, torch.Tensor)
-        if isinstance(output, torch.Tensor) and to_host:
-            # numpy has no bfloat16.
-            output = output.float() if output.dtype is torch.bfloat16 else output
-        self._output = output
-        self._event: torch.cuda.Event | None = None
-        self._stream: Any = None
+        if self._to_host and output.dtype is torch.bfloat16:
+            # numpy has none.
+            output = output.float()
+        self._output, self._event = output, None
         first = output if isinstance(output, torch.Tensor) else next(iter(output), None)
         if first is None or not first.is_cuda:
             return
-        if isinstance(output, torch.Tensor) and to_host:
-            self._output = torch.empty_like(output, device="cpu", pin_memory=True)
-            self._output.copy_(output, non_blocking=True)
+        if self._to_host:
+            self._output = torch.empty_like(output, device="cpu", pin_memory=True).copy_(output, non_blocking=True)
         self._stream = torch.cuda.current_stream(first.device)
-        self._event = torch.cuda.Event()
-        self._event.record(self._stream)
+        self._event = self._stream.record_event()
 
     def wait(self) -> Output | Array:
         """Returns the output; the host waits for its copy, the current stream for the output itself."""
@@ -170,7 +152,8 @@ class _Copy:
             current.wait_event(self._event)
             for tensor in [output] if isinstance(output, torch.Tensor) else output:
                 tensor.record_stream(current)
-        return output.numpy() if self._to_host and isinstance(output, torch.Tensor) else output
+        found: Output | Array = output.numpy() if self._to_host else output
+        return found
 
 
 def _in_order(copies: list[_Copy], order: Numbers) -> Output | Array:
@@ -191,17 +174,17 @@ def _in_background(
     function: Callable[[Item], Result], items: Iterator[Item], ahead: int, count: int
 ) -> Generator[Result, None, None]:
     """Maps a function over items in threads, in order, `ahead` items ahead. A single item runs in this thread."""
-    first = list(itertools.islice(items, 2))
+    first = list(islice(items, 2))
     if len(first) < 2:
         yield from map(function, first)
         return
-    remaining = itertools.chain(first, items)
+    remaining = chain(first, items)
     threads = ThreadPoolExecutor(count, thread_name_prefix="hf_flashinfer_attn-tokenise")
     try:
-        pending = deque(threads.submit(function, item) for item in itertools.islice(remaining, min(count, ahead)))
+        pending = deque(threads.submit(function, item) for item in islice(remaining, min(count, ahead)))
         while pending:
             result = pending.popleft().result()
-            pending.extend(threads.submit(function, item) for item in itertools.islice(remaining, ahead - len(pending)))
+            pending.extend(threads.submit(function, item) for item in islice(remaining, ahead - len(pending)))
             yield result
     finally:
         threads.shutdown(cancel_futures=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,72 +14,71 @@ from ..unpadding.features import admit_packed_inputs, forwards_features
 from ..unpadding.hooks import HANDLES, has_other_hooks
 from ..unpadding.packed_inputs import PackedTokens, reason_against_packed_inputs
 from ..unpadding.reasons import is_asked_for
-from .engines import Batch, Features, Output, SentenceTransformersEngine, tokenizer_of
+from .engines import Batch, Engine, Features, Output
 from .tokens import Numbers, Tokens
 
 __all__ = ["SentenceEngine"]
 
-# Features that are padded for the modules after the transformer, or left out.
+# Features that are padded for the modules after the transformer, and with them those that are left out.
+_PADDED = ("token_embeddings", "attention_mask", "input_ids", "token_type_ids")
 _PACKED_FEATURES = frozenset(
-    {
-        "attention_mask", "cu_seq_lens_k", "cu_seq_lens_q", "input_ids", "max_length_k", "max_length_q", "position_ids",
-        "return_dict", "token_embeddings", "token_type_ids", "use_cache",
-    }
-)  # fmt: skip
+    (
+        *_PADDED,
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "max_length_k",
+        "max_length_q",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    )
+)
 # Rows form a group if the longest has at most 4 times the tokens of the shortest, or at most 16 tokens.
 _MAX_RATIO, _MAX_SHORT = 4, 16
 
 
-class SentenceEngine(SentenceTransformersEngine):
-    """A `SentenceTransformer`.
+class SentenceEngine(Engine):
+    """A `SentenceTransformer`; `finish` selects the output from the features that its last module returns.
 
     If the transformer takes packed tokens, its token embeddings are padded again for the other modules, in groups of
     rows of similar length. The other modules compute the same as in `SentenceTransformer.encode`.
-
-    Args:
-        model: The model.
-        select: Selects the output from the features that the model returns.
-        prompt: Prefix of every text.
-        options: Further arguments of its `preprocess` and `forward`.
     """
 
-    def __init__(
-        self, model: Any, select: Callable[[Features], Output], *, prompt: str | None, options: Mapping[str, Any]
-    ) -> None:
-        super().__init__(model, tokenizer_of(model), prompt=prompt, options=options)
-        self._select = select
+    def __init__(self, model: Any, finish: Callable[[Features], Output], **arguments: Any) -> None:
+        super().__init__(model, finish, **arguments)
         self._backbone = self._find_backbone()
-
-    @property
-    def batches_per_window(self) -> int:
-        return 8 if self._backbone is None else 1
+        self.batches_per_window = 8 if self._backbone is None else 1
 
     def _batch_of(self, tokens: Tokens) -> Batch:
-        backbone = self._backbone
         # The output for a text without tokens depends on padding.
-        if backbone is None or not tokens.lengths.all():
+        if self._backbone is None or not tokens.lengths.all():
             return super()._batch_of(tokens)
-        groups = _groups_of(tokens.lengths, self._padding())
-        has_padding = not all(group.is_full for group in groups)
-        slots = np.concatenate([group.slots for group in groups]) if has_padding else None
-        packed = PackedTokens(backbone, self.device, tokens.lengths, tokens.ids, tokens.type_ids, slots)
+        groups, slots = _groups_of(tokens.lengths), None
+        if not all(group.is_full for group in groups):
+            widths = np.repeat([group.width for group in groups], [group.rows for group in groups])
+            slots = np.concatenate([np.arange(group.rows) for group in groups]) * widths
+            slots = slots + widths - tokens.lengths if self._padding.on_left else slots
+        packed = PackedTokens(self._backbone, self.device, tokens.lengths, tokens.ids, tokens.type_ids, slots)
         return _PackedBatch(packed, groups)
 
     def _forward(self, batch: Batch) -> Output:
         if not isinstance(batch, _PackedBatch):
-            return self._select(self.model(self._moved(batch, self.device), **self.options))
-        assert self._fast is not None
+            return super()._forward(batch)
         (name, transformer), *others = self.model.named_children()
-        inputs = self._fast.constants | batch.tokens.inputs()
+        inputs = self._constants | batch.tokens.inputs()
         slots = inputs.pop("slots", None)
         features = transformer(inputs, **self._options_of(name, transformer))
-        lengths = None if slots is None else features["cu_seq_lens_q"].diff()
+        constants = {name: value for name, value in features.items() if name not in _PACKED_FEATURES}
+        hidden = features["token_embeddings"]
+        features["attention_mask"] = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        fillers = (0, 0, self._padding.token_id, self._padding.type_id)
+        packed = [(name, features[name][0], filler) for name, filler in zip(_PADDED, fillers) if name in features]
         outputs = []
         for group in batch.groups:
-            padded = group.pad(features, slots, lengths)
+            padded = constants | group.pad(packed, slots)
             for name, module in others:
                 padded = module(padded, **self._options_of(name, module))
-            outputs.append(self._select(padded))
+            outputs.append(self._finish(padded))
         if all(isinstance(output, torch.Tensor) for output in outputs):
             return torch.cat(cast("list[torch.Tensor]", outputs)) if len(outputs) > 1 else outputs[0]
         return [row for output in outputs for row in output]
@@ -94,7 +92,7 @@ class SentenceEngine(SentenceTransformersEngine):
 
     def _find_backbone(self) -> PreTrainedModel | None:
         """Returns the backbone if it takes packed tokens; None if batches must be padded."""
-        if self._fast is None:
+        if self.fast_tokenizer is None:
             return None
         transformer, *others = self.model.children()
         reason: str | None = None
@@ -104,7 +102,7 @@ class SentenceEngine(SentenceTransformersEngine):
             reason = f"its {type(transformer).__name__} has hooks"
         elif not forwards_features(transformer):
             reason = f"its first module is a {type(transformer).__name__}"
-        elif any(hasattr(module, "sub_modules") for module in others):
+        elif any("sub_modules" in module._modules for module in others):
             reason = "it routes inputs by task"
         elif is_asked_for("output_hidden_states", cast(Any, transformer).model, {}):
             reason = "output_hidden_states=True"
@@ -119,84 +117,53 @@ class SentenceEngine(SentenceTransformersEngine):
         return backbone
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Rows of a packed batch that are padded together.
+class _Group(NamedTuple):
+    """Rows of a packed batch that are padded together: their number, all their tokens, length of the longest row."""
 
-    Args:
-        rows: Rows of the group.
-        tokens: Tokens of the group.
-        width: Length of the longest row.
-        lengths: Length of each row.
-        padding: Padding id, its token type id, and whether padding is on the left.
-    """
-
-    rows: slice
+    rows: int
     tokens: slice
     width: int
-    lengths: Numbers
-    padding: tuple[int, int, bool]
 
     @property
     def is_full(self) -> bool:
         """Whether all rows have the same length."""
-        return bool(len(self.lengths) * self.width == self.tokens.stop - self.tokens.start)
+        return bool(self.rows * self.width == self.tokens.stop - self.tokens.start)
 
-    @property
-    def slots(self) -> Numbers:
-        """Padded position of each row's first token in the group, int64, shape `(rows,)`."""
-        starts: Numbers = np.arange(len(self.lengths)) * self.width
-        return starts + (self.width - self.lengths) if self.padding[2] else starts
-
-    def pad(self, packed: Features, slots: torch.Tensor | None, lengths: torch.Tensor | None) -> Features:
-        """Pads token embeddings (with zeros) and ids, on their device.
+    def pad(self, packed: Iterable[tuple[str, torch.Tensor, int]], slots: torch.Tensor | None) -> Features:
+        """Pads features of all tokens to the rows of this group, on their device.
 
         Args:
-            packed: Features of the whole batch.
+            packed: Name, values of shape `(total_tokens, ...)` and filler of each feature.
             slots: Padded position of each token in its group, int64, shape `(1, total_tokens)`; None without padding.
-            lengths: Lengths of all rows, int64, shape `(rows,)`; None without padding.
         """
-        padded = {name: value for name, value in packed.items() if name not in _PACKED_FEATURES}
-        pad_id, pad_type_id, on_left = self.padding
-        shape = len(self.lengths), self.width
-        for name, filler in (("token_embeddings", 0), ("input_ids", pad_id), ("token_type_ids", pad_type_id)):
-            if name not in packed:
-                continue
-            values = packed[name][0, self.tokens]
-            if not self.is_full:
-                assert slots is not None
-                spread = values.new_full((shape[0] * shape[1], *values.shape[1:]), filler)
-                values = spread.index_copy_(0, slots[0, self.tokens], values)
-            padded[name] = values.view(*shape, *values.shape[1:])
-        device = padded["token_embeddings"].device
-        if self.is_full:
-            padded["attention_mask"] = torch.ones(shape, dtype=torch.long, device=device)
-        else:
-            assert lengths is not None
-            slot, row_lengths = torch.arange(self.width, device=device), lengths[self.rows, None]
-            padded["attention_mask"] = (slot >= self.width - row_lengths if on_left else slot < row_lengths).long()
+        places = None if self.is_full or slots is None else slots[0, self.tokens]
+        padded = {}
+        for name, values, filler in packed:
+            values = values[self.tokens]
+            if places is not None:
+                spread = values.new_full((self.rows * self.width, *values.shape[1:]), filler)
+                values = spread.index_copy_(0, places, values)
+            padded[name] = values.view(self.rows, self.width, *values.shape[1:])
         return padded
 
 
-@dataclass(frozen=True, slots=True)
-class _PackedBatch:
+class _PackedBatch(NamedTuple):
     """Packed tokens, and the groups of rows that are padded together after the transformer."""
 
     tokens: PackedTokens
     groups: list[_Group]
 
 
-def _groups_of(lengths: Numbers, padding: tuple[int, int, bool]) -> list[_Group]:
+def _groups_of(lengths: Numbers) -> list[_Group]:
     """Cuts rows, longest first, into groups of similar length."""
-    groups = []
+    groups: list[_Group] = []
     start = token = 0
     while start < len(lengths):
         width = int(lengths[start])
         shortest = 0 if width <= _MAX_SHORT else -(-width // _MAX_RATIO)
         stop = int(np.searchsorted(-lengths, -shortest, side="right"))
-        taken = lengths[start:stop]
-        end = token + int(taken.sum())
-        groups.append(_Group(slice(start, stop), slice(token, end), width, taken, padding))
+        end = token + int(lengths[start:stop].sum())
+        groups.append(_Group(stop - start, slice(token, end), width))
         start, token = stop, end
     return groups
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..unpadding.packed_inputs import Numbers
 
-__all__ = ["Budget", "Numbers", "Text", "TextTokenizer", "Tokens", "TypeIds", "limit_of", "strings_of"]
+__all__ = ["Budget", "Numbers", "Padding", "Text", "TextTokenizer", "Tokens", "TypeIds", "limit_of", "strings_of"]
 
 Text: TypeAlias = "str | tuple[str, str]"
 TypeIds = Literal["none", "zeros", "own"]
@@ -28,100 +27,83 @@ _MODEL_OPTIONS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+class Padding(NamedTuple):
+    """Padding id, its token type id, and whether padding is on the left."""
+
+    token_id: int
+    type_id: int
+    on_left: bool
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Padding:
+        """Returns how a tokenizer pads."""
+        return cls(tokenizer.pad_token_id or 0, tokenizer.pad_token_type_id, tokenizer.padding_side == "left")
+
+
 class Budget:
-    """Size of a batch.
+    """Maximum number of tokens and of texts in a batch; a longer text is a batch of its own."""
 
-    Args:
-        tokens: Maximum number of tokens; a longer text is a batch of its own.
-        rows: Maximum number of texts.
-
-    Raises:
-        ValueError: If a number is not positive.
-    """
-
-    tokens: int
-    rows: int
-
-    def __post_init__(self) -> None:
-        for name, value in (("tokens_per_batch", self.tokens), ("batch_size", self.rows)):
+    def __init__(self, tokens: int, rows: int) -> None:
+        for name, value in (("tokens_per_batch", tokens), ("batch_size", rows)):
             if not value > 0:
                 raise ValueError(f"{name}={value!r}: expected a number above 0.")
+        self.tokens, self.rows = tokens, rows
+
+    def cut(self, lengths: Numbers, *, padded: bool) -> Iterator[slice]:
+        """Cuts texts, longest first, into batches. `padded`: whether padding counts as tokens."""
+        ends, start = np.cumsum(lengths), 0
+        while start < len(lengths):
+            if padded:
+                fitting = start + self.tokens // max(int(lengths[start]), 1)
+            else:
+                before = int(ends[start] - lengths[start])
+                fitting = int(np.searchsorted(ends, before + self.tokens, side="right"))
+            stop = max(min(fitting, start + self.rows, len(lengths)), start + 1)
+            yield slice(start, stop)
+            start = stop
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Concatenated tokens of several texts.
-
-    Args:
-        ids: Token ids, int64, shape `(total_tokens,)`.
-        lengths: Length of each text, int64, shape `(texts,)`.
-        type_ids: Token type ids, int64, shape `(total_tokens,)`; None if the model takes none.
-    """
+class Tokens(NamedTuple):
+    """Concatenated tokens of texts, longest first, int64; `type_ids` is None if the model takes none."""
 
     ids: Numbers
     lengths: Numbers
     type_ids: Numbers | None = None
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
     def split(self, budget: Budget, *, padded: bool) -> list[Tokens]:
-        """Cuts tokens into batches, in order. The longest text is first.
-
-        Args:
-            budget: Size of a batch.
-            padded: Whether padding counts as tokens.
-        """
-        if len(self) == 1:
+        """Cuts tokens into batches, in order. `padded`: whether padding counts as tokens."""
+        if len(self.lengths) == 1:
             return [self]
-        ends = np.cumsum(self.lengths)
-        batches: list[Tokens] = []
-        start = 0
-        while start < len(self):
-            first = int(ends[start - 1]) if start else 0
-            if padded:
-                fitting = start + budget.tokens // max(int(self.lengths[start]), 1)
-            else:
-                fitting = int(np.searchsorted(ends, first + budget.tokens, side="right"))
-            stop = min(max(min(fitting, start + budget.rows), start + 1), len(self))
-            tokens = slice(first, int(ends[stop - 1]))
+        offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        batches = []
+        for rows in budget.cut(self.lengths, padded=padded):
+            tokens = slice(offsets[rows.start], offsets[rows.stop])
             types = None if self.type_ids is None else self.type_ids[tokens]
-            batches.append(Tokens(self.ids[tokens], self.lengths[start:stop], types))
-            start = stop
+            batches.append(Tokens(self.ids[tokens], self.lengths[rows], types))
         return batches
 
-    def pad(self, pad_id: int, pad_type_id: int, *, on_left: bool) -> dict[str, torch.Tensor]:
-        """Returns `input_ids`, `attention_mask` and, if any, `token_type_ids`, padded as by a tokenizer.
-
-        Each is int64, on the CPU, of shape `(texts, longest)`.
-        """
-        slots = np.arange(int(self.lengths.max(initial=0)))
-        lengths = self.lengths[:, None]
-        valid = slots >= len(slots) - lengths if on_left else slots < lengths
-        features = {"input_ids": _spread(self.ids, valid, pad_id), "attention_mask": valid.astype(np.int64)}
-        if self.type_ids is not None:
-            features["token_type_ids"] = _spread(self.type_ids, valid, pad_type_id)
-        return {name: torch.from_numpy(value) for name, value in features.items()}
-
-
-def _spread(values: Numbers, valid: np.ndarray[Any, Any], filler: int) -> Numbers:
-    spread = np.full(valid.shape, filler, np.int64)
-    spread[valid] = values
-    return spread
+    def pad(self, padding: Padding) -> dict[str, Any]:
+        """Returns features as of a tokenizer: int64 tensors on the CPU, of shape `(texts, longest)`."""
+        slots, lengths = np.arange(int(self.lengths.max(initial=0))), self.lengths[:, None]
+        valid = slots >= len(slots) - lengths if padding.on_left else slots < lengths
+        features = {"attention_mask": torch.from_numpy(valid.astype(np.int64))}
+        for name, values, filler in (
+            ("input_ids", self.ids, padding.token_id), ("token_type_ids", self.type_ids, padding.type_id),
+        ):  # fmt: skip
+            if values is not None:
+                padded = np.full(valid.shape, filler, np.int64)
+                padded[valid] = values
+                features[name] = torch.from_numpy(padded)
+        return features
 
 
 class TextTokenizer:
     """A private copy of a fast tokenizer that truncates and does not pad. It is thread-safe.
 
-    Args:
-        tokenizer: Tokenizer of the tokenizers library.
-        max_length: Maximum length of a text in tokens; None for the tokenizer's own limit.
-        type_ids: Token type ids to return: none, zeros, or the tokenizer's own.
+    transformers writes truncation and padding into the original for each call, which other threads may use.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, type_ids: TypeIds) -> None:
-        # transformers writes truncation and padding into the tokenizer object, which other threads may use.
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self._type_ids = type_ids
         self.backend.no_padding()
@@ -138,8 +120,8 @@ class TextTokenizer:
         return (
             id(backend), backend.get_vocab_size(True), len(backend.get_added_tokens_decoder()),
             tokenizer.model_max_length, tokenizer.truncation_side, backend.encode_special_tokens,
-            tuple(None if part is None else part.__getstate__() for part in parts),
-            tuple(getattr(backend.model, name, None) for name in _MODEL_OPTIONS),
+            *[None if part is None else part.__getstate__() for part in parts],
+            *[getattr(backend.model, name, None) for name in _MODEL_OPTIONS],
         )  # fmt: skip
 
     def __call__(self, texts: Sequence[Text]) -> tuple[Tokens, Numbers]:
@@ -161,10 +143,8 @@ class TextTokenizer:
         if len(order) > 1:
             encodings, lengths = [encodings[place] for place in order.tolist()], lengths[order]
         ids = _flat((encoding.ids for encoding in encodings), int(lengths.sum()))
-        types = None
-        if self._type_ids == "zeros":
-            types = np.zeros_like(ids)
-        elif self._type_ids == "own":
+        types = np.zeros_like(ids) if self._type_ids == "zeros" else None
+        if self._type_ids == "own":
             types = _flat((encoding.type_ids for encoding in encodings), len(ids))
         return Tokens(ids, lengths, types), order
 

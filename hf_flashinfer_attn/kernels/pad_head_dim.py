@@ -5,7 +5,7 @@ Triton kernels move the data where Triton runs, torch elsewhere.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +40,7 @@ class GatherQkv:
         self._positions = query_positions, key_positions
         self._size = size
         self._scratch = scratch
-        # Of the first call; later ones of the same strides repeat it.
-        self._strides: tuple[tuple[int, ...], ...] | None = None
-        self._views: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
-        self._launch: Launch | None = None
-        self._pointers: tuple[int, ...] = ()
+        self._known: _KnownGather | None = None
         self._buffers: tuple[torch.Tensor, ...] | None = None
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Qkv:
@@ -60,21 +56,23 @@ class GatherQkv:
             followed by the next head of its token, the last head by zeros.
         """
         pointers = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        is_aligned = not (pointers[0] | pointers[1] | pointers[2]) & 15
-        if is_aligned and (query.stride(), key.stride(), value.stride()) == self._strides:
-            if self._launch is None:
-                one, two, three = self._views
-                return query.as_strided(*one), key.as_strided(*two), value.as_strided(*three)
-            buffers = self._buffers
-            if buffers is None:
-                buffers = self._make_buffers(query, key, value)[:3]
-                queries, keys = (0 if side is None else side.data_ptr() for side in self._positions)
-                self._launch(*pointers, *(buffer.data_ptr() for buffer in buffers), queries or pointers[0],
-                             keys or pointers[0])  # fmt: skip
-            else:
-                self._launch(*pointers, *self._pointers)
+        known = self._known
+        if (
+            known is None
+            or (pointers[0] | pointers[1] | pointers[2]) & 15
+            or (query.stride(), key.stride(), value.stride()) != known.strides
+        ):
+            return self._gather(query, key, value)
+        if known.launch is None:
+            one, two, three = known.views
+            return query.as_strided(*one), key.as_strided(*two), value.as_strided(*three)
+        buffers = self._buffers
+        if buffers is not None:
+            known.launch(*pointers, *known.pointers)
             return buffers[0], buffers[1], buffers[2]
-        return self._gather(query, key, value)
+        made = self._make_buffers(query, key, value)
+        known.launch(*pointers, *(buffer.data_ptr() for buffer in made), *(at or pointers[0] for at in known.pointers))
+        return made[0], made[1], made[2]
 
     @property
     def output_buffer(self) -> torch.Tensor | None:
@@ -83,30 +81,31 @@ class GatherQkv:
 
     def _gather(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Qkv:
         sides, size = (query, key, value), self._size
-        self._strides, self._launch = None, None
-        if self._positions == (None, None) and query.shape[-1] == value.shape[-1] == size:
+        queries, keys = self._positions
+        takes_all = queries is None and keys is None and query.shape[-1] == value.shape[-1] == size
+        if takes_all and all(map(_is_one_run, sides)):
             flat = _flat(query), _flat(key), _flat(value)
-            if all(map(_is_one_run, sides)):
-                self._strides = query.stride(), key.stride(), value.stride()
-                self._views = tuple((tuple(view.shape), view.stride()) for view in flat)
-                return flat
+            views = tuple((tuple(view.shape), view.stride()) for view in flat)
+            self._known = _KnownGather((query.stride(), key.stride(), value.stride()), None, views, ())
+            return flat
         if not use_triton(query):
-            positions = (self._positions[0], self._positions[1], self._positions[1])
-            one, two, three = (_gather_one(side, place, size) for side, place in zip(sides, positions))
-            return one, two, three
+            return _gather_one(query, queries, size), _gather_one(key, keys, size), _gather_one(value, keys, size)
         from . import triton_pad
 
         if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
             query, key, value = (side.contiguous() for side in sides)
             sides = (query, key, value)
         buffers = self._make_buffers(query, key, value)
-        self._buffers = buffers if len(buffers) > 3 else None
         launch = triton_pad.gather_qkv(sides, buffers[:3], self._positions, size)
         if launch.can_repeat and not any(side.data_ptr() & 15 for side in sides):
-            self._strides, self._launch = (query.stride(), key.stride(), value.stride()), launch
-            queries, keys = (query if side is None else side for side in self._positions)
-            # A pointer that is not read stands for positions that are None.
-            self._pointers = (*(buffer.data_ptr() for buffer in buffers[:3]), queries.data_ptr(), keys.data_ptr())
+            # A pointer that is not read stands for positions that are None: of scratch memory, or 0 for the query's.
+            spare = buffers[0].data_ptr() if self._scratch is not None else 0
+            places = tuple(spare if side is None else side.data_ptr() for side in self._positions)
+            if self._scratch is not None:
+                places = (*(buffer.data_ptr() for buffer in buffers[:3]), *places)
+            strides = query.stride(), key.stride(), value.stride()
+            self._known = _KnownGather(strides, launch, (), places)
+        self._buffers = buffers if self._scratch is not None else None
         return buffers[0], buffers[1], buffers[2]
 
     def _make_buffers(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -131,10 +130,8 @@ class GatherQkv:
             num_bytes = count * query.element_size()
             parts.append(self._scratch[start : start + num_bytes].view(query.dtype))
             start += _rounded(num_bytes)
-        return (
-            parts[0].view(num_queries, heads, size), parts[1].view(num_keys, kv_heads, size), parts[2].as_strided(*values),
-            parts[3].view(num_queries, heads, size),
-        )  # fmt: skip
+        packed = parts[0].view(num_queries, heads, size), parts[1].view(num_keys, kv_heads, size)
+        return *packed, parts[2].as_strided(*values), parts[3].view(num_queries, heads, size)
 
 
 def scratch_bytes(
@@ -164,6 +161,22 @@ def _buffer_elements(
 
 def _rounded(num_bytes: int) -> int:
     return -(-num_bytes // 256) * 256
+
+
+class _KnownGather(NamedTuple):
+    """The first call of a gather, which later ones of the same strides repeat; read and replaced as a whole.
+
+    Args:
+        strides: Of query, key and value.
+        launch: The launch; None for views.
+        views: Shape and strides of the views.
+        pointers: Arguments of the launch after query, key and value: of scratch memory and positions, or of positions.
+    """
+
+    strides: tuple[tuple[int, ...], ...]
+    launch: Launch | None
+    views: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    pointers: tuple[int, ...]
 
 
 class ScatterOutput:

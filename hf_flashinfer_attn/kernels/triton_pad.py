@@ -124,9 +124,9 @@ def gather_qkv(
         positions: Padded positions of queries and of keys, int32, shape `(tokens,)`; None for all.
         size: head_dim to write, with zeros beyond that of the input.
     """
-    query, key, value = sides
+    query = sides[0]
     _, query_heads, q_length, head_dim = query.shape
-    _, key_heads, kv_length, value_head_dim = value.shape
+    _, key_heads, kv_length, value_head_dim = sides[2].shape
     num_queries, num_keys, width = packed[0].shape[0], packed[1].shape[0], packed[2].stride(1)
     tokens, heads = _tile(size, query_heads, query.element_size())
     parts = -(-query_heads // heads) + 2 * -(-key_heads // heads)

@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -63,6 +63,7 @@ class PlanKey:
 class _Replay:
     """A recorded call of a compiled module by `run`, without its tensors, which it would keep alive."""
 
+    launch: Callable[..., Any]
     arguments: list[Any]
     tensors: tuple[int, int, int, int]
     plan: int
@@ -171,24 +172,25 @@ class Wrapper:
 
     def run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> None:
         """Runs the planned kernel on contiguous ragged tensors, and writes to `output`."""
-        replay, recorder = self._replay, self._recorder
-        if recorder is None:
-            self.prefill.run(query, key, value, out=output)
-            return
+        replay = self._replay
         if replay is not None:
+            # A copy: two threads may run one plan.
             arguments = replay.arguments.copy()
-            for place, tensor in zip(replay.tensors, (query, key, value, output)):
-                arguments[place] = tensor
-            recorder.module.ragged_run(*arguments)
+            first, second, third, last = replay.tensors
+            arguments[first], arguments[second], arguments[third], arguments[last] = query, key, value, output
+            replay.launch(*arguments)
             return
         self.prefill.run(query, key, value, out=output)
+        if (recorder := self._recorder) is None:
+            return
         # If another thread ran the same plan meanwhile, these tensors are not found.
         recorded, recorder.run_arguments = recorder.run_arguments or (), None
         tensors = find(recorded, (query, key, value, output))
         fixed = find(recorded, (recorder.plan_result, *device_offsets_of(self.prefill)))
         if tensors is not None and fixed is not None:
             arguments = [None if place in tensors else argument for place, argument in enumerate(recorded)]
-            self._replay = _Replay(arguments, tensors, fixed[0], fixed[1:])  # type: ignore[arg-type]
+            launch = recorder.module.ragged_run
+            self._replay = _Replay(launch, arguments, tensors, fixed[0], fixed[1:])  # type: ignore[arg-type]
 
 
 def _exchanged(arguments: Sequence[Any], fields: Sequence[str | None], lengths: Lengths) -> list[Any]:

@@ -10,7 +10,7 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +22,13 @@ from ..errors import UnsupportedAttentionError
 from ..log import log_once
 from ..ragged.forward_state import attached_state, cu_seqlens_of
 from ..ragged.host_copy import HostCopy, to_device_async
+from ..ragged.layout import RaggedLayout
 from ..ragged.mask_state import mask_of_ones
 from ..settings import current_settings
 from .families import Positions, family_of, required_family
 from .features import pack_features
 from .graphs import GraphedForward, graphs_of, is_copied_with
-from .model_state import ModelState
-from .packing import CALLER, Packing, PackingAhead, leave_sizes_open
+from .packing import CALLER, Packing, leave_sizes_open
 from .reasons import PER_TOKEN, measure_of_distance, reason_of_head, reason_to_stay
 
 __all__ = [
@@ -177,7 +177,7 @@ def pack(
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
     if _own_graphs(module) is not None:
-        state.model_state = None if packing.meanwhile is None else packing.meanwhile.state
+        state.model_state = packing.model_state
         return (), inputs
     leave_sizes_open((inputs[name] for name in (*packed, "attention_mask")), offsets)
     return (), inputs
@@ -253,17 +253,19 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
             return None
         # Without padding, packing is only useful for a graph.
         reason = reason_to_stay(module, {**inputs, "attention_mask": ids})
-        return Packing.full(tuple(ids.shape), returns_dict=returns_dict) if reason is None else None
+        if reason is not None:
+            return None
+        rows, length = ids.shape
+        layout = RaggedLayout.from_lengths((length,) * rows)
+        return Packing((rows, length), returns_dict=returns_dict, layout=layout)
     note = _note_on(mask)[1] if isinstance(mask, torch.Tensor) else None
     reason = reason_to_stay(module, inputs) or (None if note is None else note.reason)
     if reason is None:
         measure = measure_of_distance(module)
-        packing = Packing.of(
-            _read_from(mask),
-            returns_dict=returns_dict,
-            find_holes=measure is not None,
-            meanwhile=lambda ahead: _Meanwhile.do(module, inputs, ahead),
-        )
+        packing = Packing.of(_read_from(mask), returns_dict=returns_dict, find_holes=measure is not None)
+        if packing.is_pending:
+            _pack_ahead(module, inputs, packing)
+        packing.finish()
         if packing.is_full and _goes_through_a_graph(module, inputs, device, *packing.shape):
             return packing
         if packing.is_full:
@@ -323,29 +325,17 @@ def _embed_rows(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
     inputs["input_ids"] = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Meanwhile:
-    """Work done while the lengths are copied to the host.
-
-    Args:
-        numbers: Inputs on the mask's device, packed before their length is known, by name, shape `(1, room)`.
-        state: The model's state, if it is unchanged since graphs were captured.
-    """
-
-    numbers: dict[str, torch.Tensor]
-    state: ModelState | None
-
-    @classmethod
-    def do(cls, module: PreTrainedModel, inputs: dict[str, Any], ahead: PackingAhead) -> _Meanwhile:
-        device, numbers = ahead.slots.device, {}
-        ids = inputs.get("input_ids")
-        if ids is not None and ids.device == device and not required_family(module).embeds_rows:
-            given = {name: inputs.get(name) for name in _NUMBERS}
-            numbers = {name: ahead.pack(value) for name, value in given.items() if _is_on(value, device)}
-            if inputs.get("position_ids") is None:
-                numbers["position_ids"] = _positions(module, inputs, ahead)
-        graphs = _own_graphs(module)
-        return cls(numbers, None if graphs is None else graphs.look())
+def _pack_ahead(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> None:
+    """Works while the lengths are copied to the host: packs inputs of the mask's device, and checks the model."""
+    device, ids = packing.device, inputs.get("input_ids")
+    if ids is not None and ids.device == device and not required_family(module).embeds_rows:
+        for name in _NUMBERS:
+            if (value := inputs.get(name)) is not None and value.device == device:
+                packing.packed_ahead[name] = packing.pack(value)
+        if inputs.get("position_ids") is None:
+            packing.packed_ahead["position_ids"] = _positions(module, inputs, packing)
+    if (graphs := _own_graphs(module)) is not None:
+        packing.model_state = graphs.look()
 
 
 def _name_dropped_ids(module: PreTrainedModel, padded: torch.Tensor | None, packed: torch.Tensor | None) -> None:
@@ -360,15 +350,9 @@ def _name_dropped_ids(module: PreTrainedModel, padded: torch.Tensor | None, pack
         )
 
 
-def _is_on(value: torch.Tensor | None, device: torch.device) -> TypeGuard[torch.Tensor]:
-    return value is not None and value.device == device
-
-
 def _packed_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> dict[str, torch.Tensor]:
     """Returns the packed per-token inputs, shape `(1, total_tokens, ...)`, on the devices of the padded ones."""
-    ahead = {} if packing.meanwhile is None else packing.meanwhile.numbers
-    total = packing.layout.query.total_tokens
-    packed = {name: value[:, :total] for name, value in ahead.items()}
+    packed = dict(packing.packed_ahead)
     for name in PER_TOKEN:
         if name not in packed and (value := inputs.get(name)) is not None:
             packed[name] = packing.pack(value)
@@ -377,14 +361,14 @@ def _packed_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Pac
     return packed
 
 
-def _positions(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing | PackingAhead) -> torch.Tensor:
+def _positions(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> torch.Tensor:
     """Numbers tokens as the model would in a padded batch, shape `(1, tokens)`."""
     ids = inputs.get("input_ids")
     device = packing.device if ids is None else ids.device
     if required_family(module).positions is Positions.SLOTS:
-        return packing.positions(device)
+        return packing.position_ids(device)
     padding_id: int = module.embeddings.padding_idx
     if ids is None:
-        return packing.positions(device) + padding_id + 1
+        return packing.position_ids(device) + padding_id + 1
     is_token: torch.Tensor = ids.ne(padding_id)
     return packing.pack(is_token.cumsum(1) * is_token + padding_id)

@@ -22,6 +22,8 @@ __all__ = ["Numbers", "PackedTokens", "reason_against_packed_inputs"]
 
 Numbers: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 
+_ONE_TOKEN = torch.zeros(1, 1, dtype=torch.long, device="cpu")
+
 
 def reason_against_packed_inputs(backbone: torch.nn.Module) -> str | None:
     """Returns why a model cannot take `PackedTokens`; None if it can."""
@@ -33,23 +35,15 @@ def reason_against_packed_inputs(backbone: torch.nn.Module) -> str | None:
     if is_copied_with(backbone):
         return f"this {type(backbone).__name__} is a copy that shares its forward with the original"
     assert isinstance(backbone, PreTrainedModel)
-    ids = torch.zeros(1, 1, dtype=torch.long, device="cpu")
-    return reason_to_stay(backbone, {"input_ids": ids, "attention_mask": ids, "use_cache": False})
+    return reason_to_stay(backbone, {"input_ids": _ONE_TOKEN, "attention_mask": _ONE_TOKEN, "use_cache": False})
 
 
 class PackedTokens:
     """Tokens on the host, ready for one copy to a device. Any thread may create them.
 
-    Args:
-        backbone: An unpadded model that `reason_against_packed_inputs` accepts.
-        device: Device of the model.
-        lengths: Length of each row, int64, shape `(rows,)`.
-        ids: Token ids, int64, shape `(total_tokens,)`.
-        type_ids: Token type ids, int64, shape `(total_tokens,)`; None if the model takes none.
-        slots: Padded position of each row's first token, if the caller pads the rows again, int64, shape `(rows,)`.
-
-    Raises:
-        IndexError: If a row is longer than the model's position table.
+    `lengths` (of rows), `ids`, `type_ids` (None if the model takes none) and `slots` are int64. `slots`, of shape
+    `(rows,)`, has the padded position of each row's first token, if the caller pads the rows again. Raises an
+    `IndexError` if a row is longer than the model's position table.
     """
 
     def __init__(
@@ -81,14 +75,10 @@ class PackedTokens:
         np.concatenate([*self._parts.values(), [0], np.cumsum(lengths)], out=self._numbers.numpy())
 
     def inputs(self) -> dict[str, Any]:
-        """Copies the tokens to the device asynchronously and returns the keyword arguments of a forward.
+        """Copies the tokens to the device asynchronously and returns the keyword arguments of a packed forward.
 
-        The forward's output is packed too: `last_hidden_state` has the shape `(1, total_tokens, hidden_size)`.
-
-        Returns:
-            `input_ids`, `position_ids`, `token_type_ids` and `slots` (padded position of each token), int64, shape
-            `(1, total_tokens)`; `cu_seq_lens_q` and `cu_seq_lens_k`, the same int64 tensor of shape `(rows + 1,)`;
-            `max_length_q`, `max_length_k`, and the model's other arguments.
+        Tensors of tokens, and `slots` (padded position of each token), are int64, of shape `(1, total_tokens)`;
+        `cu_seq_lens_q` is int64, of shape `(rows + 1,)`. `last_hidden_state` is `(1, total_tokens, hidden_size)`.
         """
         layout = RaggedLayout.from_lengths(self._lengths)
         total, longest, rows = layout.query.total_tokens, layout.query.max_length, len(self._lengths)
@@ -103,7 +93,7 @@ class PackedTokens:
                 inputs["slots"] = (inputs["slots"][0, row_of] + places)[None]
         if "position_ids" not in inputs:
             inputs["position_ids"] = (places + self._first_position if self._first_position else places)[None]
-        attach_state(cu_seqlens, layout).packing = Packing((1, total), layout, False, True, {})
+        attach_state(cu_seqlens, layout).packing = Packing((1, total), returns_dict=True, layout=layout)
         if self._family.is_causal:
             # The mask keeps transformers from detecting packed sequences in the positions.
             inputs.update(attention_mask=mask_of_ones(1, total, self._device), use_cache=False)

@@ -1,30 +1,23 @@
-"""Times whole models, ours beside others, on the user's texts or on named workloads; outputs are checked first."""
+"""Benchmarks of whole models against sdpa, on the user's texts or named workloads; outputs are verified first."""
 
-from .contenders import CONTENDERS, Contender
-from .errors import BenchError
-from .measure import BenchReport, Cell, Outcome, Plan, run_bench
+from .measure import run_bench
+from .plan import Plan
 from .plot import draw_chart, require_matplotlib
 from .progress import Progress
-from .report import COLUMNS_EXPLAINED, format_cell, format_html, load_reports, report_figures
-from .workload import RequestSet, parse_request_set
+from .report import (
+    COLUMNS_EXPLAINED,
+    BenchReport,
+    Cell,
+    Outcome,
+    format_cell,
+    format_html,
+    load_reports,
+    report_figures,
+)  # fmt: skip
+from .workload import BenchError, RequestSet, parse_request_set
 
 __all__ = [
-    "COLUMNS_EXPLAINED",
-    "CONTENDERS",
-    "BenchError",
-    "BenchReport",
-    "Cell",
-    "Contender",
-    "Outcome",
-    "Plan",
-    "Progress",
-    "RequestSet",
-    "draw_chart",
-    "format_cell",
-    "format_html",
-    "load_reports",
-    "parse_request_set",
-    "report_figures",
-    "require_matplotlib",
-    "run_bench",
-]
+    "COLUMNS_EXPLAINED", "BenchError", "BenchReport", "Cell", "Outcome", "Plan", "Progress", "RequestSet",
+    "draw_chart", "format_cell", "format_html", "load_reports", "parse_request_set", "report_figures",
+    "require_matplotlib", "run_bench",
+]  # fmt: skip

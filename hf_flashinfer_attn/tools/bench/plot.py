@@ -7,30 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from .contenders import BASELINE
-from .errors import BenchError
-from .subjects import shown_name
+from .workload import BenchError, shown_name
 
 __all__ = ["draw_chart", "require_matplotlib"]
 
-_INK, _MUTED, _RULE = "#1f2933", "#697586", "#e4e7eb"
+_INK, _MUTED = "#1f2933", "#697586"
 _OURS = ("#0b7a75", "#35a79c", "#8fd1b5", "#e0912f", "#f3c47d")
 _RIVALS = {
-    BASELINE: "#b8c0cc",
-    "eager": "#dfe3e8",
-    "flex_attention": "#d9b38c",
-    "varlen": "#8fa3bf",
-    "compile": "#c9a7c7",
-}
-_OTHER = "#cfd6de"
-_BAR_INCHES = 0.24
+    BASELINE: "#b8c0cc", "eager": "#dfe3e8", "flex_attention": "#d9b38c", "varlen": "#8fa3bf", "compile": "#c9a7c7",
+}  # fmt: skip
+_BAR_INCHES, _GAP_BARS = 0.24, 0.9
 
 
 def require_matplotlib() -> None:
-    """Checks that a chart can be drawn, before anything is measured.
-
-    Raises:
-        BenchError: If matplotlib is not installed.
-    """
+    """Raises `BenchError` if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
@@ -40,134 +30,70 @@ def require_matplotlib() -> None:
 
 
 def draw_chart(reports: Sequence[dict[str, Any]], file: Path, *, description: str = "") -> None:
-    """Draws one panel per model, one group of bars per request set, one bar per contender.
+    """Draws reports of one machine and dtype as a PNG; `description` is kept in the file's metadata.
 
-    Args:
-        reports: From `report_figures` or `load_reports`, of one machine and dtype.
-        file: A PNG.
-        description: Kept in the file's metadata.
-
-    Raises:
-        BenchError: If matplotlib is not installed.
+    One panel per model, one group of bars per request set, one bar per contender.
     """
     require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    cells = [cell for report in reports for cell in report["cells"]]
-    shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
-    contenders = {outcome["name"]: outcome["ours"] for cell in cells for outcome in cell["contenders"]}
-    colours = _colours(contenders)
-    panels = [[cell for cell in cells if cell["shape"] == shape] for shape in shapes]
-    bars = [sum(len(cell["contenders"]) + 0.9 for cell in panel) for panel in panels]
+    panels: dict[str, list[dict[str, Any]]] = {}
+    colours: dict[str, str] = {}
+    for cell in (cell for report in reports for cell in report["cells"]):
+        panels.setdefault(cell["shape"], []).append(cell)
+        for outcome in cell["contenders"]:
+            ours = _OURS[sum(name not in _RIVALS for name in colours) % len(_OURS)]
+            colours.setdefault(outcome["name"], _RIVALS.get(outcome["name"], ours))
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    row_bars = [max(bars[row * columns : (row + 1) * columns]) for row in range(rows)]
-    row_heights = [most * _BAR_INCHES + 0.55 for most in row_bars]
-    header, footer = 0.95, 0.35
-    size = (4.3 * columns + 0.4 if columns > 1 else 7.0, sum(row_heights) + header + footer)
-    figure = Figure(figsize=size, dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
-    figure.text(
-        0.25 / size[0],
-        1 - 0.3 / size[1],
-        f"Tokens per second, and times that of {BASELINE}",
-        size=13,
-        weight="bold",
-        color=_INK,
-    )
+    bars = max(sum(len(cell["contenders"]) + _GAP_BARS for cell in panel) for panel in panels.values())
+    size = (max(4.3 * columns + 0.4, 7.0), rows * (bars * _BAR_INCHES + 0.55) + 1.3)
+    figure = Figure(figsize=size, dpi=160, layout="constrained")
     environment = reports[0]["environment"]
-    where = environment["gpu"] or environment["cpu"]
-    caption = (
-        f"{where}, {reports[0]['dtype']}, torch {environment['torch']}, transformers {environment['transformers']}"
-    )
-    figure.text(0.25 / size[0], 0.12 / size[1], caption, size=7.5, color=_MUTED)
-    _legend(figure, colours, size)
-    grid = figure.add_gridspec(
-        rows,
-        columns,
-        height_ratios=row_heights,
-        left=(1.0 if columns > 1 else 1.1) / size[0],
-        right=1 - 0.25 / size[0],
-        top=1 - header / size[1],
-        bottom=footer / size[1],
-        wspace=0.42,
-        # Of the mean height of a row.
-        hspace=0.35 * rows / sum(row_heights),
-    )
-    for at, (shape, panel) in enumerate(zip(shapes, panels)):
-        axes = figure.add_subplot(grid[at // columns, at % columns])
-        _panel(axes, shape, panel, colours, row_bars[at // columns])
+    versions = f"torch {environment['torch']}, transformers {environment['transformers']}"
+    caption = f"{environment['gpu'] or environment['cpu']}, {reports[0]['dtype']}, {versions}"
+    figure.supxlabel(caption, x=0.02, ha="left", size=7.5, color=_MUTED)
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8.5, alignment="left",
+        title=f"Tokens per second, and times that of {BASELINE}", title_fontproperties={"size": 13, "weight": "bold"},
+    )  # fmt: skip
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (shape, panel) in zip(grid, panels.items()):
+        _draw_panel(axes, panel, colours)
+        axes.set_title(shown_name(shape), loc="left", size=10, weight="bold", color=_INK)
+        # Bars are as high in all panels.
+        axes.set_ylim(bars - _GAP_BARS - 0.2, -0.8)
+    for axes in grid[len(panels) :]:
+        axes.remove()
     figure.savefig(file, format="png", metadata={"Description": description})
 
 
-def _colours(contenders: dict[str, bool]) -> dict[str, str]:
-    shades = iter(_OURS * len(contenders))
-    return {name: next(shades) if ours else _RIVALS.get(name, _OTHER) for name, ours in contenders.items()}
-
-
-def _legend(figure: Any, colours: dict[str, str], size: tuple[float, float]) -> None:
-    from matplotlib.patches import Patch
-
-    figure.legend(
-        handles=[Patch(color=colour, label=name) for name, colour in colours.items()],
-        loc="upper left",
-        bbox_to_anchor=(0.17 / size[0], 1 - 0.36 / size[1]),
-        ncols=len(colours),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=_INK,
-        handlelength=1.0,
-        handleheight=0.9,
-        columnspacing=1.4,
-    )
-
-
-def _panel(axes: Any, shape: str, cells: Sequence[dict[str, Any]], colours: dict[str, str], bars: float) -> None:
-    best = max((outcome["tokens_per_second"] or 0 for cell in cells for outcome in cell["contenders"]), default=0) or 1
-    place = 0.0
-    ticks, names = [], []
+def _draw_panel(axes: Any, cells: Sequence[dict[str, Any]], colours: dict[str, str]) -> None:
+    ticks, names, place = [], [], 0.0
     for cell in cells:
-        first = place
-        for outcome in cell["contenders"]:
-            speed = outcome["tokens_per_second"]
-            if speed is None:
-                axes.text(best * 0.012, place, outcome["status"], va="center", size=7, color=_MUTED, style="italic")
-            else:
-                axes.barh(place, speed, height=0.86, color=colours[outcome["name"]])
-                ratio = outcome["speedup_over_sdpa"]
-                ours = outcome["ours"]
-                label = _short(speed)
-                if ratio is not None and outcome["name"] != BASELINE:
-                    label += f"  {ratio:.2f}\u00d7"
-                axes.text(
-                    speed + best * 0.015,
-                    place,
-                    label,
-                    va="center",
-                    size=7.5,
-                    color=_INK if ours else _MUTED,
-                    weight="bold" if ours else "normal",
-                )
-            place += 1
-        ticks.append((first + place - 1) / 2)
+        outcomes = cell["contenders"]
+        places = [place + at for at in range(len(outcomes))]
+        speeds = [outcome["tokens_per_second"] or 0 for outcome in outcomes]
+        bars = axes.barh(places, speeds, height=0.86, color=[colours[outcome["name"]] for outcome in outcomes])
+        for outcome, label in zip(outcomes, axes.bar_label(bars, map(_label, outcomes), padding=3, size=7.5)):
+            label.set(color=_INK, weight="bold") if outcome["ours"] else label.set(color=_MUTED)
+        ticks.append((places[0] + places[-1]) / 2)
         names.append(f"{cell['lengths']}\n{cell['padded_fraction']:.0%} padding")
-        place += 0.9
+        place = places[-1] + 1 + _GAP_BARS
     axes.set_yticks(ticks, names, size=8, color=_INK)
-    # Bars are as high in all panels of a row.
-    axes.set_ylim(bars - 0.9 - 0.2, -0.8)
-    # Room for the labels.
-    axes.set_xlim(0, best * 1.28)
-    axes.set_title(shown_name(shape), loc="left", size=10, weight="bold", color=_INK, pad=4)
     axes.set_xticks([])
     axes.tick_params(length=0)
-    for side in ("top", "right", "bottom"):
-        axes.spines[side].set_visible(False)
-    axes.spines["left"].set_color(_RULE)
+    # Room for the labels.
+    axes.set_xlim(0, axes.dataLim.xmax * 1.28 or 1)
+    axes.set_frame_on(False)
 
 
-def _short(number: float) -> str:
-    for unit, letter in ((1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{letter}"
-    return f"{number:.3g}"
+def _label(outcome: dict[str, Any]) -> str:
+    speed, ratio = outcome["tokens_per_second"], outcome["speedup_over_sdpa"]
+    if speed is None:
+        return str(outcome["status"])
+    unit, letter = (1e6, "M") if speed >= 1e6 else (1e3, "k") if speed >= 1e3 else (1, "")
+    times = "" if ratio is None or outcome["name"] == BASELINE else f"  {ratio:.2f}\u00d7"
+    return f"{speed / unit:.3g}{letter}{times}"

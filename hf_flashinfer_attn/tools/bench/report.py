@@ -1,54 +1,25 @@
-"""Reports as text and as plain values for JSON, and loading them from files."""
+"""Results of a benchmark, as text, as HTML and as plain values for JSON."""
 
 from __future__ import annotations
 
 import json
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from ...html_table import html_table
-from .errors import BenchError
-from .measure import BenchReport, Cell, Outcome
-from .subjects import shown_name
+from .floors import MachineRates
+from .workload import BenchError, shown_name
 
-__all__ = ["COLUMNS_EXPLAINED", "FORMAT", "format_cell", "format_html", "load_reports", "report_figures"]
+__all__ = [
+    "COLUMNS_EXPLAINED", "BenchReport", "Cell", "Outcome", "format_cell", "format_html", "load_reports",
+    "report_figures",
+]  # fmt: skip
 
 FORMAT = "hf_flashinfer_attn.bench/1"
-
-
-def report_figures(report: BenchReport) -> dict[str, Any]:
-    """Returns a report as plain values, ready for `json.dumps`; fields are those of the classes in `measure`."""
-    return {
-        "format": FORMAT,
-        "environment": report.environment,
-        "device": report.device,
-        "dtype": report.dtype,
-        "repeats": report.repeats,
-        "rates": asdict(report.rates),
-        "passed": report.passed,
-        "cells": [asdict(cell) for cell in report.cells],
-        "skipped": report.skipped,
-    }
-
-
-def load_reports(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Reads reports that `--json` wrote.
-
-    Raises:
-        BenchError: If a file is no such report.
-    """
-    reports = []
-    for file in files:
-        figures = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(figures, dict) or figures.get("format") != FORMAT:
-            raise BenchError(f"{file} is no report of {FORMAT}; expected a file that bench --json wrote.")
-        reports.append(figures)
-    return reports
-
-
 _WIDTH = 100
 _COLUMNS = ("", "best", "median", "spread", "tokens/s", "vs sdpa", "of floor", "memory", "error")
 COLUMNS_EXPLAINED = """\
@@ -61,33 +32,115 @@ memory        peak GPU memory of torch's allocator (on a GPU only)
 error         relative error of sampled outputs against a wider dtype"""
 
 
+@dataclass(slots=True)
+class Outcome:
+    """What one contender did in one cell. Times are None unless its status is "measured"."""
+
+    name: str
+    ours: bool
+    status: str = "measured"  # or "wrong", "out of memory", "failed", "unsupported"
+    reason: str | None = None  # why it was not measured
+    verified: bool | None = None  # whether its outputs were right; None if there were none to check
+    error: float | None = None  # norm(output - exact) / norm(exact), mean-pooled, over the sample of the reference
+    difference_from_sdpa: float | None = None  # the same against sdpa over all requests
+    passes_seconds: tuple[float, ...] = ()
+    best_seconds: float | None = None
+    median_seconds: float | None = None
+    spread: float | None = None  # longest minus shortest pass, over the median
+    tokens_per_second: float | None = None  # in the best pass, padding left out
+    speedup_over_sdpa: float | None = None  # sdpa's best time over this one's; above 1 is faster than sdpa
+    floor_fraction: float | None = None  # the cell's floor over the best time
+    peak_memory_bytes: int | None = None  # of torch's CUDA allocator, weights and batches included; None on a CPU
+    kernels: tuple[str, ...] = ()  # what computed attention, where it was ours
+    fallbacks: tuple[str, ...] = ()  # why something else than the selected backend did
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One model on one request set."""
+
+    shape: str  # or the model as the user gave it
+    lengths: str  # name of the request set; "texts" for the user's
+    layers: int | None
+    batch_size: int
+    requests: int
+    batches: int
+    tokens: int
+    padded_fraction: float
+    flops: int | None  # what no implementation can do without; see `count_work`
+    bytes: int | None
+    floor_seconds: float | None  # None without a count, or where a pass beat it: the rates were not the machine's best
+    reference: str  # what the errors are measured against
+    sdpa_error: float | None
+    contenders: tuple[Outcome, ...]  # sdpa first
+
+    @property
+    def passed(self) -> bool:
+        """Whether no contender was wrong or failed."""
+        return all(outcome.status in ("measured", "out of memory", "unsupported") for outcome in self.contenders)
+
+    def _repr_html_(self) -> str:
+        return format_html(self)
+
+
+@dataclass(slots=True)
+class BenchReport:
+    """All that was measured, cell by cell as they finish."""
+
+    environment: dict[str, object]
+    device: str
+    dtype: str
+    repeats: int
+    rates: MachineRates
+    cells: list[Cell] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no contender was wrong or failed anywhere."""
+        return all(cell.passed for cell in self.cells)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text("\n\n".join([*map(format_cell, self.cells), COLUMNS_EXPLAINED]))
+
+    def _repr_html_(self) -> str:
+        where = self.environment["gpu"] or self.environment["cpu"]
+        head = f"<p>{escape(str(where))}, {escape(self.dtype)}, best of {self.repeats}</p>"
+        return head + "".join(map(format_html, self.cells))
+
+
+def report_figures(report: BenchReport) -> dict[str, Any]:
+    """Returns a report as plain values, ready for `json.dumps`."""
+    return {"format": FORMAT, "passed": report.passed, **asdict(report)}
+
+
+def load_reports(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Reads reports that `--json` wrote."""
+    reports = []
+    for file in files:
+        figures = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(figures, dict) or figures.get("format") != FORMAT:
+            raise BenchError(f"{file} is no report of {FORMAT}; expected a file that bench --json wrote.")
+        reports.append(figures)
+    return reports
+
+
 def format_cell(cell: Cell) -> str:
-    """Returns one cell as a table, at most 100 columns wide; columns without values are left out."""
-    rows = _table(cell)
-    table = [row for row in rows if len(row) == len(rows[0])]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    widths[0] = max(len(row[0]) for row in rows)
-    lines = textwrap.wrap(_title(cell), _WIDTH)
-    for name, *values in rows:
-        label = f"  {name.ljust(widths[0])}  "
-        if len(values) == 1:
-            lines += textwrap.wrap(values[0], _WIDTH, initial_indent=label, subsequent_indent=" " * len(label))
-        else:
-            lines.append((label + "  ".join(map(str.rjust, values, widths[1:]))).rstrip())
-    for note in _fallbacks(cell):
-        lines += textwrap.wrap(note, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    """Returns one cell as a table, at most 100 columns wide."""
+    table = _table(cell)
+    widths = [max(map(len, column)) for column in zip(*(row for row in table if len(row) == len(table[0])))]
+    widths[0] = max(len(row[0]) for row in table)
+    lines = [textwrap.fill(_title(cell), _WIDTH)]
+    for name, *values in table:
+        label = f"  {name:{widths[0]}}  "
+        text = values[0] if len(values) == 1 else "  ".join(map(str.rjust, values, widths[1:]))
+        lines.append(textwrap.fill(text, _WIDTH, initial_indent=label, subsequent_indent=" " * len(label)))
+    lines += [textwrap.fill(note, _WIDTH, initial_indent="  ", subsequent_indent="    ") for note in _fallbacks(cell)]
     return "\n".join(lines)
 
 
 def format_html(cell: Cell) -> str:
-    """Returns one cell as a table for notebooks; columns without values are left out.
-
-    Examples:
-        >>> from hf_flashinfer_attn.tools.bench import Plan, format_html, parse_request_set, run_bench
-        >>> plan = Plan(("gte-small",), request_sets=(parse_request_set("4+9"),), requests=8, layers=1, device="cpu")
-        >>> "<td" in format_html(run_bench(plan).cells[0])
-        True
-    """
+    """Returns one cell as a table for notebooks."""
     header, *rows = _table(cell)
     filled = [[*row, *[""] * (len(header) - len(row))] for row in rows]
     notes = [*_fallbacks(cell), f"error: against {cell.reference}"]
@@ -95,31 +148,15 @@ def format_html(cell: Cell) -> str:
 
 
 def _table(cell: Cell) -> list[list[str]]:
-    """Returns the header and a row per contender; for an unmeasured one its name and the reason."""
+    """Returns the header and a row per contender, without empty columns; an unmeasured row is a name and a reason."""
     rows = [_row(outcome) for outcome in cell.contenders]
     measured = [row for row in rows if len(row) == len(_COLUMNS)]
     columns = [at for at in range(len(_COLUMNS)) if at == 0 or any(row[at] != "-" for row in measured)]
     return [[row[at] for at in columns] if len(row) == len(_COLUMNS) else [*row] for row in (_COLUMNS, *rows)]
 
 
-def _fallbacks(cell: Cell) -> list[str]:
-    return [f"{outcome.name} fell back: {reason}" for outcome in cell.contenders for reason in outcome.fallbacks]
-
-
-def _title(cell: Cell) -> str:
-    title = (
-        f"{shown_name(cell.shape)}, {cell.lengths}: {cell.requests:,} requests in batches of {cell.batch_size}, "
-        f"{cell.tokens:,} tokens, {cell.padded_fraction:.0%} padding"
-    )
-    if cell.floor_seconds is not None:
-        title += f", floor {_seconds(cell.floor_seconds)}"
-    elif cell.flops is not None:
-        title += ", no floor: a pass was faster than the measured rates allow"
-    return title
-
-
 def _row(outcome: Outcome) -> tuple[str, ...]:
-    if outcome.best_seconds is None or outcome.median_seconds is None or outcome.tokens_per_second is None:
+    if outcome.best_seconds is None or outcome.median_seconds is None:
         return outcome.name, f"{outcome.status}: {outcome.reason}"
     return (
         outcome.name,
@@ -132,6 +169,20 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
         "-" if outcome.peak_memory_bytes is None else f"{outcome.peak_memory_bytes / 2**30:.3g} GiB",
         f"{outcome.error:.1e}",
     )
+
+
+def _fallbacks(cell: Cell) -> list[str]:
+    return [f"{outcome.name} fell back: {reason}" for outcome in cell.contenders for reason in outcome.fallbacks]
+
+
+def _title(cell: Cell) -> str:
+    title = (
+        f"{shown_name(cell.shape)}, {cell.lengths}: {cell.requests:,} requests in batches of {cell.batch_size}, "
+        f"{cell.tokens:,} tokens, {cell.padded_fraction:.0%} padding"
+    )
+    if cell.floor_seconds is not None:
+        return f"{title}, floor {_seconds(cell.floor_seconds)}"
+    return title if cell.flops is None else f"{title}, no floor: a pass was faster than the measured rates allow"
 
 
 def _seconds(seconds: float) -> str:

@@ -2,116 +2,78 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import (
-    BertConfig,
-    ModernBertConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    Qwen3Config,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .errors import BenchError
+from ...errors import FlashInferAttentionError
 
 __all__ = [
-    "REQUEST_SETS",
-    "SHAPES",
-    "PaddedBatch",
-    "RequestSet",
-    "chat_lengths",
-    "parse_request_set",
-    "shape_config",
-    "synthetic_batches",
-    "text_batches",
-]
+    "REQUEST_SETS", "SHAPES", "BenchError", "PaddedBatch", "RequestSet", "chat_lengths", "parse_request_set",
+    "shape_config", "shown_name", "synthetic_batches", "text_batches",
+]  # fmt: skip
 
-VOCABULARY = 30_522
 # Ids below are special tokens in every shape.
 FIRST_ID = 5
-OWN_REQUESTS = 1_280
-OWN_BATCH_SIZE = 64
+
+
+class BenchError(FlashInferAttentionError):
+    """What was asked for cannot be measured here."""
 
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """One padded batch on the device, as every contender is given it.
+    """One padded batch on the device."""
 
-    Args:
-        inputs: What the model is called with: `input_ids` and `attention_mask` of shape `(rows, slots)`, int64, and
-            what else the tokenizer made.
-        padding: True at padded slots, bool, shape `(rows, slots, 1)`.
-        lengths: Valid tokens of each row, known on the host.
-        divisors: The same on the device, float32, shape `(rows, 1)`.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    padding: torch.Tensor
-    lengths: tuple[int, ...]
-    divisors: torch.Tensor
+    inputs: dict[str, torch.Tensor]  # `input_ids`, `attention_mask` and what else the tokenizer made
+    padding: torch.Tensor  # True at padded positions, bool, `(rows, padded length, 1)`
+    lengths: tuple[int, ...]  # tokens of each row, known on the host
+    divisors: torch.Tensor  # the same on the device, float32, `(rows, 1)`
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, torch.Tensor], device: torch.device) -> PaddedBatch:
-        """Moves tokenised rows to a device.
-
-        Raises:
-            BenchError: If a row has no token.
-        """
+        """Moves tokenised rows to a device."""
         valid = inputs["attention_mask"].bool()
         lengths = valid.sum(1)
         if int(lengths.min()) < 1:
             raise BenchError("a row without any token cannot be pooled; leave empty texts out.")
-        return cls(
-            {name: tensor.to(device) for name, tensor in inputs.items()},
-            ~valid.to(device)[:, :, None],
-            tuple(lengths.tolist()),
-            lengths.to(device, torch.float32)[:, None],
-        )
+        on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+        divisors = lengths.to(device, torch.float32)[:, None]
+        return cls(on_device, ~valid.to(device)[:, :, None], tuple(lengths.tolist()), divisors)
 
     @property
     def slots(self) -> int:
-        """Slots of the batch, padding included."""
+        """Positions of the batch, padding included."""
         return self.padding.numel()
 
     def row(self, index: int) -> PaddedBatch:
         """Returns one row, with its padding, as a batch."""
-        rows = slice(index, index + 1)
-        inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
-        return PaddedBatch(inputs, self.padding[rows], self.lengths[rows], self.divisors[rows])
+        row = slice(index, index + 1)
+        inputs = {name: tensor[row] for name, tensor in self.inputs.items()}
+        return PaddedBatch(inputs, self.padding[row], self.lengths[row], self.divisors[row])
+
+
+Draw = Callable[[int, torch.Generator], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class RequestSet:
-    """Requests of known lengths.
-
-    Args:
-        name: As on the command line.
-        summary: One line for the table.
-        batch_size: Rows per forward.
-        requests: How many there are.
-        draw: Draws so many lengths, int64, with a generator.
-        longest: No request is longer.
-        sort: Whether the longest come first.
-    """
+    """Requests of known lengths; `draw(requests, generator)` draws the lengths."""
 
     name: str
-    summary: str
-    batch_size: int
-    requests: int
-    draw: Callable[[int, torch.Generator], torch.Tensor]
+    draw: Draw
     longest: int
-    sort: bool = False
+    batch_size: int = 64
+    requests: int = 1_280
+    sort: bool = False  # longest first
 
     def lengths(self, limit: int | None = None) -> list[int]:
-        """Returns the length of each request in tokens: always the same, and a smaller limit gives a prefix.
-
-        Examples:
-            >>> from hf_flashinfer_attn.tools.bench.workload import REQUEST_SETS
-            >>> REQUEST_SETS["chat"].lengths(3) == REQUEST_SETS["bulk"].lengths(5)[:3]
-            True
-        """
+        """Returns the tokens of each request: always the same, and a smaller limit gives a prefix."""
         lengths: list[int] = self.draw(self.requests, torch.Generator().manual_seed(0)).tolist()[:limit]
         return sorted(lengths, reverse=True) if self.sort else lengths
 
@@ -127,143 +89,94 @@ def _pair_lengths(requests: int, generator: torch.Generator) -> torch.Tensor:
     return (chat_lengths(requests, generator) + queries).clamp(max=512)
 
 
-def _uniform(low: int, high: int) -> Callable[[int, torch.Generator], torch.Tensor]:
+def _uniform(low: int, high: int) -> Draw:
     return lambda requests, generator: torch.randint(low, high + 1, (requests,), generator=generator, device="cpu")
 
 
-def _cycle(lengths: Sequence[int]) -> Callable[[int, torch.Generator], torch.Tensor]:
+def _cycle(lengths: Sequence[int]) -> Draw:
     return lambda requests, _: torch.tensor(lengths, device="cpu").repeat(-(-requests // len(lengths)))[:requests]
 
 
 REQUEST_SETS: dict[str, RequestSet] = {
     requests.name: requests
     for requests in (
-        RequestSet("chat", "lognormal lengths, median 55, unsorted", 64, 10_000, chat_lengths, 512),
-        RequestSet("bulk", "lognormal lengths, median 55, unsorted", 256, 10_000, chat_lengths, 512),
-        RequestSet("sorted", "lognormal lengths, median 55, longest first", 256, 10_000, chat_lengths, 512, sort=True),
-        RequestSet("single", "lognormal lengths, median 55, unsorted", 8, 2_000, chat_lengths, 512),
-        RequestSet("uniform", "uniform lengths in [1, 512], unsorted", 64, 2_500, _uniform(1, 512), 512),
-        RequestSet("full", "512 tokens each", 64, 1_280, _cycle([512]), 512),
-        RequestSet("pairs", "a query and a passage of chat's lengths, unsorted", 128, 10_000, _pair_lengths, 512),
-        RequestSet("long", "uniform lengths in [1, 8192], unsorted", 16, 160, _uniform(1, 8192), 8192),
+        RequestSet("chat", chat_lengths, 512, 64, 10_000),
+        RequestSet("bulk", chat_lengths, 512, 256, 10_000),
+        RequestSet("sorted", chat_lengths, 512, 256, 10_000, sort=True),
+        RequestSet("single", chat_lengths, 512, 8, 2_000),
+        RequestSet("uniform", _uniform(1, 512), 512, 64, 2_500),
+        RequestSet("full", _cycle([512]), 512),
+        RequestSet("pairs", _pair_lengths, 512, 128, 10_000),
+        RequestSet("long", _uniform(1, 8192), 8192, 16, 160),
     )
 }
 
 
 def parse_request_set(text: str) -> RequestSet:
-    """Reads a named request set, or one of the user's own.
-
-    Args:
-        text: A name; or a length, as `128`; or lengths that take turns, as `16+32+128`; or `uniform:LOW:HIGH`.
-
-    Raises:
-        ValueError: If it is none of these.
+    """Reads the name of a request set, a length (`128`), alternating lengths (`16+32+128`) or `uniform:LOW:HIGH`.
 
     Examples:
         >>> from hf_flashinfer_attn.tools.bench.workload import parse_request_set
-        >>> parse_request_set("16+32+128").lengths(5)
-        [16, 32, 128, 16, 32]
-        >>> max(parse_request_set("uniform:1:40").lengths()) <= 40
-        True
+        >>> parse_request_set("16+32+128").lengths(5), max(parse_request_set("uniform:1:40").lengths())
+        ([16, 32, 128, 16, 32], 40)
     """
     if text in REQUEST_SETS:
         return REQUEST_SETS[text]
-    kind, *bounds = text.split(":")
-    numbers = bounds if bounds else kind.split("+")
-    if (not bounds or (kind == "uniform" and len(bounds) == 2)) and all(part.isdecimal() for part in numbers):
-        lengths = [int(part) for part in numbers]
-        if min(lengths) >= 1 and (not bounds or lengths[0] <= lengths[1]):
-            draw = _uniform(*lengths) if bounds else _cycle(lengths)
-            summary = f"uniform lengths in {lengths}" if bounds else f"lengths {text}"
-            return RequestSet(text, summary, OWN_BATCH_SIZE, OWN_REQUESTS, draw, max(lengths))
+    lengths = [int(number) for number in re.findall(r"\d+", text)]
+    if re.fullmatch(r"uniform:\d+:\d+", text) and 1 <= lengths[0] <= lengths[1]:
+        return RequestSet(text, _uniform(*lengths), lengths[1])
+    if re.fullmatch(r"\d+(\+\d+)*", text) and min(lengths) >= 1:
+        return RequestSet(text, _cycle(lengths), max(lengths))
     raise ValueError(
         f"{text!r} is no request set; expected one of {list(REQUEST_SETS)}, a length (128), lengths that take turns "
         "(16+32+128), or uniform:LOW:HIGH"
     )
 
 
-def _bert(layers: int, hidden: int, heads: int) -> PreTrainedConfig:
-    config: PreTrainedConfig = BertConfig(
-        vocab_size=VOCABULARY,
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        intermediate_size=4 * hidden,
-    )
-    return config
+def _bert(layers: int, hidden: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "bert", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
+        "intermediate_size": 4 * hidden,
+    }  # fmt: skip
 
 
-def _reranker(layers: int) -> PreTrainedConfig:
-    config = _bert(layers, 768, 12)
-    config.architectures, config.num_labels = ["BertForSequenceClassification"], 1
-    return config
-
-
-def _modernbert(layers: int) -> PreTrainedConfig:
-    config: PreTrainedConfig = ModernBertConfig(
-        vocab_size=VOCABULARY,
-        num_hidden_layers=layers,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        cls_token_id=1,
-        sep_token_id=2,
-    )
-    return config
-
-
-def _qwen3(layers: int) -> PreTrainedConfig:
-    config: PreTrainedConfig = Qwen3Config(
-        vocab_size=VOCABULARY,
-        num_hidden_layers=layers,
-        hidden_size=1024,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=3072,
-        max_position_embeddings=32_768,
-        pad_token_id=0,
-    )
-    return config
-
-
-# Shapes of known checkpoints, by a number of layers and what makes a configuration of them; the weights are random.
-SHAPES: dict[str, tuple[int, Callable[[int], PreTrainedConfig]]] = {
-    "gte-small": (12, lambda layers: _bert(layers, 384, 12)),
-    "bge-base": (12, lambda layers: _bert(layers, 768, 12)),
-    "bge-large": (24, lambda layers: _bert(layers, 1024, 16)),
-    "reranker-base": (12, _reranker),
-    "modernbert-base": (22, _modernbert),
-    "qwen3-embedding": (28, _qwen3),
-}
+# Configurations of known checkpoints; the weights are random.
+SHAPES: dict[str, dict[str, Any]] = {
+    "gte-small": _bert(12, 384, 12),
+    "bge-base": _bert(12, 768, 12),
+    "bge-large": _bert(24, 1024, 16),
+    "reranker-base": _bert(12, 768, 12) | {"architectures": ["BertForSequenceClassification"], "num_labels": 1},
+    "modernbert-base": {
+        "model_type": "modernbert", "num_hidden_layers": 22,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+    },
+    "qwen3-embedding": {
+        "model_type": "qwen3", "num_hidden_layers": 28, "hidden_size": 1024, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072, "max_position_embeddings": 32_768,
+        "pad_token_id": 0,
+    },
+}  # fmt: skip
 
 
 def shape_config(name: str, layers: int | None = None) -> PreTrainedConfig:
-    """Returns the configuration of a named shape.
-
-    Args:
-        name: Of `SHAPES`.
-        layers: Instead of the shape's own number, for small machines.
-    """
-    own_layers, make = SHAPES[name]
-    config = make(own_layers if layers is None else layers)
+    """Returns the configuration of a shape, with its own number of layers by default."""
+    options = SHAPES[name] if layers is None else SHAPES[name] | {"num_hidden_layers": layers}
+    config: PreTrainedConfig = AutoConfig.for_model(**options, vocab_size=30_522)
     # Queries and keys of unit variance: at the usual 0.02, attention of random weights is all but uniform, and a check
     # of the outputs would see less.
     config.initializer_range = config.hidden_size**-0.5
     return config
 
 
+def shown_name(model: str) -> str:
+    """Returns the displayed name of a model: the last part of an absolute path, otherwise the whole id."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
 def synthetic_batches(
     lengths: Sequence[int], batch_size: int, config: PreTrainedConfig, device: torch.device
 ) -> list[PaddedBatch]:
-    """Makes right-padded batches of random token ids, always the same ones.
-
-    Args:
-        lengths: Of the requests, in order.
-        batch_size: Rows per batch.
-        config: Gives the vocabulary's size and the id of padding.
-        device: Where to put them.
-    """
+    """Makes right-padded batches of random token ids, always the same ones."""
     generator = torch.Generator().manual_seed(0)
     pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
     batches = []
@@ -285,31 +198,21 @@ def text_batches(
     batch_size: int,
     max_length: int,
     device: torch.device,
-    *,
-    sort: bool = False,
+    sort: bool,
 ) -> list[PaddedBatch]:
-    """Tokenises texts and pads them batch by batch.
-
-    Args:
-        texts: At least one, none empty.
-        tokenizer: Of the model.
-        batch_size: Rows per batch.
-        max_length: Longer texts are cut, in tokens.
-        device: Where to put the batches.
-        sort: Whether the longest come first.
-
-    Raises:
-        BenchError: If a text has no token.
-    """
-    ordered = list(texts)
+    """Tokenises texts, cut at `max_length` tokens, in order or longest first, and pads them batch by batch."""
+    cut = {"truncation": True, "max_length": max_length}
     if sort:
-        ids = tokenizer(ordered, truncation=True, max_length=max_length)["input_ids"]
-        ordered = [text for _, text in sorted(zip(map(len, ids), ordered), key=lambda pair: -pair[0])]
+        lengths = [-len(ids) for ids in tokenizer(list(texts), **cut)["input_ids"]]
+        texts = [texts[at] for at in sorted(range(len(texts)), key=lengths.__getitem__)]
     batches = []
-    for start in range(0, len(ordered), batch_size):
+    for start in range(0, len(texts), batch_size):
         rows = tokenizer(
-            ordered[start : start + batch_size], padding=True, truncation=True, max_length=max_length,
-            return_attention_mask=True, return_tensors="pt",
-        )  # fmt: skip
+            list(texts[start : start + batch_size]),
+            padding=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+            **cut,
+        )
         batches.append(PaddedBatch.from_inputs(dict(rows), device))
     return batches
