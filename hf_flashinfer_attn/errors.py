@@ -1,4 +1,4 @@
-"""The errors of this package. Each message gives the value, what was expected, and the way out."""
+"""Errors of this package. Each message has the value, what was expected, and the way out."""
 
 from __future__ import annotations
 

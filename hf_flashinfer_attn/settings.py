@@ -1,4 +1,4 @@
-"""What the user chose: process-wide settings, from `configure` or from environment variables."""
+"""Process-wide settings, from `configure` or from environment variables."""
 
 from __future__ import annotations
 

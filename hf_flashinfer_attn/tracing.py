@@ -1,4 +1,4 @@
-"""What a forward really did: counters of layouts, host copies and plans, and one record per attention call."""
+"""Traces of forwards: counts of layouts, host copies and plans, and one record per attention call."""
 
 from __future__ import annotations
 

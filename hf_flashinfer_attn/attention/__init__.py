@@ -1,1 +1,1 @@
-"""From the arguments of a layer to a plan: spec, selection, plans, driver."""
+"""Attention of one layer: from its arguments to a spec, a backend and a plan."""

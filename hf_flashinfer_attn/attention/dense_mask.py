@@ -1,4 +1,4 @@
-"""The whole mask of a call that no ragged kernel computes, whatever form the model gave it in."""
+"""Whole masks of dense attention, from lazy, 2D and 4D masks, cu_seqlens, biases and chosen keys."""
 
 from __future__ import annotations
 

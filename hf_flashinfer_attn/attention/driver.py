@@ -1,4 +1,4 @@
-"""The driver of attention: spec, backend, plan, call; for layers, torch.compile's op and flash-attn's functions."""
+"""Attention driver: spec, backend, plan, run; for layers, torch.compile's op and flash-attn's functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention plans: all that is fixed about the calls of one spec in one forward. A call then only launches kernels."""
+"""Attention plans: everything fixed for the calls of one spec in one forward. A call then only launches kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Specs of a model's layers, kept while it runs on the meta device, where nothing is computed."""
+"""Specs of a model's layers, recorded while the model runs on the meta device."""
 
 from __future__ import annotations
 

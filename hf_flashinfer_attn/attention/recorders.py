@@ -1,4 +1,4 @@
-"""Refuses what records attention to repeat it elsewhere: lengths are read on the host, and would not be repeated."""
+"""Refusal of torch.export, torch.jit.trace and make_fx, which would record the row lengths of their example."""
 
 from __future__ import annotations
 

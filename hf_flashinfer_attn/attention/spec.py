@@ -1,4 +1,4 @@
-"""Attention of one layer as it was asked for: its tensors, and the `AttentionSpec` that plans are made for."""
+"""Parsed attention arguments: the tensors of a call, and the hashable `AttentionSpec` that plans are made for."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What transformers and torch.compile call."""
+"""Entry points of transformers and torch.compile: mask and attention functions, ops, registration."""

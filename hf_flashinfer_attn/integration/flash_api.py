@@ -1,4 +1,4 @@
-"""Functions of flash-attn's shape over our backends, for callers that ask transformers for a flash kernel."""
+"""flash-attn's functions over this package's backends, for callers that ask transformers for a flash kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention under torch.compile: custom ops that the compiler does not look into, planning on the host as ever."""
+"""Custom ops of torch.compile, opaque to the compiler: attention, and the handle of a lazy mask."""
 
 from __future__ import annotations
 

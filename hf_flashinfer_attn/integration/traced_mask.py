@@ -1,4 +1,4 @@
-"""The lazy mask inside a graph that torch.compile traces: a plain object with a handle, and values on demand."""
+"""Lazy mask in graphs of torch.compile: a plain object with a handle, whose values are made on demand."""
 
 from __future__ import annotations
 

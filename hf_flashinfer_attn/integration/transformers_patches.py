@@ -1,4 +1,4 @@
-"""Everything private of transformers that this package touches: two functions replaced, one called, variables read.
+"""Private names of transformers that this package uses: two functions replaced, one called, variables read.
 
 Guarded by `tests/test_registration.py` for every supported version of transformers.
 """

@@ -1,4 +1,4 @@
-"""The FlashInfer kernel that adds a bias to the logits: its source, and the arguments to build it with."""
+"""FlashInfer's kernel with a bias on the logits: its source and its build arguments."""
 
 from __future__ import annotations
 

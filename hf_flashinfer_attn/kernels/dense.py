@@ -1,4 +1,4 @@
-"""The dense fallback: padded attention with a whole mask, for what ragged kernels cannot express; differentiable."""
+"""Dense attention with a whole mask, for what ragged kernels cannot express; differentiable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlashInfer's compiled modules: their names, where they are, and how they are built. Nothing is compiled here.
+"""FlashInfer's compiled modules: names, folders and build specs. Nothing is compiled here.
 
 FlashInfer compiles one module per kernel, dtype and head_dim, with and without a window and softcap, and keeps it on
 disk. It is imported by the functions of this module, never on import.

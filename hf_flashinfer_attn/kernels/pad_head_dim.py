@@ -1,4 +1,4 @@
-"""Head-dim padding: query, key and value to ragged tensors of a size that the kernels support, and the output back.
+"""Head-dim padding: gathers query, key and value to ragged tensors of a supported size, and scatters the output.
 
 Triton kernels move the data where Triton runs, torch elsewhere.
 """

@@ -1,4 +1,4 @@
-"""Which keys a query may see, padding aside: a band around the diagonal, or something that needs the whole mask."""
+"""Attention patterns, padding aside: `Band`, which keys around its position a query sees, or `Opaque`."""
 
 from __future__ import annotations
 

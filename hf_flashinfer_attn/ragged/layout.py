@@ -1,4 +1,4 @@
-"""Ragged layout: the row lengths of a batch, and the moves from padded to ragged tensors and back.
+"""Ragged layout: the row lengths of a batch, and gather and scatter between padded and ragged tensors.
 
 A ragged tensor holds the tokens of all rows one after another, shape `(total_tokens, heads, head_dim)`; row `i` is
 `[cu_seqlens[i], cu_seqlens[i + 1])`. Kernels plan with lengths on the host and move data with indices on the device.

@@ -1,4 +1,4 @@
-"""The lazy mask: what the mask function returns and every layer receives.
+"""Lazy mask: the tensor without memory that the mask function returns and every layer receives.
 
 It has the shape, dtype and device of the additive mask that eager attention would get, but no memory. Our attention
 function takes the ragged layout from it. A model that does its own attention, or any other tensor arithmetic, gets the

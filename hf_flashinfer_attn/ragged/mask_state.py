@@ -1,4 +1,4 @@
-"""What a lazy mask stands for: padding, pattern and positions, read once for all layers of a forward."""
+"""State of a lazy mask: padding, pattern and positions, read once for all layers of a forward."""
 
 from __future__ import annotations
 

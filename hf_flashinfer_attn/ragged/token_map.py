@@ -1,4 +1,4 @@
-"""Where the tokens of a padded batch are, on one device."""
+"""Token map: the padded position of each token, and the inverse, on one device."""
 
 from __future__ import annotations
 

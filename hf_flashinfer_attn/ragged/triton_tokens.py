@@ -1,4 +1,4 @@
-"""Triton kernel that numbers the tokens of a padded batch, and repeated launches of compiled Triton kernels."""
+"""Triton kernel that numbers the tokens of a padded batch; repeated launches of compiled Triton kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a kernel is from float64, beside torch's sdpa in the same dtype on the same input."""
+"""Errors of a kernel against float64, beside those of torch's sdpa in the same dtype on the same input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line. Parsing imports the standard library only; each subcommand imports its own code when it runs."""
+"""Command line. Parsing imports the standard library only; each subcommand imports its own code when it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles every kernel that a model may need before it runs, in parallel, on a machine without a GPU too."""
+"""`warmup`: compiles every kernel that a model may need before it runs, in parallel, with or without a GPU."""
 
 from __future__ import annotations
 

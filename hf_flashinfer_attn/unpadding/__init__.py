@@ -1,4 +1,4 @@
-"""Whole models on ragged tokens: padding is dropped before the embeddings and put back before what needs rows."""
+"""Whole models without padding: hooks, packing and CUDA graphs."""
 
 from .graph_options import GraphOptions, GraphStatistics
 from .model import capture_graphs, graph_statistics, repad, unpad

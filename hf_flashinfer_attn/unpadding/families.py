@@ -1,4 +1,4 @@
-"""What is particular about packing the tokens of a model, family by family."""
+"""Packing rules of model families: positions, pooler, reasons to refuse a model, attention of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing around a module of sentence-transformers, which calls the `forward` of its model past all hooks."""
+"""Packing for modules of sentence-transformers, which call their model's `forward` without its hooks."""
 
 from __future__ import annotations
 

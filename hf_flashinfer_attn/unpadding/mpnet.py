@@ -1,4 +1,4 @@
-"""MPNet, which computes attention by itself: two of its classes, with ours in the place of their attention.
+"""MPNet, which computes attention in its own code: two of its classes, with this package's attention.
 
 Its layers hand on a mask and a bias, and nothing else. The offsets of packed rows travel from the backbone to the
 encoder in a context variable, and from there to each layer beside the bias.

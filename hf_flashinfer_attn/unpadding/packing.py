@@ -1,4 +1,4 @@
-"""A padded batch, and the packed one that a model computes instead."""
+"""Packing of a padded batch, and padding of packed outputs."""
 
 from __future__ import annotations
 
