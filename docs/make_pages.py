@@ -1,5 +1,5 @@
-"""Writes what is made and not written: `api.md` from docstrings, `support.md` from the rules that the dispatcher and
-`unpad` go by, and the table of `performance.md` from results of benchmarks.
+"""Writes the generated pages: `api.md` from docstrings, `support.md` from the rules of `select` and `unpad`, the table of
+`performance.md` from results of benchmarks, and the drawing and tables of `architecture.md` from the imports.
 
 python -m docs.make_pages
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import hf_flashinfer_attn
 from benchmarks import make_tables
+from docs import draw_architecture
 from hf_flashinfer_attn.kernels import flashinfer
 from hf_flashinfer_attn.tools import support
 from hf_flashinfer_attn.tools.bench.workload import REQUEST_SETS
@@ -40,15 +41,26 @@ WAYS = {
     "graphs, `compile=True`": ("compiled_graphs_host", "compiled_graphs"),
 }
 MEASURED = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.DOTALL)
+ROOMS = re.compile(r"(?<=<!-- rooms -->\n).*?(?=<!-- /rooms -->)", re.DOTALL)
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Examples):$", re.MULTILINE)
 ITEM = re.compile(r"^(\*{0,2}\w+): ", re.MULTILINE)
 STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 def pages() -> dict[str, str]:
-    """Returns the text of each page by its file name."""
-    performance = MEASURED.sub(lambda _: _measured(), (DOCS / "performance.md").read_text(encoding="utf-8"))
-    return {"api.md": _api_page(), "support.md": _support_page(), "performance.md": performance}
+    """Returns the text of each page and drawing by its file name."""
+    rooms = draw_architecture.floors()
+    return {
+        "api.md": _api_page(),
+        "support.md": _support_page(),
+        "performance.md": MEASURED.sub(lambda _: _measured(), _written("performance.md")),
+        "architecture.md": ROOMS.sub(lambda _: f"\n{draw_architecture.tables(rooms)}", _written("architecture.md")),
+        "architecture.svg": draw_architecture.drawing(rooms),
+    }
+
+
+def _written(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
 
 
 def _measured() -> str:

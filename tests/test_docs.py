@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import snippets
@@ -106,7 +107,8 @@ def test_no_command_installs_this_package_from_an_index() -> None:
         assert not re.search(r"""pip install (-\S+ )*[\\"']*hf[_-]flashinfer""", file.read_text(encoding="utf-8")), file
 
 
-def test_drawing_says_what_it_shows() -> None:
-    drawing = (ROOT / "docs" / "how_it_works.svg").read_text()
-    assert "<title>" in drawing
-    assert "how_it_works.svg" in (ROOT / "docs" / "how_it_works.md").read_text()
+@pytest.mark.parametrize("name", ["architecture.svg", "padded_batch.svg"])
+def test_drawing_is_on_its_page_and_has_a_title(name: str) -> None:
+    drawing = ElementTree.parse(ROOT / "docs" / name)
+    assert drawing.findtext("{http://www.w3.org/2000/svg}title")
+    assert f"]({name})" in (ROOT / "docs" / "architecture.md").read_text()
