@@ -100,11 +100,8 @@ def measure_kernel_error(
     exact = exactly(**asked)
     plain = exact if softcap is None else exactly(**{**asked, "softcap": None})
 
-    positions = torch.arange(max_length, device=device)
-    distance = positions - positions[:, None]
-    band = (distance >= -(max_length if left is None else left)) & (
-        distance <= (max_length if right is None else right)
-    )
+    band = torch.ones(max_length, max_length, dtype=torch.bool, device=device)
+    band = band.triu(-(max_length if left is None else left)).tril(max_length if right is None else right)
     mask = valid[:, None, None, :] & band
     if bias is not None:
         # Not infinite: a row of padding only would be NaN.

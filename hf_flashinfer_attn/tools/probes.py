@@ -143,8 +143,11 @@ def _requirements() -> list[Requirement]:
 
 def _driver() -> Probe:
     """Asks the kernel module first: containers may lack nvidia-smi."""
-    module = Path("/proc/driver/nvidia/version")
-    found = re.search(r"(?:Module|x86_64|aarch64)\s+(\d+(?:\.\d+)+)", module.read_text()) if module.is_file() else None
+    try:
+        module = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        module = ""
+    found = re.search(r"(?:Module|x86_64|aarch64)\s+(\d+(?:\.\d+)+)", module)
     if found is not None:
         return Probe("driver", found[1], found[1])
     smi, query = shutil.which("nvidia-smi"), ("--query-gpu=driver_version", "--format=csv,noheader")
