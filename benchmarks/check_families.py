@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import hf_flashinfer_attn
-from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.attention import select
 from hf_flashinfer_attn.tools.environment import describe_environment
 from model_families import FAMILIES, Family, Padding, build_model
 
@@ -101,7 +101,7 @@ def rival_of(family: Family, exact: list[torch.Tensor], size: float) -> str:
 def check(index: int, dtype_name: str) -> FamilyError | str:
     """Compares one family in one dtype; returns why not where it cannot."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    prepared.SMALL_LOGITS = 0  # so that small models take the kernels too
+    select.SMALL_LOGITS = 0  # so that small models take the kernels too
     family, dtype = FAMILIES[index], getattr(torch, dtype_name)
     try:
         exact = exact_outputs(family)

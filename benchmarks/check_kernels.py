@@ -59,7 +59,7 @@ def compile_kernel(variant: Variant) -> float:
 def compile_all(kernels: list[Kernel], workers: int) -> None:
     # fa3 first: its kernels take longest.
     jobs = [Variant(kernel, 64, torch.float16, *extra) for kernel in kernels for extra in VARIANTS]
-    jobs += [Variant(kernel, dim, dtype) for kernel in kernels for dim in KERNEL_HEAD_DIMS[kernel] for dtype in DTYPES]
+    jobs += [Variant(kernel, dim, dtype) for kernel in kernels for dim in KERNEL_HEAD_DIMS for dtype in DTYPES]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for job, seconds in zip(jobs, pool.map(compile_kernel, jobs)):
             print(f"{seconds:4.0f} s {job}", flush=True)

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.attention import select
 from hf_flashinfer_attn.tools.environment import describe_environment
 
 BUDGET = 1.25
@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("--minilm", type=int, metavar="PASSAGES", help="the real model on so many passages instead")
     options = parser.parse_args()
     # So that small batches take the kernels too.
-    prepared.SMALL_LOGITS = 0
+    select.SMALL_LOGITS = 0
     dtypes, left = options.dtypes.split(","), []
     if options.minilm:
         cells = minilm(dtypes, options.minilm)

@@ -18,19 +18,25 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from hf_flashinfer_attn.attention.plan import prepare
+from hf_flashinfer_attn import Settings
+from hf_flashinfer_attn.attention.plan import FlashInferPlan, plan_flashinfer
+from hf_flashinfer_attn.attention.select import select_kernel
+from hf_flashinfer_attn.attention.spec import AttentionInputs
 from hf_flashinfer_attn.kernels import flashinfer
 from hf_flashinfer_attn.kernels import torch_ragged as reference
-from hf_flashinfer_attn.ragged.band import CAUSAL, FULL, band
-from hf_flashinfer_attn.ragged.layout import RaggedLayout, uniform_layout
+from hf_flashinfer_attn.ragged.band import CAUSAL, FULL, Band
+from hf_flashinfer_attn.ragged.forward_state import ForwardState, uniform_state
+from hf_flashinfer_attn.ragged.layout import RaggedLayout
 from hf_flashinfer_attn.tools.bench.workload import chat_lengths
 from hf_flashinfer_attn.tools.environment import describe_environment
 
-Call = Callable[[], torch.Tensor]
+Call = Callable[[], Any]
+SETTINGS = Settings(backend="flashinfer")
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,14 @@ def contenders_of(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, Call], to
     ]
     query, key, value = sides
     scale = shape.head_dim**-0.5
-    pattern = band(shape.window, shape.window) if shape.window is not None else CAUSAL if shape.causal else FULL
+    pattern = Band(shape.window, shape.window) if shape.window is not None else CAUSAL if shape.causal else FULL
     is_full = bool(valid.all())
-    layout = uniform_layout(shape.rows, width, width) if is_full else RaggedLayout.from_padding_mask(valid)
+    # As in a model: plans of a padded batch share scratch memory, those of a batch without padding allocate.
+    padded = None if is_full else ForwardState(RaggedLayout.from_padding_mask(valid))
+    state = uniform_state(shape.rows, width, width) if padded is None else padded
+    layout = state.layout()
     mask = None
-    if not is_full or pattern is not FULL:
+    if not is_full or pattern != FULL:
         distance = torch.arange(width, device="cuda")[None, :] - torch.arange(width, device="cuda")[:, None]
         seen = torch.ones_like(distance, dtype=torch.bool)
         if pattern.left is not None:
@@ -108,25 +117,33 @@ def contenders_of(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, Call], to
 
     contenders: dict[str, Call] = {"sdpa": sdpa}
 
+    spec = AttentionInputs(query, key, value, pattern, scale, "", object()).spec()
+
+    def planned(kernel: flashinfer.Kernel) -> FlashInferPlan:
+        plan = plan_flashinfer(spec, layout, kernel, SETTINGS, state=state)
+        assert isinstance(plan, FlashInferPlan), plan
+        return plan
+
     def ours(kernel: flashinfer.Kernel) -> Call:
-        prepared = prepare(query, key, value, layout, pattern, sm_scale=scale, softcap=None, kernel=kernel)
-        return lambda: prepared(query, key, value, "")
+        plan = planned(kernel)
+        return lambda: plan(query, key, value)
 
     for kernel in ("fa3", "fa2"):
         contenders[f"ours, {kernel}"] = ours(kernel)
-    prepared = prepare(query, key, value, layout, pattern, sm_scale=scale, softcap=None)
-    packed = prepared.pack(query, key, value)
-    output = prepared.plan.run(*packed)
-    contenders["ours, gather alone"] = lambda: prepared.pack(query, key, value)[0]
-    contenders["ours, kernel alone"] = lambda: prepared.plan.run(*packed)
-    contenders["ours, scatter alone"] = lambda: prepared.unpack(output)
+    chosen = planned(select_kernel(spec, layout, SETTINGS)[1])
+    packed = chosen.gather(query, key, value)
+    output = torch.empty_like(packed[0], memory_format=torch.contiguous_format)
+    chosen.kernels.run(*packed, output)
+    contenders["ours, gather alone"] = lambda: chosen.gather(query, key, value)
+    contenders["ours, kernel alone"] = lambda: chosen.kernels.run(*packed, output)
+    contenders["ours, scatter alone"] = lambda: chosen.scatter(output)
 
     def naive() -> torch.Tensor:
         ragged = [
             layout_side.gather(side.transpose(1, 2))
             for layout_side, side in zip((layout.query, layout.key, layout.key), sides)
         ]
-        out = flashinfer.attend(*ragged, layout, left=pattern.left, right=pattern.right, sm_scale=scale)
+        out = flashinfer.attend(*ragged, layout, left=pattern.left, right=pattern.right, sm_scale=scale, kernel="fa3")
         return layout.query.scatter(out)
 
     contenders["F.pad + fa3 + crop"] = naive

@@ -2,7 +2,7 @@
 
     python benchmarks/measure_full_batches.py --json benchmarks/results/full_batches.json
 
-What decides between them is `hf_flashinfer_attn.prepared.native`. Microseconds from strided query, key and value to the
+`hf_flashinfer_attn.attention.select` decides between them. Microseconds from strided query, key and value to the
 padded output, medians; errors of the first row against float64.
 """
 
@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
 
-from hf_flashinfer_attn.attention.plan import prepare
+from hf_flashinfer_attn import Settings
+from hf_flashinfer_attn.attention.plan import FlashInferPlan, plan_flashinfer
+from hf_flashinfer_attn.attention.spec import AttentionInputs
 from hf_flashinfer_attn.ragged.band import CAUSAL, FULL
-from hf_flashinfer_attn.ragged.layout import uniform_layout
+from hf_flashinfer_attn.ragged.forward_state import uniform_state
 from hf_flashinfer_attn.tools.environment import describe_environment
 
 SHAPES = [(12, 12, 64, False), (16, 16, 64, False), (12, 12, 128, False), (16, 8, 128, True)]
@@ -32,9 +35,10 @@ BUDGET = 1.25
 
 
 def ways(sides: list[torch.Tensor], is_causal: bool) -> dict[str, Callable[[], torch.Tensor]]:
-    query, key, _ = sides
+    query, key, value = sides
     rows, heads, length, head_dim = query.shape
-    layout = uniform_layout(rows, length, length)
+    state = uniform_state(rows, length, length)
+    spec = AttentionInputs(query, key, value, CAUSAL if is_causal else FULL, head_dim**-0.5, "", object()).spec()
 
     def torch_own() -> torch.Tensor:
         output = F.scaled_dot_product_attention(*sides, is_causal=is_causal, enable_gqa=heads != key.shape[1])
@@ -42,10 +46,9 @@ def ways(sides: list[torch.Tensor], is_causal: bool) -> dict[str, Callable[[], t
 
     found: dict[str, Callable[[], torch.Tensor]] = {"sdpa": torch_own}
     for kernel in ("fa2", "fa3"):
-        prepared = prepare(
-            *sides, layout, CAUSAL if is_causal else FULL, sm_scale=head_dim**-0.5, softcap=None, kernel=kernel
-        )
-        found[kernel] = lambda prepared=prepared: prepared(*sides, "")  # type: ignore[misc]
+        plan = plan_flashinfer(spec, state.layout(), kernel, Settings(backend="flashinfer"), state=state)
+        assert isinstance(plan, FlashInferPlan), plan
+        found[kernel] = partial(plan, *sides)
     return found
 
 

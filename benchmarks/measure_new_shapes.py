@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, PreTrainedModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.attention import plan
 from hf_flashinfer_attn.tools.bench.contenders import twin
 from hf_flashinfer_attn.tools.bench.workload import shape_config
 from hf_flashinfer_attn.tools.environment import describe_environment
@@ -106,7 +106,7 @@ def attention(heads: int, dim: int, masked: bool) -> list[dict[str, Any]]:
 def run_model(model: PreTrainedModel, inputs: dict[str, torch.Tensor], *, by_name: bool) -> torch.Tensor:
     with ExitStack() as stack:
         if not by_name:
-            stack.enter_context(mock.patch.object(prepared, "_plans_shapes", return_value=False))
+            stack.enter_context(mock.patch.object(plan, "uses_flash_directly", return_value=False))
         hidden: torch.Tensor = model(**inputs).last_hidden_state
         return hidden
 

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 import hf_flashinfer_attn  # noqa: F401 - registers it
-from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.attention import select
 from hf_flashinfer_attn.tools.bench.contenders import twin
 from hf_flashinfer_attn.tools.bench.workload import shape_config
 from hf_flashinfer_attn.tools.environment import describe_environment
@@ -72,14 +72,14 @@ def main() -> None:
             variants = {"sdpa": (sdpa, ALWAYS), "native": (ours, ALWAYS), "planned": (ours, NEVER)}
             times: dict[str, list[float]] = {name: [] for name in variants}
             for name, (model, bound) in variants.items():
-                prepared.SMALL_LOGITS = bound
+                select.SMALL_LOGITS = bound
                 for _ in range(3):
                     output = model(**inputs).last_hidden_state[valid]
                 error = (output.double() - expected.double()).norm() / expected.double().norm()
                 assert error < 5e-3, (shape, rows, longest, name, float(error))
             for _ in range(5):
                 for name, (model, bound) in variants.items():
-                    prepared.SMALL_LOGITS = bound
+                    select.SMALL_LOGITS = bound
                     times[name].append(seconds(model, inputs))
             found = {name: statistics.median(measured) * 1e3 for name, measured in times.items()}
             logits = rows * config.num_attention_heads * longest**2

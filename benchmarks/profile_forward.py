@@ -6,6 +6,8 @@ Host time is that of the attention function, called as transformers' layers call
 by part, from timers around the functions that exist in this version; and in all once more with the three launches left
 out, which is what our own code costs, torch's allocations included. It never waits for the GPU, whose work is little.
 The device's time by kernel is torch.profiler's, over one forward.
+
+The program also runs on earlier checkouts, first on PYTHONPATH and named by `--label`; it leaves out what they lack.
 """
 
 from __future__ import annotations
@@ -27,24 +29,37 @@ import torch
 from transformers import BertConfig, BertModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.tools.bench.workload import chat_lengths
-from hf_flashinfer_attn.tools.environment import describe_environment
 
 GTE_SMALL = BertConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536)
+PACKAGE = "hf_flashinfer_attn"
 # Parts of the attention function, by the place where their caller looks them up; those of other versions are left out.
 PARTS = {
-    "gather": ("hf_flashinfer_attn.movement:Packer.__call__", "hf_flashinfer_attn.layout:RaggedSide.gather"),
+    "gather": ("kernels.pad_head_dim:GatherQkv.__call__", "movement:Packer.__call__", "layout:RaggedSide.gather"),
     "kernel": (
-        "hf_flashinfer_attn.backends.flashinfer:KernelPlan.run",
-        "hf_flashinfer_attn.attention:flashinfer.attend",
+        "kernels.flashinfer:KernelPlan.run",
+        "backends.flashinfer:KernelPlan.run",
+        "attention:flashinfer.attend",
     ),
-    "scatter": ("hf_flashinfer_attn.movement:Unpacker.__call__", "hf_flashinfer_attn.layout:RaggedSide.scatter"),
+    "scatter": (
+        "kernels.pad_head_dim:ScatterOutput.__call__",
+        "movement:Unpacker.__call__",
+        "layout:RaggedSide.scatter",
+    ),
 }
+# The class whose calls launch Triton's kernels, and the class whose `module` launches FlashInfer's; newest first.
+LAUNCHES = ("ragged.triton_tokens:Launch", "kernels:_Launch")
+MODULES = (
+    "kernels.plan_replay:CallRecorder",
+    "backends.recorded_calls:CallRecorder",
+    "backends.flashinfer:_Replay",
+)
+CHAT_LENGTHS = ("tools.bench.workload:chat_lengths", "bench.workload:chat_lengths")
+DESCRIBE_ENVIRONMENT = ("tools.environment:describe_environment", "environment:describe_environment")
 
 
 def batch_of(rows: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    lengths = chat_lengths(rows, generator)
+    lengths = first_of(CHAT_LENGTHS)(rows, generator)
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     ids = torch.randint(1000, 30_000, mask.shape, generator=generator) * mask
     return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
@@ -57,15 +72,24 @@ def model_of(implementation: str) -> BertModel:
 
 
 def owner_of(path: str) -> tuple[Any, str] | None:
+    """Returns the owner and the name of a function or class; None if this version has none of this path."""
     module, _, attributes = path.partition(":")
     try:
-        owner = importlib.import_module(module)
+        owner = importlib.import_module(f"{PACKAGE}.{module}")
     except ModuleNotFoundError:
         return None
     *parents, name = attributes.split(".")
     for parent in parents:
         owner = getattr(owner, parent, None)
     return None if owner is None or not hasattr(owner, name) else (owner, name)
+
+
+def first_of(paths: tuple[str, ...]) -> Any:
+    """Returns what the first of some paths names in this version."""
+    found = next((found for path in paths if (found := owner_of(path)) is not None), None)
+    if found is None:
+        raise LookupError(f"none of {paths} in {hf_flashinfer_attn.__file__}")
+    return getattr(*found)
 
 
 @contextmanager
@@ -111,21 +135,22 @@ class _Unlaunched:
 
 @contextmanager
 def without_launches() -> Iterator[int]:
-    """Leaves out the launches of gather, attention and scatter; gives how many plans that concerns."""
-    from hf_flashinfer_attn.kernels import triton_pad as kernels
-    from hf_flashinfer_attn.kernels.wrapper_pool import _Replay
+    """Leaves out the launches of gather, attention and scatter; yields the number of compiled modules concerned.
 
-    replays = [found for found in gc.get_objects() if isinstance(found, _Replay)]
-    launch, modules = kernels._Launch.__call__, [replay.module for replay in replays]
-    kernels._Launch.__call__ = lambda self, *pointers: None  # type: ignore[method-assign]
-    for replay in replays:
-        replay.module = _Unlaunched(replay.module)
+    The launch that numbers the tokens in the first layer is left out, too: the others are all that use the numbers.
+    """
+    launch_class, module_class = first_of(LAUNCHES), first_of(MODULES)
+    holders: list[Any] = [found for found in gc.get_objects() if type(found) is module_class]
+    launch, modules = launch_class.__call__, [holder.module for holder in holders]
+    launch_class.__call__ = lambda self, *pointers: None
+    for holder in holders:
+        holder.module = _Unlaunched(holder.module)
     try:
-        yield len(replays)
+        yield len(holders)
     finally:
-        kernels._Launch.__call__ = launch  # type: ignore[method-assign]
-        for replay, module in zip(replays, modules):
-            replay.module = module
+        launch_class.__call__ = launch
+        for holder, module in zip(holders, modules):
+            holder.module = module
 
 
 def host_time(model: BertModel, inputs: dict[str, torch.Tensor], forwards: int = 30) -> dict[str, float]:
@@ -167,10 +192,10 @@ def host_time(model: BertModel, inputs: dict[str, torch.Tensor], forwards: int =
         for part, values in seconds.items():
             per_layer = len(values) / (forwards * layers)
             found[part] = statistics.median(values) * per_layer * 1e6
-        with without_launches() as plans:
+        with without_launches() as modules:
             whole.clear()
             run()
-        if plans:
+        if modules:
             found["attention function, launches aside"] = (
                 statistics.median(value for at, value in enumerate(whole) if at % layers) * 1e6
             )
@@ -241,7 +266,7 @@ def main() -> None:
             model(**inputs)
         entry[implementation]["kernels"] = list(trace.kernels)
     report["versions"][options.label] = entry
-    report["environment"] = describe_environment()
+    report["environment"] = first_of(DESCRIBE_ENVIRONMENT)()
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=1) + "\n")
     for implementation, found in entry.items():

@@ -84,7 +84,7 @@ def _speedup(cell: dict[str, Any], names: tuple[str, ...]) -> str:
 def _support_page() -> str:
     capabilities = {str(dtype).removeprefix("torch."): flashinfer._MIN_CAPABILITY[dtype] for dtype in flashinfer.DTYPES}
     needed = ", ".join(f"{dtype} from {major}.{minor} on" for dtype, (major, minor) in capabilities.items())
-    sizes = ", ".join(map(str, flashinfer.KERNEL_HEAD_DIMS["fa2"]))
+    sizes = ", ".join(map(str, flashinfer.KERNEL_HEAD_DIMS))
     return f"""{MADE_BY}
 # Support
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from pathlib import Path
@@ -10,17 +11,29 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_gpu import Module, Wrapper, simulated_gpu  # noqa: F401 - a fixture
 from test_jit import Toolkit, needs_flashinfer, toolkit  # noqa: F401 - a fixture
+from transformers import BertConfig, BertModel
 
-from benchmarks import measure_compile_time, measure_host_time
-from hf_flashinfer_attn import unpad
+from benchmarks import measure_compile_time, measure_host_time, profile_forward
+from hf_flashinfer_attn import configure, unpad
+from hf_flashinfer_attn.attention import select
 from hf_flashinfer_attn.kernels import jit
 from hf_flashinfer_attn.kernels.modules import cache_directory, compiled_modules
+from hf_flashinfer_attn.ragged.triton_tokens import Launch
 from hf_flashinfer_attn.tools.bench.workload import shape_config
 from hf_flashinfer_attn.unpadding.graphs import GraphedForward, graphs_of
 from hf_flashinfer_attn.unpadding.model_state import ModelState
 
 SMALL = ["--layers", "1", "--shapes", "gte-small", "--sets", "single", "--repeats", "2"]
+PROGRAMS = sorted(file.stem for file in Path(measure_host_time.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_imports(name: str) -> None:
+    importlib.import_module(f"benchmarks.{name}")
+    # Set by three of them.
+    assert select.SMALL_LOGITS > 0
 
 
 @pytest.fixture
@@ -78,8 +91,6 @@ def test_a_graph_is_timed_alone_and_its_model_stays_what_it_is_to_it(
 
     monkeypatch.setattr(GraphedForward, "__call__", forward)
     with torch.no_grad():
-        from transformers import BertModel
-
         model = unpad(BertModel(config).eval(), cuda_graphs=True)
         mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
         inputs = {"input_ids": torch.full((3, 9), 7) * mask, "attention_mask": mask}
@@ -118,6 +129,35 @@ def test_a_part_is_without_the_parts_inside_of_it(monkeypatch: pytest.MonkeyPatc
         timers.timed("outer", fail)()
     timers.timed("outer", inner)()
     assert timers.seconds == {"inner": 4, "outer": 1}
+
+
+def test_a_profile_has_the_parts_of_this_version_and_leaves_out_launches_alone(
+    simulated_gpu: type[Wrapper],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    configure(backend="flashinfer")
+    launched: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(Module, "ragged_run", lambda module, *arguments: launched.append(module))
+    config = BertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8)
+    model = BertModel._from_config(config, attn_implementation="flashinfer", dtype=torch.float16).eval()
+    mask = (torch.arange(6) < torch.tensor([[6], [4], [1]])).long()
+    inputs = {"input_ids": mask, "attention_mask": mask}
+    with torch.no_grad():
+        found = profile_forward.host_time(model, inputs, forwards=2)
+        assert set(found) == {
+            "attention function", "attention function, first layer", "attention function, launches aside", "the rest",
+            *profile_forward.PARTS,
+        }  # fmt: skip
+        launch, before = Launch.__call__, len(launched)
+        with profile_forward.without_launches() as modules:
+            model(**inputs)
+            assert Launch.__call__ is not launch
+        assert modules > 0
+        assert len(launched) == before
+        model(**inputs)
+    assert len(launched) == before + config.num_hidden_layers
+    assert Launch.__call__ is launch
 
 
 @needs_flashinfer
