@@ -125,7 +125,7 @@ def test_the_faster_kernel_by_lengths(changes: dict[str, Any], lengths: tuple[in
      ((9, 0), 64, 300.0, {}, "fa3"), ((9, 0), 64, 1e3, {"biased": True}, "fa2"),
      ((9, 0), 64, 1e3, {"sinks": True}, "fa3"), ((10, 0), 128, 1e3, {"sinks": True}, "fa2")],
 )  # fmt: skip
-def test_the_kernel_by_gpu(capability, head_dim: int, keys: float, options: dict[str, bool], kernel: str) -> None:
+def test_the_kernel_by_gpu(capability: Any, head_dim: int, keys: float, options: dict[str, bool], kernel: str) -> None:
     assert kernel_for(capability, head_dim, keys, **options) == kernel
 
 
