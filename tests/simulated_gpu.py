@@ -6,7 +6,6 @@ Everything else is the package's own: selection, plans, packing, reuse. Triton's
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from contextlib import nullcontext
 from contextvars import Context
 from typing import Any, ClassVar
@@ -31,7 +30,7 @@ class Module:
 
     def _compute(self, plan: list[Any], query_offsets: Any, key_offsets: Any, *sides: Any) -> None:
         queries, keys, rows, causal, left, scale, softcap, dtype, size = plan
-        query, key, value, output = sides
+        output = sides[-1]
         assert {side.dtype for side in sides} == {dtype}
         assert {side.shape[2] for side in sides} == {size}
         assert torch.equal(query_offsets, queries)
@@ -85,7 +84,7 @@ class Event:
 
 
 @pytest.fixture
-def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Wrapper]]:
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> type[Wrapper]:
     """Has tensors on the CPU go FlashInfer's way; returns the class that counts plans and runs."""
     flashinfer = pytest.importorskip("flashinfer")
     counting = type("Counting", (Wrapper,), {"counts": {"plan": 0, "run": 0}})
@@ -99,4 +98,4 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Wrapper]]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    yield counting
+    return counting

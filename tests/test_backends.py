@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn.attention.spec import AttentionInputs
 from hf_flashinfer_attn.integration.flash_api import flash_attn_func, flash_attn_varlen_func
 from hf_flashinfer_attn.integration.functions import attention_forward
 from hf_flashinfer_attn.kernels import dense, flashinfer
 from hf_flashinfer_attn.kernels import torch_ragged as reference
 from hf_flashinfer_attn.kernels import wrapper_pool as wrappers
-from hf_flashinfer_attn.ragged.bias import LogitsBias
+from hf_flashinfer_attn.ragged.band import FULL
 from hf_flashinfer_attn.ragged.layout import RaggedLayout, RaggedSide
 from hf_flashinfer_attn.tools.accuracy import measure_kernel_error
 
@@ -84,27 +85,33 @@ def test_a_bias_is_found_by_slot_and_sinks_take_their_share(valid, shared, band,
     )
     query = torch.randn(rows, 5, 2, 3, dtype=torch.float64)
     key, value = torch.randn(2, rows, 6, 2, 3, dtype=torch.float64)
-    bias = torch.randn(shared[0] or rows, shared[1], 5, 6, dtype=torch.float64)
-    fitted = LogitsBias.fit(bias, (rows, 2, 5, 6))
-    assert fitted is not None
+    bias = torch.randn(shared[0] or rows, shared[1], 5, 6, dtype=torch.float64).expand(rows, 2, 5, 6)
     options = {
         "left": band[0], "right": band[1], "softcap": softcap,
         "sinks": torch.randn(2, dtype=torch.float64) if with_sinks else None,
     }  # fmt: skip
     output = reference.attend(
         query_side.gather(query), key_side.gather(key), key_side.gather(value), RaggedLayout(query_side, key_side),
-        sm_scale=0.7, bias=fitted, **options,
+        sm_scale=0.7, bias=bias, **options,
     )  # fmt: skip
     expected = [
-        naive(query[row, q], key[row, k], value[row, k], bias=fitted.values[row][:, q][:, :, k], **options)
+        naive(query[row, q], key[row, k], value[row, k], bias=bias[row][:, q][:, :, k], **options)
         for row, (q, k) in enumerate(zip(query_valid, key_valid))
     ]
     torch.testing.assert_close(output, torch.cat(expected), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 5, 7), (3, 2, 5, 6), (2, 5, 6), (1, 4, 1, 6)])
-def test_a_bias_of_another_shape_does_not_fit(shape: tuple[int, ...]) -> None:
-    assert LogitsBias.fit(torch.zeros(shape), (2, 2, 5, 6)) is None
+@pytest.mark.parametrize(
+    ("shape", "fits"),
+    [((2, 2, 5, 7), False), ((3, 2, 5, 6), False), ((2, 5, 6), False), ((1, 4, 1, 6), False), ((1, 2, 1, 6), True),
+     ((2, 1, 5, 1), True)],
+)  # fmt: skip
+def test_a_bias_of_another_shape_does_not_fit(shape: tuple[int, ...], fits: bool) -> None:
+    query, key = torch.zeros(2, 2, 5, 4), torch.zeros(2, 2, 6, 4)
+    inputs = AttentionInputs(query, key, key, FULL, 1.0, "", object(), position_bias=torch.zeros(shape))
+    bias = inputs.bias()
+    assert (None if bias is None else bias.shape) == ((2, 2, 5, 6) if fits else None)
+    assert (inputs.spec().whole_mask is None) == fits
 
 
 def test_the_reference_is_differentiable() -> None:
@@ -119,8 +126,8 @@ def test_the_reference_is_differentiable() -> None:
                         RaggedSide([2, 3], (2, 3), torch.tensor([[True, False, True], [True] * 3])))  # fmt: skip
 
     def biased(query, key, value, sinks, bias) -> torch.Tensor:
-        fitted = LogitsBias.fit(bias, (2, 2, 2, 3))
-        return reference.attend(query[:3], key[:5], value[:5], even, sm_scale=0.5, sinks=sinks, bias=fitted)
+        bias = bias.expand(2, 2, 2, 3)
+        return reference.attend(query[:3], key[:5], value[:5], even, sm_scale=0.5, sinks=sinks, bias=bias)
 
     assert torch.autograd.gradcheck(biased, [*inputs, *extras])
 
@@ -161,30 +168,14 @@ def test_the_dense_path_adds_every_extra(options: dict[str, object]) -> None:
     )
 
 
-@given(st.integers(1, 256), st.sampled_from(["fa2", "fa3", "auto"]))
-def test_padded_sizes_are_the_smallest_that_the_kernel_has(head_dim: int, kernel) -> None:
-    size = flashinfer.padded_head_dim(head_dim, kernel)
-    assert size in flashinfer.KERNEL_HEAD_DIMS[kernel]
-    assert size >= head_dim
-    assert not any(head_dim <= smaller < size for smaller in flashinfer.KERNEL_HEAD_DIMS[kernel])
+@given(st.integers(1, 256))
+def test_padded_sizes_are_the_smallest_that_the_kernels_have(head_dim: int) -> None:
+    assert flashinfer.padded_head_dim(head_dim) == min(dim for dim in flashinfer.KERNEL_HEAD_DIMS if dim >= head_dim)
 
 
 def test_head_dims_above_256_are_refused() -> None:
     with pytest.raises(ValueError, match=r"head_dim=257.*at most 256.*backend='torch'"):
-        flashinfer.padded_head_dim(257, "fa2")
-
-
-@pytest.mark.parametrize(
-    ("capability", "head_dim", "options", "kernel"),
-    [((9, 0), 32, {}, "fa3"), ((9, 0), 160, {}, "fa3"), ((9, 0), 256, {}, "fa3"), ((8, 0), 64, {}, "fa2"),
-     ((7, 5), 64, {}, "fa2"), ((10, 0), 128, {}, "auto"), ((10, 0), 64, {}, "fa2"), ((12, 0), 128, {}, "fa2"),
-     ((9, 0), 64, {"reach": 100.0}, "fa2"), ((9, 0), 64, {"reach": 300.0}, "fa3"),
-     ((9, 0), 64, {"biased": True}, "fa2"), ((9, 0), 64, {"sinks": True}, "fa3"),
-     ((10, 0), 128, {"sinks": True}, "fa2")],
-)  # fmt: skip
-def test_the_kernel_by_gpu(monkeypatch: pytest.MonkeyPatch, capability, head_dim: int, options, kernel: str) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert flashinfer.choose_kernel(torch.device("cuda"), head_dim, **options) == kernel
+        flashinfer.padded_head_dim(257)
 
 
 @pytest.mark.parametrize("masked", ["float", "bool"])
@@ -292,29 +283,13 @@ def test_a_direct_call_names_the_value_that_it_refuses(options, named: str) -> N
 
 def test_a_capture_without_a_plan_says_on_which_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    key = wrappers.PlanKey(
-        "fa2",
-        2,
-        2,
-        64,
-        torch.float16,
-        False,
-        -1,
-        0.125,
-        0.0,
-        torch.device("cuda", 1),
-        0x7F00,
-        biased=False,
-        sinks=False,
-    )
+    device, stream = torch.device("cuda", 1), 0x7F00
+    key = wrappers.PlanKey("fa2", 2, 2, 64, torch.float16, False, -1, 0.125, 0.0, device, stream, False, False)
     layout = RaggedLayout.from_lengths([3, 4])
     with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match="stream 0x7f00 of cuda:1, nor on another"):
         wrappers.planned(layout, key)
-    layout.plans = {
-        dataclasses.replace(key, stream=0): None,
-        dataclasses.replace(key, stream=0x10): None,
-        dataclasses.replace(key, stream=0x20, head_dim=128): None,
-    }
+    others = {"stream": 0}, {"stream": 0x10}, {"stream": 0x20, "head_dim": 128}
+    layout.plans = {dataclasses.replace(key, **changes): None for changes in others}
     with pytest.raises(
         hf_flashinfer_attn.UnsupportedAttentionError, match=r"0x7f00 of cuda:1, only on 0x0, 0x10\. Run"
     ):

@@ -12,7 +12,8 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, MPNetConfig, MPNetModel
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.ragged.layout import RaggedLayout, offsets_of
+from hf_flashinfer_attn.ragged.forward_state import cu_seqlens_of
+from hf_flashinfer_attn.ragged.layout import RaggedLayout
 from hf_flashinfer_attn.ragged.token_map import TokenMap
 from hf_flashinfer_attn.tools.bench.workload import synthetic_batches
 
@@ -47,8 +48,8 @@ def test_host_tensors_stay_on_the_host() -> None:
     with torch.device("meta"):
         side = RaggedLayout.from_lengths([1, 2]).query
         assert side.cu_seqlens_host.device == side.lengths_host.device == side.cu_seqlens(CPU).device == CPU
-        assert offsets_of(RaggedLayout.from_lengths([1, 2])).tolist() == [0, 1, 3]
-        assert TokenMap.of(torch.tensor([[True, False], [True, True]], device="cpu"), 3).slots.tolist() == [0, 2, 3]
+        assert cu_seqlens_of(RaggedLayout.from_lengths([1, 2])).tolist() == [0, 1, 3]
+        assert TokenMap.of(torch.tensor([[True, False], [True, True]], device="cpu"), 3).positions.tolist() == [0, 2, 3]
         assert synthetic_batches([3, 1], 2, BertConfig(**SMALL), CPU)[0].inputs["attention_mask"].sum().item() == 4
 
 

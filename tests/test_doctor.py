@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import importlib.util
 import json
@@ -10,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hf_flashinfer_attn import settings
 from hf_flashinfer_attn.html_table import html_table
 from hf_flashinfer_attn.kernels import flashinfer as flashinfer_backend
 from hf_flashinfer_attn.kernels.modules import KernelModule
-from hf_flashinfer_attn.tools import cli, environment, probes
+from hf_flashinfer_attn.tools import accuracy, cli, diagnosis, environment, probes
 from hf_flashinfer_attn.tools.diagnosis import KernelCheck, Section
 from hf_flashinfer_attn.tools.pretrained import UnreadableModelError
 from hf_flashinfer_attn.tools.probes import Probe, probe_cache, probe_compilers, probe_gpus, probe_versions
@@ -38,29 +38,31 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 
 def run_doctor(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hf_flashinfer_attn", "doctor", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "hf_flashinfer_attn", "doctor", *arguments]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    config = decoder_config(
-        transformers.Gemma2Config, num_hidden_layers=4, sliding_window=5, attn_logit_softcapping=2.0, head_dim=32,
-        query_pre_attn_scalar=32,
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    return folder
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def named(found: tuple[Probe, ...], name: str) -> Probe:
     (probe,) = (probe for probe in found if probe.name == name)
     return probe
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    decoder_config(
+        transformers.Gemma2Config, num_hidden_layers=4, sliding_window=5, attn_logit_softcapping=2.0, head_dim=32,
+        query_pre_attn_scalar=32,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
 
 
 # The command.
@@ -119,39 +121,46 @@ def test_check_runs_what_would_run_here(model_folder: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model", "/no/such/folder"], "there is no folder '/no/such/folder'"),
-        (["--model", str(ROOT / "docs")], "cannot be read"),
-    ],
+    ("folder", "message"),
+    [("/no/such/folder", "there is no folder '/no/such/folder'"), (str(ROOT / "docs"), "cannot be read")],
     ids=["no-folder", "no-config"],
 )
-def test_model_that_cannot_be_read(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert cli.main(["doctor", *arguments]) == 1
+def test_model_that_cannot_be_read(folder: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--model", folder]) == 1
     output = capsys.readouterr()
     assert message in output.err
     assert "config.json" in output.err
     assert output.out == ""
 
 
-@pytest.mark.parametrize("arguments", [["--arch", "9.0"], ["--dtype", "float16"]], ids=["arch", "dtype"])
-def test_what_to_plan_for_without_a_model(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+NEEDS_MODEL = "argument {}: needs a model to plan for; add --model PATH_OR_ID"
+NO_CAPABILITY = "not a compute capability such as"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--arch", "9.0", NEEDS_MODEL),
+        ("--dtype", "float16", NEEDS_MODEL),
+        *(("--arch", arch, NO_CAPABILITY) for arch in ("hopper", "9", "9.x", "")),
+    ],
+)
+def test_wrong_usage(option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["doctor", *arguments])
+        cli.main(["doctor", option, value])
     assert exit_.value.code == 2
-    assert f"argument {arguments[0]}: needs a model to plan for; add --model PATH_OR_ID" in capsys.readouterr().err
+    assert message.format(option) in capsys.readouterr().err
+
+
+def test_config_in_place_of_a_path() -> None:
+    config = transformers.BertConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
+    plan = hf_flashinfer_attn.doctor(config, capability=(8, 0)).plan
+    assert plan is not None
+    assert plan.layers[0].kernels == ("fa2", "sdpa")
+    with pytest.raises(UnreadableModelError, match="there is no folder"):
+        hf_flashinfer_attn.doctor("./no/such/folder")
     with pytest.raises(ValueError, match="pass the model as well"):
         hf_flashinfer_attn.doctor(dtype=torch.float16)
-
-
-@pytest.mark.parametrize("arch", ["hopper", "9", "9.x", ""])
-def test_unknown_capability(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["doctor", "--arch", arch])
-    assert exit_.value.code == 2
-    assert "not a compute capability such as" in capsys.readouterr().err
 
 
 # Machines that lack something. Whatever it is, every other line is there.
@@ -159,9 +168,8 @@ def test_unknown_capability(arch: str, capsys: pytest.CaptureFixture[str]) -> No
 
 @without_gpu
 def test_command_where_nothing_is_installed_and_the_cache_is_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "file"
+    file, empty = tmp_path / "file", tmp_path / "empty"
     file.touch()
-    empty = tmp_path / "empty"
     empty.mkdir()
     ran = run_doctor(PATH=str(empty), FLASHINFER_WORKSPACE_BASE=str(file), CUDA_HOME=str(empty), CC="", CXX="")
     assert (ran.returncode, "Traceback" in ran.stderr) == (1, False)
@@ -171,61 +179,71 @@ def test_command_where_nothing_is_installed_and_the_cache_is_a_file(tmp_path: Pa
     assert TORCH in ran.stdout
 
 
-def program(folder: Path, name: str, script: str) -> Path:
-    path = folder / name
-    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
-    path.chmod(0o755)
-    return path
-
-
-def test_broken_nvcc_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of programs before all others, without variables that name some."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    nvcc = program(folder, "nvcc", "echo 'libfoo.so: cannot open shared object file' >&2; exit 127")
-    ninja = program(folder, "ninja", "echo 1.12.1")
-    program(folder, "c++", "echo 'c++ (Debian 12.2.0-14) 12.2.0'")
-    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     for name in ("CUDA_HOME", "CUDA_PATH", "FLASHINFER_NVCC", "CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def program(folder: Path, name: str, script: str) -> Path:
+    file = folder / name
+    file.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    file.chmod(0o755)
+    return file
+
+
+def test_broken_nvcc_hides_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = program(path, "nvcc", "echo 'libfoo.so: cannot open shared object file' >&2; exit 127")
+    ninja = program(path, "ninja", "echo 1.12.1")
+    program(path, "c++", "echo 'c++ (Debian 12.2.0-14) 12.2.0'")
+    monkeypatch.setenv("PATH", str(path))
     found = probe_compilers()
-    assert named(found, "nvcc") == Probe(
-        "nvcc", None, f"{nvcc} --version fails with status 127: libfoo.so: cannot open shared object file", True
-    )
+    said = f"{nvcc} --version fails with status 127: libfoo.so: cannot open shared object file"
+    assert named(found, "nvcc") == Probe("nvcc", None, said, True)
     assert named(found, "ninja") == Probe("ninja", {"path": str(ninja), "version": "1.12.1"}, f"1.12.1, {ninja}")
-    assert named(found, "C++").value == {"path": str(folder / "c++"), "version": "12.2.0"}
+    assert named(found, "C++").value == {"path": str(path / "c++"), "version": "12.2.0"}
     assert named(found, "C").is_problem
 
 
-def test_nvcc_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    program(folder, "nvcc", "").write_bytes(b"\x7fELF of another machine")
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    for name in ("CUDA_HOME", "CUDA_PATH", "FLASHINFER_NVCC"):
-        monkeypatch.delenv(name, raising=False)
+def test_nvcc_that_cannot_be_run(path: Path) -> None:
+    program(path, "nvcc", "").write_bytes(b"\x7fELF of another machine")
     nvcc = named(probe_compilers(), "nvcc")
     assert nvcc.is_problem
     assert "does not run" in nvcc.shown or "fails with status" in nvcc.shown
 
 
-def test_compiler_of_many_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clang = program(tmp_path, "clang++", "echo 'Debian clang version 14.0.6'")
+def test_compiler_of_many_words(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clang = program(path, "clang++", "echo 'Debian clang version 14.0.6'")
     monkeypatch.setenv("CXX", str(clang))
     assert named(probe_compilers(), "C++").value == {"path": str(clang), "version": "14.0.6"}
 
 
+@pytest.mark.parametrize("script", ["exit 9", "true", "sleep 0; echo; exit 0"], ids=["fails", "silent", "empty"])
+@pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="the kernel module answers")
+def test_broken_nvidia_smi(script: str, path: Path) -> None:
+    program(path, "nvidia-smi", script)
+    driver = named(probe_versions(), "driver")
+    assert driver.is_problem
+    assert "nvidia-smi" in driver.shown
+
+
 def test_versions_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = probes.importlib.metadata.version
-    wrong = {"torch": "2.1.0", "transformers": "6.0.0", "triton": None, "flashinfer-python": "not a version"}
+    real = importlib.metadata.version
+    wrong = {"torch": "2.1.0", "transformers": "6.0.0", "flashinfer-python": "not a version"}
 
     def version(distribution: str) -> str:
-        if distribution in wrong and wrong[distribution] is None:
-            raise probes.importlib.metadata.PackageNotFoundError(distribution)
+        if distribution == "triton":
+            raise importlib.metadata.PackageNotFoundError(distribution)
         return wrong.get(distribution) or real(distribution)
 
-    monkeypatch.setattr(probes.importlib.metadata, "version", version)
     asked = ["torch>=2.8", "transformers>=5.5,<6", "flashinfer-python<0.8,>=0.7.2; sys_platform == 'linux'"]
-    monkeypatch.setattr(probes.importlib.metadata, "requires", lambda distribution: asked)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda distribution: asked)
     found = probe_versions()
     assert named(found, "torch") == Probe("torch", "2.1.0", "2.1.0, expected >=2.8", True)
     assert "expected" in named(found, "transformers").shown
@@ -248,32 +266,11 @@ def test_version_newer_than_tested_is_marked(name: str, build: str, monkeypatch:
     assert f"newer than {newest}, the newest tested" in found.shown
 
 
-def test_newer_versions_stop_nothing(gpu: dict[str, Probe]) -> None:
-    gpu["versions.transformers"] = Probe("transformers", "6", "6, newer than 5, the newest tested", True)
-    diagnosis = hf_flashinfer_attn.doctor()
-    assert (diagnosis.ready, diagnosis.obstacles) == (True, ())
-    assert diagnosis.to_dict()["problems"] == {"versions.transformers": "6, newer than 5, the newest tested"}
-    assert "! transformers" in str(diagnosis)
-
-
 def test_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def init() -> None:
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 9010).\nPlease update it.")
-
-    monkeypatch.setattr(torch.cuda, "init", init)
+    said = "The NVIDIA driver on your system is too old (found version 9010)."
+    monkeypatch.setattr(torch.cuda, "init", raising(RuntimeError(f"{said}\nPlease update it.")))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    said = "none: The NVIDIA driver on your system is too old (found version 9010)."
-    assert probe_gpus() == (Probe("cuda", None, said, True),)
-
-
-@pytest.mark.parametrize("script", ["exit 9", "true", "sleep 0; echo; exit 0"], ids=["fails", "silent", "empty"])
-def test_broken_nvidia_smi(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(tmp_path, "nvidia-smi", script)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    if not Path("/proc/driver/nvidia/version").exists():
-        driver = named(probe_versions(), "driver")
-        assert driver.is_problem
-        assert "nvidia-smi" in driver.shown
+    assert probe_gpus() == (Probe("cuda", None, f"none: {said}", True),)
 
 
 # The kernel cache.
@@ -282,17 +279,13 @@ def test_broken_nvidia_smi(script: str, tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two modules of ours in the cache, and one that is not."""
-    pytest.importorskip("flashinfer")
+    env = pytest.importorskip("flashinfer.jit.env")
     folder = tmp_path / "cached_ops"
-    modules = [
-        KernelModule("fa3", torch.float16, 64, True, False),
-        KernelModule("fa2", torch.bfloat16, 128, False, True),
-    ]
-    for name in (*(module.name for module in modules), "norm"):
+    ours = KernelModule("fa3", torch.float16, 64, True, False), KernelModule("fa2", torch.bfloat16, 128, False, True)
+    for name in (*(module.name for module in ours), "norm"):
         (folder / name).mkdir(parents=True)
         (folder / name / f"{name}.so").write_bytes(bytes(1 << 20))
-    environment = sys.modules["flashinfer.jit.env"]
-    monkeypatch.setattr(environment, "FLASHINFER_JIT_DIR", folder)
+    monkeypatch.setattr(env, "FLASHINFER_JIT_DIR", folder)
     return folder
 
 
@@ -300,8 +293,7 @@ def test_cache_is_listed(cache: Path) -> None:
     found = probe_cache()
     assert not any(probe.is_problem for probe in found)
     assert named(found, "folder").value == str(cache)
-    assert named(found, "size").value == 3 << 20
-    assert named(found, "size").shown == "3.0 MiB"
+    assert (named(found, "size").value, named(found, "size").shown) == (3 << 20, "3.0 MiB")
     assert named(found, "kernels").value == {
         "compiled": ["fa2, bfloat16, head_dim 128, softcap", "fa3, float16, head_dim 64, window"],
         "others": ["norm"],
@@ -311,11 +303,8 @@ def test_cache_is_listed(cache: Path) -> None:
 
 
 def test_cache_that_cannot_be_listed_is_not_empty(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Any = ".") -> Any:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "listdir", refuse)
-    monkeypatch.setattr(os, "scandir", refuse)
+    for function in ("listdir", "scandir"):
+        monkeypatch.setattr(os, function, raising(PermissionError(13, "Permission denied", str(cache))))
     found = probe_cache()
     for name in ("size", "kernels"):
         assert named(found, name).is_problem
@@ -325,38 +314,16 @@ def test_cache_that_cannot_be_listed_is_not_empty(cache: Path, monkeypatch: pyte
 
 
 def test_little_space_is_a_problem(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_LITTLE_SPACE", 1 << 62)
+    monkeypatch.setattr(probes, "LITTLE_SPACE", 1 << 62)
     free = named(probe_cache(), "free")
     assert free.is_problem
     assert "little" in free.shown
 
 
 def test_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> Path:
-        raise RuntimeError("flashinfer-cubin version (0.1) does not match flashinfer version (0.7)")
-
-    monkeypatch.setattr(probes, "cache_directory", broken)
-    (folder,) = probe_cache()
-    assert folder.is_problem
-    assert "does not match" in folder.shown
-
-
-def test_kernels_of_a_model_in_the_cache(cache: Path, gpu: dict[str, Probe], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_flashinfer_attn.tools.model_plan._capability_here", lambda: (9, 0))
-    config = transformers.MistralConfig(
-        hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, sliding_window=512
-    )
-    diagnosis = hf_flashinfer_attn.doctor(config, dtype=torch.float16)
-    compiled = {kernel.name: kernel.compiled for kernel in diagnosis.kernels}
-    assert compiled["fa3, float16, head_dim 64, window"] is True
-    assert compiled["fa2, float16, head_dim 64"] is False
-    for text in (str(diagnosis), diagnosis._repr_html_()):
-        assert "3 of 4 not compiled yet" in text
-        assert "fa2, float16, head_dim 64, window" in text
-    assert diagnosis.to_dict()["model_kernels"] == compiled
-    elsewhere = hf_flashinfer_attn.doctor(config, capability=(8, 0))
-    assert {kernel.compiled for kernel in elsewhere.kernels} == {None}
-    assert "compiled" not in elsewhere._kernels
+    said = "flashinfer-cubin version (0.1) does not match flashinfer version (0.7)"
+    monkeypatch.setattr(probes, "cache_directory", raising(RuntimeError(said)))
+    assert probe_cache() == (Probe("folder", None, f"flashinfer cannot be imported: {said}", True),)
 
 
 # What follows from it.
@@ -364,43 +331,50 @@ def test_kernels_of_a_model_in_the_cache(cache: Path, gpu: dict[str, Probe], mon
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Probe]:
-    """A machine with a GPU and all that FlashInfer wants; tests take away from it."""
-    given = {
-        "versions.driver": Probe("driver", "580.1", "580.1"),
-        "versions.flashinfer": Probe("flashinfer", "0.7.2", "0.7.2"),
-        "gpu.cuda:0": Probe("cuda:0", {"name": "GPU"}, "GPU"),
-        "compilers.nvcc": Probe("nvcc", {}, "13.0"),
-        "compilers.ninja": Probe("ninja", {}, "1.12"),
-        "compilers.C++": Probe("C++", {}, "12"),
-        "cache.folder": Probe("folder", "/cache", "/cache"),
-        "cache.kernels": Probe("kernels", {"compiled": []}, "none"),
-    }
+    """A machine with a GPU and all that FlashInfer wants, as torch and the probes see it; tests take away from it."""
+    shown = {
+        "versions.driver": "580.1", "versions.flashinfer": "0.7.2", "gpu.cuda:0": "GPU", "compilers.nvcc": "13.0",
+        "compilers.ninja": "1.12", "compilers.C++": "12", "cache.folder": "/cache", "cache.kernels": "none",
+    }  # fmt: skip
+    given = {where: Probe(where.partition(".")[2], {}, text) for where, text in shown.items()}
 
     def section(name: str) -> tuple[Probe, ...]:
         return tuple(probe for where, probe in given.items() if where.startswith(f"{name}."))
 
-    module = sys.modules["hf_flashinfer_attn.tools.diagnosis"]
     for name, function in zip(SECTIONS, ("probe_versions", "probe_gpus", "probe_compilers", "probe_cache")):
-        monkeypatch.setattr(module, function, lambda name=name: section(name))
-    monkeypatch.setattr(module, "_device_here", lambda: torch.device("cuda", 0))
+        monkeypatch.setattr(diagnosis, function, lambda name=name: section(name))
+    for function, value in {"is_available": True, "current_device": 0, "get_device_capability": (9, 0)}.items():
+        monkeypatch.setattr(torch.cuda, function, lambda *args, value=value: value)
     monkeypatch.setattr(flashinfer_backend, "unavailable_reason", lambda device: None)
     return given
 
 
-def test_machine_that_lacks_nothing(gpu: dict[str, Probe]) -> None:
-    diagnosis = hf_flashinfer_attn.doctor()
-    assert (diagnosis.ready, diagnosis.backend, diagnosis.device, diagnosis.obstacles) == (
-        True, "flashinfer", "cuda:0", (),
-    )  # fmt: skip
-    assert "runs FlashInfer's kernels here" in str(diagnosis)
-    assert diagnosis.to_dict()["problems"] == {}
+BROKEN = "flashinfer cannot be imported: no"
+
+
+@pytest.mark.parametrize(
+    ("problems", "obstacles"),
+    [
+        ({}, ()),
+        ({"versions.transformers": "6, newer than 5, the newest tested"}, ()),
+        ({"cache.folder": BROKEN}, (BROKEN,)),
+    ],
+    ids=["none", "newer-version", "broken-package"],
+)
+def test_problems_and_obstacles(problems: dict[str, str], obstacles: tuple[str, ...], gpu: dict[str, Probe]) -> None:
+    gpu.update({where: Probe(where.partition(".")[2], None, text, True) for where, text in problems.items()})
+    found = hf_flashinfer_attn.doctor()
+    assert (found.ready, found.backend, found.device) == (not obstacles, "flashinfer", "cuda:0")
+    assert (found.obstacles, found.to_dict()["problems"]) == (obstacles, problems)
+    assert ("runs FlashInfer's kernels here" in str(found)) == found.ready
+    assert all(f"! {where.partition('.')[2]}" in str(found) for where in problems)
 
 
 @pytest.mark.parametrize("name", ["nvcc", "ninja", "C++"])
 def test_what_is_missing_to_compile(gpu: dict[str, Probe], name: str) -> None:
     gpu[f"compilers.{name}"] = Probe(name, None, "it is broken", True)
-    diagnosis = hf_flashinfer_attn.doctor()
-    assert (diagnosis.ready, diagnosis.obstacles) == (False, (f"{name}: it is broken",))
+    found = hf_flashinfer_attn.doctor()
+    assert (found.ready, found.obstacles) == (False, (f"{name}: it is broken",))
     gpu["cache.kernels"] = Probe("kernels", {"compiled": ["fa2, float16, head_dim 64"]}, "one")
     assert hf_flashinfer_attn.doctor().ready == (name != "ninja")
     gpu["cache.kernels"] = Probe("kernels", None, "cannot be listed", True)
@@ -409,77 +383,81 @@ def test_what_is_missing_to_compile(gpu: dict[str, Probe], name: str) -> None:
     assert hf_flashinfer_attn.doctor().ready
 
 
-def test_package_that_fails_is_an_obstacle(gpu: dict[str, Probe]) -> None:
-    gpu["cache.folder"] = Probe("folder", None, "flashinfer cannot be imported: no", True)
-    assert hf_flashinfer_attn.doctor().obstacles == ("flashinfer cannot be imported: no",)
-
-
 def test_reason_of_the_backend_is_told(gpu: dict[str, Probe], monkeypatch: pytest.MonkeyPatch) -> None:
     reason = ("the GPU has compute capability 7.0, FlashInfer needs 7.5 or newer", "Use another.")
     monkeypatch.setattr(flashinfer_backend, "unavailable_reason", lambda device: reason)
-    diagnosis = hf_flashinfer_attn.doctor()
-    assert (diagnosis.backend, diagnosis.obstacles) == ("torch", (f"{reason[0]}. {reason[1]}",))
+    found = hf_flashinfer_attn.doctor()
+    assert (found.backend, found.obstacles) == ("torch", (f"{reason[0]}. {reason[1]}",))
     hf_flashinfer_attn.configure(backend="flashinfer")
     assert hf_flashinfer_attn.doctor().backend is None
 
 
 def test_settings_are_told(gpu: dict[str, Probe], monkeypatch: pytest.MonkeyPatch) -> None:
     hf_flashinfer_attn.configure(backend="torch")
-    diagnosis = hf_flashinfer_attn.doctor()
-    assert (diagnosis.ready, diagnosis.backend) == (False, "torch")
-    assert "backend='torch' is set" in str(diagnosis)
+    found = hf_flashinfer_attn.doctor()
+    assert (found.ready, found.backend) == (False, "torch")
+    assert "backend='torch' is set" in str(found)
+    # As in a new process, which reads the variable.
     monkeypatch.setattr(settings, "_settings", None)
     monkeypatch.setenv(settings.BACKEND_VARIABLE, "cuda")
-    diagnosis = hf_flashinfer_attn.doctor()
-    assert diagnosis.backend is None
-    assert "'cuda' is not known" in str(diagnosis)
+    found = hf_flashinfer_attn.doctor()
+    assert found.backend is None
+    assert "'cuda' is not known" in str(found)
+
+
+def test_kernels_of_a_model_in_the_cache(cache: Path, gpu: dict[str, Probe]) -> None:
+    config = transformers.MistralConfig(
+        hidden_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, sliding_window=512
+    )
+    found = hf_flashinfer_attn.doctor(config, dtype=torch.float16)
+    compiled = {kernel.name: kernel.compiled for kernel in found.kernels}
+    assert compiled["fa3, float16, head_dim 64, window"] is True
+    assert compiled["fa2, float16, head_dim 64"] is False
+    for text in (str(found), found._repr_html_()):
+        assert "3 of 4 not compiled yet" in text
+        assert "fa2, float16, head_dim 64, window" in text
+    assert found.to_dict()["model_kernels"] == compiled
+    elsewhere = hf_flashinfer_attn.doctor(config, capability=(8, 0))
+    assert {kernel.compiled for kernel in elsewhere.kernels} == {None}
+    assert "compiled" not in str(elsewhere)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: no kernel image"), AssertionError("padded rows")])
 def test_kernel_that_fails_its_check(gpu: dict[str, Probe], error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **options: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("hf_flashinfer_attn.tools.accuracy.measure_kernel_error", fail)
+    monkeypatch.setattr(accuracy, "measure_kernel_error", raising(error))
     steps: list[str] = []
-    diagnosis = hf_flashinfer_attn.doctor(check=True, on_step=steps.append)
-    assert {check.kernel for check in diagnosis.checks} == {"fa2", "fa3"}
-    assert len([step for step in steps if step.startswith("checking")]) == len(diagnosis.checks) == 16
-    assert all(check.problem == str(error) for check in diagnosis.checks)
-    assert not diagnosis.ready
-    assert "FAILED" in str(diagnosis)
-    assert str(error) in str(diagnosis)
+    found = hf_flashinfer_attn.doctor(check=True, on_step=steps.append)
+    assert {check.kernel for check in found.checks} == {"fa2", "fa3"}
+    assert len([step for step in steps if step.startswith("checking")]) == len(found.checks) == 16
+    assert all(check.problem == str(error) for check in found.checks)
+    assert not found.ready
+    assert "FAILED" in str(found)
+    assert str(error) in str(found)
 
 
 @pytest.mark.parametrize("excess", [1.3, float("nan")])
 @without_gpu
 def test_numbers_that_are_wrong(excess: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_flashinfer_attn.kernels import torch_ragged as reference
-    from hf_flashinfer_attn.tools import accuracy
-
-    attend = reference.attend
+    attend = accuracy.reference.attend
 
     def inexact(query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         output = attend(query, *args, **options)
         return output if query.dtype == torch.float64 else output * (1 + 0.01 * excess)
 
     monkeypatch.setattr(accuracy.reference, "attend", inexact)
-    diagnosis = hf_flashinfer_attn.doctor(check=True)
-    assert all("times the error of sdpa" in str(check.problem) for check in diagnosis.checks)
+    found = hf_flashinfer_attn.doctor(check=True)
+    assert all("times the error of sdpa" in str(check.problem) for check in found.checks)
 
 
 # What is shown.
 
 
-def test_html_is_escaped(gpu: dict[str, Probe]) -> None:
-    gpu["gpu.cuda:0"] = Probe("cuda:0", None, "<script>alert('&')</script>", True)
+def test_html_is_escaped() -> None:
+    gpu = Probe("cuda:0", None, "<script>alert('&')</script>", True)
     bad = KernelCheck("fa2", "float16", 64, "<b>full</b>", None, "<i>failed</i>")
-    diagnosis = hf_flashinfer_attn.doctor()
-    diagnosis = type(diagnosis)(
-        (Section("<u>", diagnosis.sections[1].probes),), "cuda:0", "flashinfer", ("<a href='x'>",), None, (), (bad,)
-    )
-    html = diagnosis._repr_html_()
+    html = diagnosis.Diagnosis(
+        (Section("<u>", (gpu,)),), "cuda:0", "flashinfer", ("<a href='x'>",), None, (), (bad,)
+    )._repr_html_()
     for tag in ("<script", "<b>full", "<i>", "<u>", "<a "):
         assert tag not in html
     assert "&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;" in html
@@ -487,11 +465,11 @@ def test_html_is_escaped(gpu: dict[str, Probe]) -> None:
 
 
 def test_html_of_a_diagnosis_has_everything(model_folder: Path) -> None:
-    diagnosis = hf_flashinfer_attn.doctor(model_folder, capability=(9, 0))
-    html = diagnosis._repr_html_()
+    html = hf_flashinfer_attn.doctor(model_folder, capability=(9, 0))._repr_html_()
     for fact in ("Gemma2Model", "softcap 2", TORCH, "nvcc", "backend"):
         assert fact in html
-    assert html.count("<table") == html.count("</table>") == 3
+    # Four sections, layers, facts about the model, the backend.
+    assert html.count("<table") == html.count("</table>") == 7
 
 
 def test_html_of_a_trace() -> None:
@@ -499,7 +477,7 @@ def test_html_of_a_trace() -> None:
     html = Trace([call], layouts=1, plans=2)._repr_html_()
     for fact in ("Layer&lt;0&gt;", "32 -&gt; 64", "a &amp; b", "layouts 1, host copies 0, plans 2"):
         assert fact in html
-    many = Trace([copy.copy(call) for _ in range(250)])._repr_html_()
+    many = Trace([call] * 250)._repr_html_()
     assert many.count("<tr>") == 101
     assert "and 150 more calls" in many
 
@@ -509,20 +487,11 @@ def test_table_without_a_head() -> None:
     assert html_table(("x",), [("a",)], title="<t>", note="1\n2").count("<br>") == 1
 
 
-def test_config_in_place_of_a_path() -> None:
-    config = transformers.BertConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
-    plan = hf_flashinfer_attn.doctor(config, capability=(8, 0)).plan
-    assert plan is not None
-    assert plan.layers[0].kernels == ("fa2", "sdpa")
-    with pytest.raises(UnreadableModelError, match="there is no folder"):
-        hf_flashinfer_attn.doctor("./no/such/folder")
-
-
 @pytest.mark.gpu
 def test_doctor_on_a_gpu() -> None:
-    diagnosis = hf_flashinfer_attn.doctor(check=True)
-    assert diagnosis.ready, str(diagnosis)
-    assert diagnosis.backend == "flashinfer"
-    assert {check.problem for check in diagnosis.checks} == {None}
-    (plans,) = (section for section in diagnosis.sections if section.name == "plans")
+    found = hf_flashinfer_attn.doctor(check=True)
+    assert found.ready, str(found)
+    assert found.backend == "flashinfer"
+    assert {check.problem for check in found.checks} == {None}
+    (plans,) = (section for section in found.sections if section.name == "plans")
     assert {probe.value for probe in plans.probes} == {"recorded arguments"}

@@ -6,6 +6,7 @@ What the kernels compute is a matter of the GPU tests, at the end.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -16,7 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -27,23 +29,18 @@ from transformers import BertConfig, BertModel, Gemma2Config, ModernBertConfig, 
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import BackendUnavailableError, UnsupportedAttentionError, configure
-from hf_flashinfer_attn.attention import driver as layer_attention
-from hf_flashinfer_attn.attention import plan as prepared
-from hf_flashinfer_attn.attention import select as dispatch
-from hf_flashinfer_attn.attention.ragged_call import RaggedCall, attend_ragged
-from hf_flashinfer_attn.attention.select import Decision, KernelPendingError, decide_compiled
-from hf_flashinfer_attn.integration import functions as integration
-from hf_flashinfer_attn.integration import ops as compiled
+from hf_flashinfer_attn.attention import select
+from hf_flashinfer_attn.attention.select import KernelPendingError, compiling_reason
+from hf_flashinfer_attn.integration.flash_api import flash_attn_varlen_func
 from hf_flashinfer_attn.kernels import flashinfer, jit, modules
 from hf_flashinfer_attn.kernels import torch_ragged as reference
 from hf_flashinfer_attn.kernels.biased import biased_module_arguments
 from hf_flashinfer_attn.kernels.modules import KernelModule, cache_directory
-from hf_flashinfer_attn.ragged.band import FULL
+from hf_flashinfer_attn.kernels.wrapper_pool import PlanKey
 from hf_flashinfer_attn.ragged.layout import RaggedLayout
 from hf_flashinfer_attn.settings import Settings
 from hf_flashinfer_attn.tools.kernel_warmup import warmup
 from hf_flashinfer_attn.tools.model_plan import modules_of, plan_of_config
-from hf_flashinfer_attn.tracing import AttentionCall, record_call
 
 Log = Callable[[], list[str]]
 needs_flashinfer = pytest.mark.skipif(
@@ -157,45 +154,24 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toolkit
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretends that FlashInfer runs here: its plans are made by nobody, and its kernels are torch's."""
 
-    class PlannedError(Exception):
-        pass
+    class Plan:
+        order, in_graph = None, False
 
-    def make_plan(*args: object, **kwargs: object) -> None:
-        raise PlannedError
+        def __init__(self, layout: RaggedLayout, key: PlanKey, left: int | None, right: int | None) -> None:
+            softcap = key.softcap or None
+            self.compute = functools.partial(
+                reference.attend, layout=layout, left=left, right=right, sm_scale=key.sm_scale, softcap=softcap
+            )
 
-    def prepare(query, key, value, layout, pattern, **options) -> object:
-        try:
-            return prepared.prepare(query, key, value, layout, pattern, **options)
-        except PlannedError:
-            return Computed(layout, **options)
-
-    def prepared_on(layout, *sides_and_pattern, **options) -> object:
-        *sides, pattern = sides_and_pattern
-        return prepare(*sides, layout, pattern, **options)
-
-    class Computed:
-        def __init__(self, layout: RaggedLayout, *, sm_scale: float, softcap: float | None, **_: object) -> None:
-            self.layout, self.sm_scale, self.softcap = layout, sm_scale, softcap
-
-        def __call__(self, query, key, value, layer: str, bias=None, sinks=None) -> torch.Tensor:
-            sides = [side.transpose(1, 2) for side in (query, key, value)]
-            packed = [self.layout.query.gather(sides[0]), *(self.layout.key.gather(side) for side in sides[1:])]
-            output = attend_planned(*packed, self.layout, sm_scale=self.sm_scale, softcap=self.softcap)
-            return self.layout.query.scatter(output)
-
-    def attend_planned(*sides, kernel: object = None, **options: object) -> torch.Tensor:
-        record_call(AttentionCall("", "full", "flashinfer-fa2", 32, 64, None))
-        return reference.attend(*sides, **options)
+        def run(self, query, key, value, output, bias=None, sinks=None) -> None:
+            output.copy_(self.compute(query, key, value))
 
     monkeypatch.setattr(flashinfer, "unavailable_reason", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    monkeypatch.setattr(flashinfer, "make_plan", make_plan)
-    monkeypatch.setattr(flashinfer, "attend", attend_planned)
-    monkeypatch.setattr(prepared, "SMALL_LOGITS", 0)
-    for module in (integration, layer_attention):
-        monkeypatch.setattr(module, "kept_of", lambda *_: None)
-    monkeypatch.setattr(layer_attention, "prepare", prepare)
-    monkeypatch.setattr(compiled, "prepared_on", prepared_on)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(flashinfer, "make_plan", Plan)
+    monkeypatch.setattr(select, "SMALL_LOGITS", 0)
 
 
 @pytest.fixture
@@ -211,11 +187,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def decide(settings: Settings, *, of_graph: bool = False) -> Decision:
-    return decide_compiled(PLAIN, settings, of_graph=of_graph)
-
-
-ON_FLASHINFER = Decision(dispatch.Path.FLASHINFER, None)
+def decide(settings: Settings, *, of_graph: bool = False) -> str | None:
+    return compiling_reason(PLAIN, settings, in_graph=of_graph)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
@@ -292,12 +265,13 @@ def test_a_window_that_no_row_reaches_needs_no_kernel_of_its_own(
     left: int | None, softcap: float | None, window: bool
 ) -> None:
     layout, nothing = RaggedLayout.from_lengths([4, 10], [4, 10]), RaggedLayout.from_lengths([0], [0])
-    module_of = partial(
-        flashinfer.module_of, head_dim=72, dtype=torch.bfloat16, left=left, softcap=softcap, biased=False
+    key = PlanKey(
+        "fa2", 2, 2, 128, torch.bfloat16, False, -1, 0.1, softcap or 0.0, torch.device("cpu"), 0, False, False
     )
-    assert module_of(layout, kernel="fa2") == KernelModule("fa2", torch.bfloat16, 128, window, softcap is not None)
-    assert module_of(layout, kernel="auto") is None
-    assert module_of(nothing, kernel="fa2") is None
+    expected = KernelModule("fa2", torch.bfloat16, 128, window, softcap is not None)
+    assert flashinfer.module_of(layout, key, left) == expected
+    assert flashinfer.module_of(layout, replace(key, kernel="auto"), left) is None
+    assert flashinfer.module_of(nothing, key, left) is None
 
 
 def test_many_threads_wait_for_one_compiler_and_one_voice_speaks(
@@ -461,9 +435,9 @@ def test_what_is_missing_is_named(
         with pytest.raises(BackendUnavailableError, match=message):
             jit.require(PLAIN)
         return
-    assert decide(settings).path is dispatch.Path.TORCH
+    assert decide(settings) is not None
     wait_until(lambda: not jit.is_pending(PLAIN))
-    assert decide(settings).path is dispatch.Path.TORCH
+    assert decide(settings) is not None
     wait_until(lambda: len(log()) == 2)
     assert "attention stays on the torch backend" in log()[1]
 
@@ -500,14 +474,12 @@ def test_in_the_background_torch_serves_and_then_flashinfer(toolkit: Toolkit, lo
 def test_packed_calls_are_served_around_too(toolkit: Toolkit) -> None:
     configure(jit="background")
     toolkit.hold()
-    side = torch.randn(6, 2, 64, dtype=torch.float16)
-    layout = RaggedLayout.from_lengths([4, 2], [4, 2])
-    call = RaggedCall(side, side, side, layout, FULL, 0.125, softcap=None, dropout=0.0, layer="some")
+    side, cu_seqlens = torch.randn(6, 2, 64, dtype=torch.float16), torch.tensor([0, 4, 6], dtype=torch.int32)
     with hf_flashinfer_attn.trace() as trace:
-        first = attend_ragged(call, ON_FLASHINFER)
+        first = flash_attn_varlen_func(side, side, side, cu_seqlens, cu_seqlens)
         toolkit.release()
         wait_until(lambda: jit.is_ready(PLAIN))
-        second = attend_ragged(call, ON_FLASHINFER)
+        second = flash_attn_varlen_func(side, side, side, cu_seqlens, cu_seqlens)
     assert trace.calls[0].kernel == "torch"
     assert "being compiled" in str(trace.calls[0].reason)
     assert trace.calls[-1].kernel == "flashinfer-fa2"
@@ -518,22 +490,22 @@ def test_nothing_is_kept_from_those_who_must_not_fall_back(toolkit: Toolkit) -> 
     toolkit.hold()
     for settings in (Settings(backend="flashinfer", jit="background"), Settings(strict=True, jit="background")):
         # Compiled and waited for when the call is planned.
-        assert decide(settings) == ON_FLASHINFER
+        assert decide(settings) is None
     background = Settings(jit="background")
     with jit.waiting():
-        assert decide(background) == ON_FLASHINFER
-    assert decide(background).path is dispatch.Path.TORCH
+        assert decide(background) is None
+    assert decide(background) is not None
     with pytest.raises(KernelPendingError, match=r"a captured graph of attention: its kernel .* is being compiled"):
         decide(background, of_graph=True)
     toolkit.release()
     wait_until(lambda: jit.is_ready(PLAIN))
-    assert decide(background, of_graph=True) == ON_FLASHINFER
+    assert decide(background, of_graph=True) is None
 
 
 def test_never_compiles_nothing(toolkit: Toolkit, log: Log) -> None:
     reason = "its kernel (fa2, float16, head_dim 64) is not compiled, and jit='never' forbids to compile it"
     settings = configure(jit="never")
-    assert [decide(settings) for _ in range(2)] == [Decision(dispatch.Path.TORCH, reason)] * 2
+    assert [decide(settings) for _ in range(2)] == [reason] * 2
     assert log() == [f"falling back to torch attention: {reason}"]
     with pytest.raises(BackendUnavailableError, match=r"jit='never'.*warmup --model"):
         decide(Settings(backend="flashinfer", jit="never"))
@@ -547,15 +519,15 @@ def test_never_compiles_nothing(toolkit: Toolkit, log: Log) -> None:
     assert toolkit.compiled == []
     # By another process, which nobody looks for in every forward.
     jit.compile_module(PLAIN)
-    assert decide(settings).path is dispatch.Path.TORCH
-    assert decide(configure()) == ON_FLASHINFER
+    assert decide(settings) is not None
+    assert decide(configure()) is None
     jit.require(PLAIN)
 
 
 def test_a_kernel_known_to_be_ready_costs_one_look(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     jit.compile_module(PLAIN)
     settings = configure(jit="background")
-    assert decide(settings) == ON_FLASHINFER
+    assert decide(settings) is None
     for name in ("is_up_to_date", "_lock_of", "_missing"):
         monkeypatch.setattr(jit, name, None)
     for mode in ("wait", "background", "never"):
@@ -717,13 +689,13 @@ import torch
 import flashinfer.jit.env
 from transformers import BertConfig, BertModel
 import hf_flashinfer_attn
-from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.attention import select
 from hf_flashinfer_attn.kernels import jit
 
 flashinfer.jit.env.FLASHINFER_AOT_DIR = pathlib.Path(sys.argv[1]) / "nothing"
 flashinfer.jit.env.FLASHINFER_AOT_PROVIDERS = ()
 flashinfer.jit.env.FLASHINFER_AOT_DIRS = (flashinfer.jit.env.FLASHINFER_AOT_DIR,)
-prepared.SMALL_LOGITS = 0
+select.SMALL_LOGITS = 0
 said = []
 handler = logging.Handler()
 handler.emit = lambda record: said.append(record.getMessage())

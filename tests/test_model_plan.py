@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from transformers import AutoModel, BertConfig, PreTrainedConfig
 import hf_flashinfer_attn
 from hf_flashinfer_attn.integration import functions as integration
 from hf_flashinfer_attn.tools.model_plan import LayerPlan, plan_of_config
-from model_families import FAMILIES, Family
+from model_families import FAMILIES
 
 HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 6), (7, 5), (10, 0)
 NAMES = frozenset(
@@ -92,28 +94,6 @@ def expanded(layers: tuple[LayerPlan, ...]) -> tuple[Counter[tuple[Any, ...]], C
     return calls, asked
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for no GPU")
-@pytest.mark.parametrize("family", TEXTS, ids=lambda family: family.name)
-def test_agrees_with_a_real_forward(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = family.make_config()
-    plan = plan_of_config(config, dtype=torch.float32)
-    assert expanded(plan.layers) == run_really(config, monkeypatch)
-    if family.is_on_the_interface:
-        assert plan.layers
-        assert plan.problem is None
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for no GPU")
-@pytest.mark.parametrize("collects", [False, True], ids=["", "attentions"])
-def test_agrees_with_a_real_forward_that_collects_attentions(collects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = BertConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
-    config.output_attentions = collects
-    plan = plan_of_config(config, dtype=torch.float32)
-    assert expanded(plan.layers) == run_really(config, monkeypatch)
-    (layer,) = plan.layers
-    assert (layer.kernels, layer.reason) == ((("dense",), "output_attentions=True") if collects else (("torch",), None))
-
-
 def gpt_oss_config() -> PreTrainedConfig:
     layer_types = ["sliding_attention", "full_attention"] * 2
     return decoder_config(
@@ -123,16 +103,37 @@ def gpt_oss_config() -> PreTrainedConfig:
     )  # fmt: skip
 
 
+def bert_config(**options: Any) -> PreTrainedConfig:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
+    return BertConfig(**{**sizes, **options})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plans for no GPU")
-def test_agrees_with_a_real_forward_with_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = gpt_oss_config()
+@pytest.mark.parametrize(
+    ("make_config", "is_on_the_interface"),
+    [
+        *(pytest.param(family.make_config, family.is_on_the_interface, id=family.name) for family in TEXTS),
+        pytest.param(bert_config, True, id="weights-not-collected"),
+        pytest.param(partial(bert_config, output_attentions=True), True, id="weights-collected"),
+        pytest.param(gpt_oss_config, True, id="sinks"),
+    ],
+)
+def test_agrees_with_a_real_forward(
+    make_config: Callable[[], PreTrainedConfig], is_on_the_interface: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
     plan = plan_of_config(config, dtype=torch.float32)
     assert expanded(plan.layers) == run_really(config, monkeypatch)
-    assert [layer.layers for layer in plan.layers] == ["0, 2", "1, 3"]
+    if is_on_the_interface:
+        assert plan.layers
+        assert plan.problem is None
+    if config.output_attentions:
+        assert [(layer.kernels, layer.reason) for layer in plan.layers] == [(("dense",), "output_attentions=True")]
 
 
 def test_sinks_and_a_causal_window_on_hopper() -> None:
     window, causal = plan_of_config(gpt_oss_config(), capability=HOPPER).layers
+    assert (window.layers, causal.layers) == ("0, 2", "1, 3")
     assert (window.left, window.right, window.kernels, window.sinks) == (3, 0, ("fa2",), True)
     assert (causal.left, causal.right, causal.kernels, causal.sinks) == (None, 0, ("fa3", "fa2"), True)
     assert (window.num_heads, window.num_kv_heads, window.head_dim, window.padded_head_dim) == (4, 2, 64, 64)
@@ -154,7 +155,7 @@ def test_sinks_and_a_causal_window_on_hopper() -> None:
 def test_kernels_by_gpu_and_dtype(
     capability: tuple[int, int], dtype: torch.dtype, kernels: tuple[str, ...], padded: int, reason: str | None
 ) -> None:
-    config = BertConfig(hidden_size=384, num_attention_heads=4, num_hidden_layers=3)
+    config = bert_config(hidden_size=384, num_attention_heads=4, num_hidden_layers=3)
     plan = plan_of_config(config, dtype=dtype, capability=capability)
     (layer,) = plan.layers
     assert (layer.layers, layer.kernels, layer.head_dim, layer.padded_head_dim) == ("0-2", kernels, 96, padded)
@@ -164,7 +165,7 @@ def test_kernels_by_gpu_and_dtype(
 
 
 def test_settings_are_heeded() -> None:
-    config = BertConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+    config = bert_config()
     hf_flashinfer_attn.configure(backend="flashinfer")
     assert plan_of_config(config, capability=HOPPER).layers[0].kernels == ("fa3", "fa2")
     refused = plan_of_config(config, capability=HOPPER, dtype=torch.float32)
@@ -182,7 +183,7 @@ def test_what_no_gpu_computes_is_refused_where_a_fallback_is(
     options: dict[str, Any], capability: tuple[int, int] | None, reason: str
 ) -> None:
     hf_flashinfer_attn.configure(**options)
-    (layer,) = plan_of_config(BertConfig(num_hidden_layers=1), capability=capability).layers
+    (layer,) = plan_of_config(bert_config(), capability=capability).layers
     assert layer.kernels == ()
     assert reason in str(layer.reason)
 
@@ -237,7 +238,7 @@ def test_what_is_not_known_is_said() -> None:
 
 
 def test_answers_that_matter_are_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = BertConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=2, intermediate_size=64)
+    config = bert_config()
     forward = transformers.BertModel.forward
 
     def harmless(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
@@ -259,7 +260,7 @@ def test_answers_that_matter_are_not_made_up(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_config_stays_as_it_was() -> None:
-    config = BertConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+    config = bert_config()
     before = config.to_dict()
     plan_of_config(config)
     assert config.to_dict() == before

@@ -35,7 +35,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2Attention
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.attention.quirks import why_padded_queries_stay
+from hf_flashinfer_attn.attention.quirks import padded_queries_reason
 from hf_flashinfer_attn.integration.functions import attention_forward
 from hf_flashinfer_attn.tools.model_plan import plan_of_config
 
@@ -182,24 +182,24 @@ def layer_of(parameters: str, base: type = nn.Module) -> nn.Module:
 )
 def test_a_tensor_that_may_be_another_sequence(parameters: str, second: str | None) -> None:
     layer = layer_of(parameters)
-    why = why_padded_queries_stay(layer, is_causal=False)
+    why = padded_queries_reason(layer, is_causal=False)
     if second is None:
         assert why is None
     else:
         assert f"{second} may be another sequence" in str(why)
     # What a causal query sees is of its own sequence.
-    assert why_padded_queries_stay(layer, is_causal=True) is None
+    assert padded_queries_reason(layer, is_causal=True) is None
 
 
 def test_an_encoder_that_never_gets_a_second_sequence() -> None:
     config = Wav2Vec2Config(hidden_size=32)
     layer = Wav2Vec2Attention(32, 2, config=config)
-    assert why_padded_queries_stay(layer, is_causal=False) is None
+    assert padded_queries_reason(layer, is_causal=False) is None
     layer.config = Wav2Vec2Config(hidden_size=32, add_adapter=True)
-    assert "reads the hidden states of padding" in str(why_padded_queries_stay(layer, is_causal=False))
+    assert "reads the hidden states of padding" in str(padded_queries_reason(layer, is_causal=False))
     # A forward of the user's may be given one.
     of_user = layer_of("key_value_states: Tensor", Wav2Vec2Attention)
-    assert "key_value_states" in str(why_padded_queries_stay(of_user, is_causal=False))
+    assert "key_value_states" in str(padded_queries_reason(of_user, is_causal=False))
 
 
 class KeepsPadding(BertSelfAttention):

@@ -18,7 +18,8 @@ from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn.integration.functions import attention_forward
-from hf_flashinfer_attn.ragged.layout import RaggedLayout, offsets_of
+from hf_flashinfer_attn.ragged.forward_state import cu_seqlens_of
+from hf_flashinfer_attn.ragged.layout import RaggedLayout
 
 STEPS, ROWS = 6, 4
 TOLERANCE = 1e-5
@@ -235,7 +236,7 @@ def test_dropout_keeps_the_mean_of_every_row(causal: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, sum(LENGTHS), 8, generator=generator) for _ in range(3))
     layer = torch.nn.Module()
-    offsets = offsets_of(RaggedLayout.from_lengths(LENGTHS))
+    offsets = cu_seqlens_of(RaggedLayout.from_lengths(LENGTHS))
 
     def attend(dropout: float) -> Tensor:
         output, _ = attention_forward(

@@ -37,8 +37,10 @@ class Driver:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
 
 driver.set_active(Driver())
-from hf_flashinfer_attn.kernels.triton_pad import Packer
+from hf_flashinfer_attn.kernels import pad_head_dim
 from hf_flashinfer_attn.ragged.triton_tokens import number_tokens
+
+pad_head_dim.use_triton = lambda tensor: True
 
 expected = []
 for rows in (3, 3, 2000):
@@ -46,12 +48,18 @@ for rows in (3, 3, 2000):
     ranks = valid.flatten().cumsum(0, dtype=torch.int32)
     slots, tokens = number_tokens(valid.flatten(), ranks, rows * 8)
     expected.append([valid.data_ptr(), ranks.data_ptr(), slots.data_ptr(), tokens.data_ptr(), rows * 8, 1024])
-packer = Packer(None, None, 64)
+count = pad_head_dim.scratch_bytes(10, 10, 4, 4, 64, 32, 2)
+for scratch in (None, torch.empty(count, dtype=torch.uint8)):
+    gather = pad_head_dim.GatherQkv(None, None, 64, scratch)
+    for _ in range(3):
+        sides = torch.randn(3, 2, 5, 4, 32).half().transpose(2, 3).unbind(0)
+        packed = gather(*sides)
+        expected.append([side.data_ptr() for side in (*sides, *packed)])
+    assert (gather.output_buffer is None) == (scratch is None)
+scatter = pad_head_dim.ScatterOutput(None, (2, 5), 32)
 for _ in range(3):
-    sides = torch.randn(3, 2, 5, 4, 32).half().transpose(2, 3).unbind(0)
-    packed = packer(*sides)
-    pointers = [*(side.data_ptr() for side in (*sides, *packed)), sides[0].data_ptr(), sides[0].data_ptr()]
-    expected.append(pointers)
+    output = torch.randn(10, 4, 64).half()
+    expected.append([output.data_ptr(), output.data_ptr(), scatter(output).data_ptr()])
 print(json.dumps([launches, expected]))
 """
 
@@ -62,14 +70,16 @@ def test_a_repeated_launch_passes_what_the_first_one_did() -> None:
         [sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, env=environment, check=True
     )
     launches, expected = json.loads(done.stdout.splitlines()[-1])
-    assert len(launches) == len(expected) == 6
-    for (grid, stream, arguments), pointers in zip(launches[:3], expected[:3]):
-        assert grid == [-(-pointers[4] // 1024), 1, 1]
-        assert (stream, arguments) == (1234, pointers)
-    for _, stream, arguments in launches[3:]:
-        assert stream == 1234
-        # All but the pointers is the same each time.
-        assert arguments[8:] == launches[3][2][8:]
-        assert len(arguments) == 8 + 9 + 4 + 11
-    for (_, _, arguments), pointers in zip(launches[3:], expected[3:]):
-        assert arguments[:8] == pointers
+    assert len(launches) == len(expected) == 12
+    assert {stream for _, stream, _ in launches} == {1234}
+    for (grid, _, arguments), given in zip(launches[:3], expected):
+        assert grid == [-(-given[4] // 1024), 1, 1]
+        assert arguments == given
+    # Pointers, two of which are not read without positions; then strides, sizes and constants, the same each time.
+    for first, num_pointers, num_rest in ((3, 8, 9 + 4 + 11), (6, 8, 9 + 4 + 11), (9, 3, 1 + 7)):
+        for (_, _, arguments), given in zip(launches[first : first + 3], expected[first:]):
+            assert arguments[: len(given)] == given
+            assert arguments[num_pointers:] == launches[first][2][num_pointers:]
+            assert len(arguments) == num_pointers + num_rest
+    # Scratch memory is the same in all calls.
+    assert all(arguments[3:6] == expected[6][3:6] for _, _, arguments in launches[6:9])

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import unpad
-from hf_flashinfer_attn.ragged.layout import LengthsRead
+from hf_flashinfer_attn.ragged.host_copy import HostCopy
 from hf_flashinfer_attn.unpadding.packing import Packing
 
 _SIZES: dict[str, Any] = {
@@ -78,9 +78,9 @@ def assert_equal_eager(reference: Any, actual: Any, batch: dict[str, Tensor]) ->
 def reads_of_lengths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Notes every read of row lengths: before a graph by packing, and in it by what would make the host wait."""
     reads: list[str] = []
-    pack, start = Packing.of, LengthsRead.__init__
+    pack, start = Packing.of, HostCopy.__init__
     monkeypatch.setattr(Packing, "of", lambda *args, **kwargs: (reads.append("packing"), pack(*args, **kwargs))[1])
-    monkeypatch.setattr(LengthsRead, "__init__", lambda *args: (reads.append("attention"), start(*args))[1])
+    monkeypatch.setattr(HostCopy, "__init__", lambda *args: (reads.append("attention"), start(*args))[1])
     return reads
 
 

@@ -19,7 +19,8 @@ from transformers.models.mpnet import modeling_mpnet
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
-from hf_flashinfer_attn.ragged.layout import RaggedLayout, offsets_of
+from hf_flashinfer_attn.ragged.forward_state import cu_seqlens_of
+from hf_flashinfer_attn.ragged.layout import RaggedLayout
 from hf_flashinfer_attn.unpadding import mpnet
 
 LENGTHS = (9, 5, 7, 3)
@@ -254,7 +255,7 @@ def test_another_version_of_its_attention_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_the_bias_of_lengths_that_change_is_refused() -> None:
     encoder = unpad(build()).encoder
-    offsets = offsets_of(RaggedLayout.for_graph([2, 3], rows=8, tokens=5, workspace=object()))
+    offsets = cu_seqlens_of(RaggedLayout.for_graph([2, 3], rows=8, tokens=5, workspace=object()))
     mpnet.enter(offsets)
     try:
         with pytest.raises(UnsupportedAttentionError, match=r"a relative position bias.* in a captured graph"):

@@ -16,7 +16,7 @@ from ..kernels.pad_head_dim import GatherQkv, ScatterOutput, aligned, scratch_by
 from ..kernels.scratch import scratch_of
 from ..kernels.wrapper_pool import PlanKey
 from ..log import log_once
-from ..ragged.band import CAUSAL, Opaque
+from ..ragged.band import CAUSAL
 from ..ragged.forward_state import ForwardState
 from ..ragged.layout import RaggedLayout
 from ..ragged.mask_state import MaskState
@@ -148,7 +148,6 @@ class TorchPlan:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         layout, spec = self.layout, self.spec
-        assert not isinstance(spec.pattern, Opaque)
         output = torch_ragged.attend(
             layout.query.gather(query.transpose(1, 2)),
             layout.key.gather(key.transpose(1, 2)),
@@ -221,7 +220,6 @@ def plan_flashinfer(
         note: Note for traces.
     """
     band, device = spec.pattern, spec.device
-    assert not isinstance(band, Opaque)
     size, stream = flashinfer.padded_head_dim(spec.widest_head_dim), _stream_of(device)
     softcap = 0.0 if spec.softcap is None else float(spec.softcap)
     key = PlanKey(

@@ -42,7 +42,7 @@ def find_plan(
 
     Returns:
         None if the plan of the call cannot be reused: it depends on tensors besides query, key and value, needs
-        gradients or weights, is recorded or captured, or its mask was modified.
+        gradients or weights, is recorded or captured, is on the meta device, or its mask was modified.
     """
     if given.dropout or given.output_attentions or given.position_bias is not None or given.s_aux is not None:
         return None
@@ -56,7 +56,7 @@ def find_plan(
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
-        or (device >= 0 and torch.cuda.is_current_stream_capturing())
+        or (torch.cuda.is_current_stream_capturing() if device >= 0 else query.is_meta)
     ):
         return None
     state: ForwardState | None

@@ -218,7 +218,6 @@ def _keys_per_query(spec: AttentionSpec, layout: RaggedLayout) -> float:
     """Returns how many keys a query sees on average, causality aside."""
     total, band = layout.query.total_tokens, spec.pattern
     keys = sum(q * k for q, k in zip(layout.query.lengths, layout.key.lengths)) / total if total else 0.0
-    assert not isinstance(band, Opaque)
     return keys if band.left is None or band.right is None else min(keys, band.left + band.right + 1)
 
 

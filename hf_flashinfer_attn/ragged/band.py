@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
@@ -57,8 +57,10 @@ class Opaque:
     """
 
     name: str
-    is_window = False
-    is_causal = False
+    left: ClassVar[None] = None
+    right: ClassVar[None] = None
+    is_window: ClassVar[bool] = False
+    is_causal: ClassVar[bool] = False
 
 
 Pattern: TypeAlias = "Band | Opaque"

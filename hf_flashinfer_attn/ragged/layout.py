@@ -202,7 +202,7 @@ class RaggedLayout:
         """
         one = query_cu_seqlens is key_cu_seqlens
         read = HostCopy(query_cu_seqlens[None] if one else torch.stack([query_cu_seqlens, key_cu_seqlens])).values
-        sides = dict.fromkeys(zip(map(tuple, read), (query_shape, key_shape)))
+        sides = dict.fromkeys(zip(map(tuple, read * 2 if one else read), (query_shape, key_shape)))
         return cls(*(RaggedSide(_lengths_of(offsets, shape), shape, None) for offsets, shape in sides))
 
 

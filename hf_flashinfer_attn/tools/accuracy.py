@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from ..kernels import torch_ragged as reference
 from ..ragged.layout import RaggedLayout
 
 __all__ = ["KernelError", "measure_kernel_error"]
+
+_ROWS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,113 +62,71 @@ def measure_kernel_error(
     value_head_dim: int | None = None,
     num_heads: int = 4,
     num_kv_heads: int = 4,
-    batch_size: int = 6,
     max_length: int = 200,
-    seed: int | None = None,
 ) -> KernelError:
-    """Runs one kernel on a random padded batch whose padding is NaN.
+    """Runs one kernel, or with None the torch backend, on a random padded batch whose padding is NaN.
 
-    Args:
-        kernel: Of FlashInfer's; None for the torch backend.
-        head_dim: Of query and key.
-        dtype: Of the input.
-        device: Where to run.
-        left: How many keys before its own position a query sees; None for all.
-        right: How many keys after its own position a query sees; None for all, 0 for causal attention.
-        softcap: Caps logits to `softcap * tanh(logits / softcap)`; sdpa's error is then that of attention without it.
-        biased: Whether a random bias is added to the logits, the same for all rows.
-        value_head_dim: Of value; `head_dim` by default.
-        num_heads: Query heads.
-        num_kv_heads: Key heads.
-        batch_size: Rows, of lengths uniform in [1, max_length]; one of them is padding only.
-        max_length: The longest row.
-        seed: Of the input; a fresh one by default.
-
-    Returns:
-        The errors; `error` is NaN or infinite if anything invalid reached a valid position.
+    Rows have lengths uniform in [1, max_length], the last is padding only. A bias is random and the same for all rows.
+    With a softcap, sdpa's error is that of attention without it. The kernel's error is NaN or infinite if anything
+    invalid reached a valid position.
     """
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    normal = partial(torch.randn, generator=generator, device="cpu")
     value_head_dim = head_dim if value_head_dim is None else value_head_dim
-    lengths = torch.randint(1, max_length + 1, (batch_size,), generator=generator, device="cpu")
+    lengths = torch.randint(1, max_length + 1, (_ROWS,), generator=generator, device="cpu")
     lengths[0], lengths[-1] = max_length, 0
     valid = (torch.arange(max_length, device="cpu") < lengths[:, None]).to(device)
+    padding = ~valid[:, :, None, None]
 
     def random(heads: int, dim: int) -> torch.Tensor:
-        tensor = torch.randn(batch_size, max_length, heads, dim, generator=generator, device="cpu").to(device, dtype)
-        return tensor.masked_fill(~valid[:, :, None, None], float("nan"))
+        return normal(_ROWS, max_length, heads, dim).to(device, dtype).masked_fill(padding, float("nan"))
 
-    query, key = random(num_heads, head_dim), random(num_kv_heads, head_dim)
-    value = random(num_kv_heads, value_head_dim)
+    padded = random(num_heads, head_dim), random(num_kv_heads, head_dim), random(num_kv_heads, value_head_dim)
     layout = RaggedLayout.from_padding_mask(valid)
-    q, k, v = (layout.query.gather(tensor) for tensor in (query, key, value))
-    sm_scale: float = head_dim**-0.5
+    q, k, v = (layout.query.gather(tensor) for tensor in padded)
     bias = None
     if biased:
-        values = torch.randn(1, num_heads, max_length, max_length, generator=generator, device="cpu")
-        values = values.to(device, dtype)
-        bias = values.expand(batch_size, -1, -1, -1)
+        values = normal(1, num_heads, max_length, max_length).to(device, dtype)
+        bias = values.expand(_ROWS, -1, -1, -1)
+    sm_scale = head_dim**-0.5
+    asked: dict[str, Any] = {"left": left, "right": right, "sm_scale": sm_scale, "softcap": softcap, "bias": bias}
     if kernel is None:
-        output = reference.attend(
-            q, k, v, layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap, bias=bias
-        )
-        padded_head_dim = head_dim
+        output, padded_head_dim = reference.attend(q, k, v, layout, **asked), head_dim
     else:
-        output = flashinfer.attend(
-            q, k, v, layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap, bias=bias, kernel=kernel
-        )
+        output = flashinfer.attend(q, k, v, layout, **asked, kernel=kernel)
         padded_head_dim = flashinfer.padded_head_dim(max(head_dim, value_head_dim))
-    exact = reference.attend(
-        q.double(), k.double(), v.double(), layout, left=left, right=right, sm_scale=sm_scale, softcap=softcap,
-        bias=bias,
-    )  # fmt: skip
+    exactly = partial(reference.attend, q.double(), k.double(), v.double(), layout)
+    exact = exactly(**asked)
+    plain = exact if softcap is None else exactly(**{**asked, "softcap": None})
 
-    positions = torch.arange(max_length, device=device)
-    distance = positions - positions[:, None]
-    band = (distance >= -(max_length if left is None else left)) & (
-        distance <= (max_length if right is None else right)
-    )
+    band = torch.ones(max_length, max_length, dtype=torch.bool, device=device)
+    band = band.triu(-(max_length if left is None else left)).tril(max_length if right is None else right)
     mask = valid[:, None, None, :] & band
     if bias is not None:
         # Not infinite: a row of padding only would be NaN.
         mask = bias.masked_fill(~mask, torch.finfo(dtype).min)
-    groups = num_heads // num_kv_heads
     # sdpa cannot be asked to ignore NaN: it gets zeros in the padding.
-    sdpa_q, sdpa_k, sdpa_v = (
-        tensor.masked_fill(~valid[:, :, None, None], 0).repeat_interleave(repeats, 2).transpose(1, 2)
-        for tensor, repeats in ((query, 1), (key, groups), (value, groups))
-    )
+    sides = [
+        tensor.masked_fill(padding, 0).repeat_interleave(num_heads // tensor.shape[2], 2).transpose(1, 2)
+        for tensor in padded
+    ]
 
-    def sdpa(multiple: int) -> torch.Tensor:
-        q, k, v = (F.pad(side, (0, -side.shape[-1] % multiple)) for side in (sdpa_q, sdpa_k, sdpa_v))
+    def sdpa_error(multiple: int) -> float:
+        q, k, v = (F.pad(side, (0, -side.shape[-1] % multiple)) for side in sides)
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=sm_scale)
-        return output.transpose(1, 2)[valid][..., :value_head_dim]
-
-    plain = exact
-    if softcap is not None:
-        plain = reference.attend(
-            q.double(), k.double(), v.double(), layout, left=left, right=right, sm_scale=sm_scale, bias=bias
-        )
-
-    def relative(result: torch.Tensor, truth: torch.Tensor) -> float:
-        return float((result.double() - truth).norm() / truth.norm())
+        return _relative(output.transpose(1, 2)[valid][..., :value_head_dim], plain)
 
     padded_output = layout.query.scatter(output)
     if padded_output[~valid].abs().sum() != 0:
         raise AssertionError("padded rows of the output are not zero")
     return KernelError(
-        kernel="torch" if kernel is None else kernel,
-        head_dim=head_dim,
-        value_head_dim=value_head_dim,
-        padded_head_dim=padded_head_dim,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        dtype=str(dtype).removeprefix("torch."),
-        left=left,
-        right=right,
-        softcap=softcap,
-        total_tokens=layout.query.total_tokens,
-        error=relative(layout.query.gather(padded_output), exact),
-        sdpa_error=relative(sdpa(1), plain),
-        fused_sdpa_error=relative(sdpa(8), plain),
-        biased=biased,
-    )
+        kernel="torch" if kernel is None else kernel, head_dim=head_dim, value_head_dim=value_head_dim,
+        padded_head_dim=padded_head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        dtype=str(dtype).removeprefix("torch."), left=left, right=right, softcap=softcap,
+        total_tokens=layout.query.total_tokens, error=_relative(layout.query.gather(padded_output), exact),
+        sdpa_error=sdpa_error(1), fused_sdpa_error=sdpa_error(8), biased=biased,
+    )  # fmt: skip
+
+
+def _relative(result: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((result.double() - truth).norm() / truth.norm())

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import itertools
 import os
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, NamedTuple
 
 import torch
+from transformers import AutoConfig, PreTrainedConfig
 
-from ..errors import BackendUnavailableError, first_line
-from ..html_table import html_table
-from ..kernels.modules import is_compiled
+from ..attention.select import kernel_for
+from ..errors import first_line
+from ..kernels import flashinfer
+from ..kernels.modules import KernelModule, is_compiled
+from ..kernels.wrapper_pool import planning_ways
+from ..ragged.band import Band
 from ..settings import current_settings
 from ..version import __version__
-from .model_plan import modules_of
+from . import accuracy
+from .environment import FOREIGN_ERRORS
+from .model_plan import ModelPlan, modules_of, plan_of_config
 from .pretrained import reading
-from .probes import IMPORT_ERRORS, Probe, probe_cache, probe_compilers, probe_gpus, probe_versions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from ..kernels.flashinfer import Kernel
-    from .accuracy import KernelError
-    from .model_plan import ModelPlan
+from .probes import Probe, probe_cache, probe_compilers, probe_gpus, probe_versions
+from .screen import Block, Screen
 
 __all__ = ["Diagnosis", "KernelCheck", "ModelKernel", "Section", "doctor"]
 
 # The error of a kernel over that of sdpa's, up to which it is as exact.
 BUDGET = 1.25
-_WIDTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,46 +42,48 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class KernelCheck:
-    """One kernel on random input against float64.
-
-    Args:
-        kernel: "fa2", "fa3", "auto" or "torch".
-        dtype: Of the input, such as "float16".
-        head_dim: Of query, key and value.
-        attention: What was computed, such as "causal" or "window (64 before, 64 after)".
-        result: The errors; None if it did not run.
-        problem: Why it did not run, or what is wrong with its numbers; None if it is as exact as sdpa.
-    """
+    """One kernel, or "torch", on random input against float64."""
 
     kernel: str
     dtype: str
     head_dim: int
+    # Such as "causal" or "window (64 before, 64 after)".
     attention: str
-    result: KernelError | None
+    # None if it did not run.
+    result: accuracy.KernelError | None
+    # Why it did not run, or what is wrong with its numbers.
     problem: str | None
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns plain values, ready for `json.dumps`."""
-        plain: dict[str, object] = {name: getattr(self, name) for name in self.__slots__ if name != "result"}
-        plain["errors"] = None if self.result is None else {**asdict(self.result), "ratio": self.result.ratio}
-        return plain
+        plain = asdict(self)
+        del plain["result"]
+        return {**plain, "errors": self.result and {**asdict(self.result), "ratio": self.result.ratio}}
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What a table shows."""
+        head_dim, figures = str(self.head_dim), ("-", "-", "-")
+        if (result := self.result) is not None:
+            figures = f"{result.error:.2e}", f"{result.fused_sdpa_error:.2e}", f"{result.ratio:.2f}"
+            head_dim += f" -> {result.padded_head_dim}" * (result.padded_head_dim != self.head_dim)
+        verdict = "ok" if self.problem is None else "FAILED"
+        return self.kernel, self.dtype, head_dim, self.attention, *figures, verdict
+
+
+_CHECK_HEADER = ("kernel", "dtype", "head_dim", "attention", "error", "sdpa's", "ratio", "")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelKernel:
-    """One kernel that a model may need.
-
-    Args:
-        name: Such as "fa3, float16, head_dim 64, window".
-        compiled: Whether it is in the kernel cache; None where that is not known, as for another GPU.
-    """
+    """One kernel that a model may need, and whether it is in the cache; None if unknown, as for another GPU."""
 
     name: str
     compiled: bool | None
 
 
 @dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Diagnosis(Screen):
     """Result of `doctor`; `print(diagnosis)` shows one screen.
 
     Args:
@@ -120,12 +119,7 @@ class Diagnosis:
 
         What a probe could not find is None, and `problems` says why, by section and name. Sizes are in bytes.
         """
-        problems = {
-            f"{section.name}.{probe.name}": probe.shown
-            for section in self.sections
-            for probe in section.probes
-            if probe.is_problem
-        }
+        probes = _by_name(self.sections)
         return {
             "hf_flashinfer_attn": __version__,
             "ready": self.ready,
@@ -133,71 +127,41 @@ class Diagnosis:
             "device": self.device,
             "obstacles": list(self.obstacles),
             **{section.name: {probe.name: probe.value for probe in section.probes} for section in self.sections},
-            "problems": problems,
-            "model": None if self.plan is None else self.plan.to_dict(),
+            "problems": {name: probe.shown for name, probe in probes.items() if probe.is_problem},
+            "model": self.plan and self.plan.to_dict(),
             "model_kernels": {kernel.name: kernel.compiled for kernel in self.kernels},
             "checks": [check.to_dict() for check in self.checks],
         }
 
-    def __str__(self) -> str:
-        lines = [f"hf_flashinfer_attn {__version__}"]
+    def _blocks(self) -> Iterator[Block]:
+        """Yields what is shown."""
+        title = f"hf_flashinfer_attn {__version__}\n"
         for section in self.sections:
-            lines += ["", section.name]
-            for probe in section.probes:
-                lines += _entry("!" if probe.is_problem else " ", probe.name, probe.shown)
+            rows = [("! " * probe.is_problem + probe.name, probe.shown) for probe in section.probes]
+            yield Block(f"{title}\n{section.name}", rows)
+            title = ""
         if self.plan is not None:
-            lines += ["", "model", *(f"  {line}" for line in _wrapped(str(self.plan)))]
-            if self.plan.capability is None:
-                lines.append("  on another GPU: --arch 9.0")
-            lines += map("  {}".format, _wrapped(self._kernels))
+            table, facts = self.plan._blocks()
+            yield table._replace(title=f"\nmodel: {table.title}")
+            yield facts._replace(rows=[*facts.rows, *self._facts_of_kernels()])
         if self.checks:
-            lines += [
-                "",
-                "check: relative errors against float64",
-                *map("  {}".format, _table(_check_rows(self.checks))),
-            ]
-            for check in self.checks:
-                if check.problem is not None:
-                    lines += _entry("!", f"{check.kernel}, {check.dtype}", f"{check.attention}: {check.problem}")
-        lines += ["", "backend"]
-        lines += _entry(" " if self.ready else "!", self.backend or "none", self._verdict)
-        for obstacle in self.obstacles:
-            lines += _entry(" ", "", obstacle)
-        return "\n".join(lines)
-
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self))
-
-    def _repr_html_(self) -> str:
-        parts = [
-            html_table(
-                ("", "", f"hf_flashinfer_attn {__version__}"),
-                [
-                    (section.name if at == 0 else "", probe.name, f"{'⚠ ' * probe.is_problem}{probe.shown}")
-                    for section in self.sections
-                    for at, probe in enumerate(section.probes)
-                ],
+            yield Block(
+                "\ncheck: relative errors against float64", [check.cells for check in self.checks], _CHECK_HEADER
             )
-        ]
-        if self.plan is not None:
-            parts += [self.plan._repr_html_(), *(f"<div>{escape(line)}</div>" for line in self._kernels.splitlines())]
-        if self.checks:
-            header, *rows = _check_rows(self.checks)
-            problems = [f"{check.kernel}, {check.dtype}: {check.problem}" for check in self.checks if check.problem]
-            title = "check: relative errors against float64"
-            parts.append(html_table(header, rows, title=title, note="\n".join(problems)))
-        parts.append(html_table((), [(obstacle,) for obstacle in self.obstacles], title=f"backend: {self._verdict}"))
-        return f"<div>{'<br>'.join(parts)}</div>"
+            failed = [check for check in self.checks if check.problem is not None]
+            yield Block("", [(f"! {one.kernel}, {one.dtype}", f"{one.attention}: {one.problem}") for one in failed])
+        verdict = ("! " * (not self.ready) + (self.backend or "none"), self._verdict)
+        yield Block("\nbackend", [verdict, *(("", obstacle) for obstacle in self.obstacles)])
 
-    @property
-    def _kernels(self) -> str:
-        """Says which kernels of the model are still to be compiled, for the GPUs that FlashInfer compiles for here."""
+    def _facts_of_kernels(self) -> Iterator[tuple[str, str]]:
         missing = [kernel.name for kernel in self.kernels if kernel.compiled is False]
-        if not missing:
-            known = self.kernels and all(kernel.compiled for kernel in self.kernels)
-            return "kernels: all compiled" if known else ""
-        count = f"{len(missing)} of {len(self.kernels)} not compiled yet (`warmup --model` does it)"
-        return f"kernels: {count}: {'; '.join(missing)}"
+        if missing:
+            count = f"{len(missing)} of {len(self.kernels)} not compiled yet (`warmup --model` does it)"
+            yield "kernels", f"{count}: {'; '.join(missing)}"
+        elif self.kernels and all(kernel.compiled for kernel in self.kernels):
+            yield "kernels", "all compiled"
+        if self.plan is not None and self.plan.capability is None:
+            yield "on another GPU", "--arch 9.0"
 
     @property
     def _verdict(self) -> str:
@@ -252,29 +216,37 @@ def doctor(
         ("compilers", "compilers", probe_compilers),
         ("cache", "FlashInfer and its kernel cache", probe_cache),
     )
-    found = []
+    sections = []
     for name, what, probe in probes:
         on_step(f"looking for {what}")
-        found.append(Section(name, probe()))
-    sections = tuple(found)
+        sections.append(Section(name, probe()))
     device = _device_here()
-    backend, obstacles = _backend_here(device, sections)
+    backend, obstacles = _backend_here(device, _by_name(sections))
+    plan, kernels = None, []
     if model is not None:
         on_step("planning the model's layers from its config")
-    plan = None if model is None else _plan(model, dtype, capability)
-    checks: tuple[KernelCheck, ...] = ()
+        plan = _plan(model, dtype, capability)
+        kernels = [ModelKernel(str(one), _is_compiled(one) if capability is None else None) for one in modules_of(plan)]
+    checks: list[KernelCheck] = []
     if check:
-        of_model = plan if plan is not None and capability is None else None
-        device_of_checks = device if backend == "flashinfer" else torch.device("cpu")
-        cases = tuple(dict.fromkeys(_cases_here(device_of_checks) if of_model is None else _cases_of(of_model)))
-        checks = tuple(_checks(device_of_checks, cases, on_step))
+        checked_on = device if backend == "flashinfer" else torch.device("cpu")
+        cases = dict.fromkeys(_cases_here(checked_on) if plan is None or capability is not None else _cases_of(plan))
+        for case in cases:
+            checks.append(_check(case, checked_on, on_step))
         if backend == "flashinfer":
             on_step("planning each kernel again")
-            sections += (Section("plans", tuple(_probe_plans(device, cases, checks))),)
-        if backend == "flashinfer" and any(one.problem is not None for one in checks):
-            obstacles.append("a kernel failed its check, see above")
-    kernels = () if plan is None else _model_kernels(plan, of_here=capability is None)
-    return Diagnosis(sections, str(device), backend, tuple(obstacles), plan, kernels, checks)
+            # A kernel that passed its check once more, to see how FlashInfer plans for new lengths.
+            for case in {case.kernel: case for case, check in zip(cases, checks) if check.problem is None}.values():
+                case.measure(device)
+            ways = planning_ways().items()
+            plans = (Probe(kernel, way, way, is_problem=way != "recorded arguments") for kernel, way in ways)
+            sections.append(Section("plans", tuple(plans)))
+            obstacles += ["a kernel failed its check, see above"] * any(one.problem is not None for one in checks)
+    return Diagnosis(tuple(sections), str(device), backend, tuple(obstacles), plan, tuple(kernels), tuple(checks))
+
+
+def _by_name(sections: Sequence[Section]) -> dict[str, Probe]:
+    return {f"{section.name}.{probe.name}": probe for section in sections for probe in section.probes}
 
 
 def _device_here() -> torch.device:
@@ -285,11 +257,8 @@ def _device_here() -> torch.device:
         return torch.device("cpu")
 
 
-def _backend_here(device: torch.device, sections: tuple[Section, ...]) -> tuple[str | None, list[str]]:
+def _backend_here(device: torch.device, probes: dict[str, Probe]) -> tuple[str | None, list[str]]:
     """Returns the selected backend, and what blocks FlashInfer on a GPU."""
-    from ..kernels.flashinfer import unavailable_reason
-
-    probes = {f"{section.name}.{probe.name}": probe for section in sections for probe in section.probes}
     try:
         settings = current_settings()
     except ValueError as error:
@@ -299,19 +268,12 @@ def _backend_here(device: torch.device, sections: tuple[Section, ...]) -> tuple[
         obstacles.append("backend='torch' is set; use hf_flashinfer_attn.configure(backend='auto').")
     if device.type == "cpu":
         obstacles.append(_reason_without_gpu(probes))
-        unavailable = None
-    else:
-        unavailable = unavailable_reason(device)
-    if unavailable is not None:
+    elif (unavailable := flashinfer.unavailable_reason(device)) is not None:
         obstacles.append("{}. {}".format(*unavailable))
-    takes_flashinfer = device.type == "cuda" and unavailable is None
-    if takes_flashinfer:
+    else:
         obstacles += _reasons_against_compiling(probes)
-    if settings.backend == "torch":
-        return "torch", obstacles
-    if not takes_flashinfer:
-        return None if settings.backend == "flashinfer" else "torch", obstacles
-    return "flashinfer", obstacles
+        return "torch" if settings.backend == "torch" else "flashinfer", obstacles
+    return None if settings.backend == "flashinfer" else "torch", obstacles
 
 
 def _reason_without_gpu(probes: dict[str, Probe]) -> str:
@@ -332,45 +294,38 @@ def _reasons_against_compiling(probes: dict[str, Probe]) -> list[str]:
         return []
     needed = ["compilers.ninja"]
     kernels = probes.get("cache.kernels")
-    if kernels is None or not cast("dict[str, Any]", kernels.value or {}).get("compiled"):
+    if kernels is None or not (kernels.value or {}).get("compiled"):
         # To run what is there, FlashInfer asks ninja, and ninja nobody.
         needed += ["compilers.nvcc", "compilers.C++"]
-    return [f"{name.partition('.')[2]}: {probes[name].shown}" for name in needed if probes[name].is_problem]
+    return [f"{probes[name].name}: {probes[name].shown}" for name in needed if probes[name].is_problem]
 
 
 def _plan(
     model: str | os.PathLike[str] | PreTrainedConfig, dtype: torch.dtype | None, capability: tuple[int, int] | None
 ) -> ModelPlan:
-    from transformers import AutoConfig, PreTrainedConfig
-
-    from ..kernels.flashinfer import DTYPES
-    from .model_plan import plan_of_config
-
-    config = model
-    if not isinstance(config, PreTrainedConfig):
+    if isinstance(model, PreTrainedConfig):
+        config = model
+    else:
         with reading(model):
             config = AutoConfig.from_pretrained(model)
     if dtype is None:
         named = getattr(config, "dtype", None)
-        dtype = named if named in DTYPES else torch.float16
+        dtype = named if named in flashinfer.DTYPES else torch.float16
     return plan_of_config(config, dtype=dtype, capability=capability)
 
 
-def _model_kernels(plan: ModelPlan, *, of_here: bool) -> tuple[ModelKernel, ...]:
-    kernels = []
-    for module in modules_of(plan):
-        try:
-            compiled = is_compiled(module) if of_here else None
-        except (*IMPORT_ERRORS, BackendUnavailableError):
-            # Why is a line of the cache.
-            compiled = None
-        kernels.append(ModelKernel(str(module), compiled))
-    return tuple(kernels)
+def _is_compiled(module: KernelModule) -> bool | None:
+    try:
+        return is_compiled(module)
+    except FOREIGN_ERRORS:
+        # Why is a line of the cache.
+        return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Case:
-    kernel: Kernel | None
+class _Case(NamedTuple):
+    """What to measure, by the names that `measure_kernel_error` has for it."""
+
+    kernel: flashinfer.Kernel | None
     dtype: torch.dtype
     head_dim: int
     left: int | None = None
@@ -378,63 +333,37 @@ class _Case:
     softcap: float | None = None
     biased: bool = False
 
-    @property
-    def attention(self) -> str:
-        from ..ragged.band import Band
-
-        softcap = "" if self.softcap is None else f", softcap {self.softcap:g}"
-        return f"{Band(self.left, self.right).name}{softcap}{', bias' if self.biased else ''}"
-
-    def measure(self, device: torch.device) -> KernelError:
-        from .accuracy import measure_kernel_error
-
-        return measure_kernel_error(
-            self.kernel, self.head_dim, dtype=self.dtype, device=device, left=self.left, right=self.right,
-            softcap=self.softcap, biased=self.biased,
-        )  # fmt: skip
+    def measure(self, device: torch.device) -> accuracy.KernelError:
+        return accuracy.measure_kernel_error(**self._asdict(), device=device)
 
 
-def _probe_plans(device: torch.device, cases: Sequence[_Case], checks: Sequence[KernelCheck]) -> Iterator[Probe]:
-    """Says how FlashInfer plans for new lengths; kernels that passed their check run once more to find out."""
-    from ..kernels.wrapper_pool import planning_ways
-
-    passed = {case.kernel: case for case, check in zip(cases, checks) if check.problem is None}
-    for case in passed.values():
-        case.measure(device)
-    for kernel, way in planning_ways().items():
-        yield Probe(kernel, way, way, is_problem=way != "recorded arguments")
-
-
-def _checks(device: torch.device, cases: Sequence[_Case], on_step: Callable[[str], None]) -> Iterator[KernelCheck]:
-    for case in cases:
-        name, dtype = case.kernel or "torch", str(case.dtype).removeprefix("torch.")
-        on_step(f"checking {name}, {dtype}, head_dim {case.head_dim}, {case.attention}")
-        result, problem = None, None
-        try:
-            result = case.measure(device)
-            # Not the other way round: an error may be NaN.
-            if not result.ratio <= BUDGET:
-                problem = f"{result.ratio:.2f} times the error of sdpa, expected at most {BUDGET}"
-        except (RuntimeError, OSError, ImportError, ValueError, AssertionError) as error:
-            problem = first_line(error)
-        yield KernelCheck(name, dtype, case.head_dim, case.attention, result, problem)
+def _check(case: _Case, device: torch.device, on_step: Callable[[str], None]) -> KernelCheck:
+    name, dtype = case.kernel or "torch", str(case.dtype).removeprefix("torch.")
+    softcap = "" if case.softcap is None else f", softcap {case.softcap:g}"
+    attention = Band(case.left, case.right).name + softcap + ", bias" * case.biased
+    on_step(f"checking {name}, {dtype}, head_dim {case.head_dim}, {attention}")
+    result, problem = None, None
+    try:
+        result = case.measure(device)
+        # Not the other way round: an error may be NaN.
+        if not result.ratio <= BUDGET:
+            problem = f"{result.ratio:.2f} times the error of sdpa, expected at most {BUDGET}"
+    except FOREIGN_ERRORS as error:
+        problem = first_line(error)
+    return KernelCheck(name, dtype, case.head_dim, attention, result, problem)
 
 
 def _cases_here(device: torch.device) -> Iterator[_Case]:
     """A choice of what would run here: each kernel in each dtype, heads as they are and padded."""
-    from ..attention.select import kernel_for
-    from ..kernels.flashinfer import DTYPES, dtype_reason
-
     if device.type == "cpu":
-        for dtype in (torch.float32, *DTYPES):
-            yield _Case(None, dtype, 64)
-            yield _Case(None, dtype, 64, right=0)
-            yield _Case(None, dtype, 64, left=16, right=16)
+        for dtype in (torch.float32, *flashinfer.DTYPES):
+            for left, right in ((None, None), (None, 0), (16, 16)):
+                yield _Case(None, dtype, 64, left, right)
         return
     capability = torch.cuda.get_device_capability(device)
-    dtypes = [dtype for dtype in DTYPES if dtype_reason(dtype, capability) is None]
-    for dtype, head_dim, keys in itertools.product(dtypes, (32, 128), (float("inf"), 1.0)):
-        kernel = kernel_for(capability, head_dim, keys)
+    dtypes = [dtype for dtype in flashinfer.DTYPES if flashinfer.dtype_reason(dtype, capability) is None]
+    for dtype, head_dim, reach in itertools.product(dtypes, (32, 128), (float("inf"), 1.0)):
+        kernel = kernel_for(capability, head_dim, reach)
         yield _Case(kernel, dtype, head_dim)
         yield _Case(kernel, dtype, head_dim, right=0)
 
@@ -442,54 +371,6 @@ def _cases_here(device: torch.device) -> Iterator[_Case]:
 def _cases_of(plan: ModelPlan) -> Iterator[_Case]:
     for layer in plan.layers:
         for name in layer.kernels:
-            if name not in ("fa2", "fa3", "auto", "torch"):
-                continue
-            kernel = None if name == "torch" else cast("Kernel", name)
-            yield _Case(kernel, plan.dtype, layer.head_dim, layer.left, layer.right, layer.softcap, layer.biased)
-
-
-def _check_rows(checks: tuple[KernelCheck, ...]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("kernel", "dtype", "head_dim", "attention", "error", "sdpa's", "ratio", "")]
-    for check in checks:
-        result = check.result
-        figures = ("-", "-", "-")
-        head_dim = str(check.head_dim)
-        if result is not None:
-            figures = f"{result.error:.2e}", f"{result.fused_sdpa_error:.2e}", f"{result.ratio:.2f}"
-            if result.padded_head_dim != check.head_dim:
-                head_dim += f" -> {result.padded_head_dim}"
-        verdict = "ok" if check.problem is None else "FAILED"
-        rows.append((check.kernel, check.dtype, head_dim, check.attention, *figures, verdict))
-    return rows
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-
-
-_NAME_WIDTH = 13
-
-
-def _entry(mark: str, name: str, text: str) -> list[str]:
-    """Returns a line, or several: each line of the text is wrapped and indented."""
-    head, indent = f"{mark} {name.ljust(_NAME_WIDTH)} ", " " * (_NAME_WIDTH + 3)
-    lines = [
-        line
-        for part in text.splitlines() or [""]
-        # Paths stay whole, to be copied.
-        for line in textwrap.wrap(part, _WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
-    ]
-    if len(name) > _NAME_WIDTH:
-        return [head.rstrip(), *(indent + line for line in lines)]
-    return [(head if at == 0 else indent) + line for at, line in enumerate(lines)] or [head.rstrip()]
-
-
-def _wrapped(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        if len(line) <= _WIDTH - 2:
-            yield line
-        else:
-            yield from textwrap.wrap(
-                line, _WIDTH - 2, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-            )
+            if name in ("fa2", "fa3", "auto", "torch"):
+                kernel: Any = None if name == "torch" else name
+                yield _Case(kernel, plan.dtype, layer.head_dim, layer.left, layer.right, layer.softcap, layer.biased)

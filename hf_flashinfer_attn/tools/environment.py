@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+
 from ..version import __version__
 
-__all__ = ["TESTED", "describe_environment", "versions_tested"]
+__all__ = ["FOREIGN_ERRORS", "TESTED", "describe_environment", "describe_gpu", "installed_version", "versions_tested"]
 
 # Oldest and newest tested version of each distribution, installed by CI; torch's oldest was tested on a GPU, its newest
 # by `benchmarks/test_newest.sh`. Newer versions are allowed.
@@ -21,46 +22,59 @@ TESTED = {
     "triton": ("3.6.0", "3.9.0"),
     "torch": ("2.11.0", "2.14.1"),
 }
+# What other packages, broken installations of them and the code of models may raise.
+FOREIGN_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 
 
 def versions_tested() -> str:
-    """Returns the tested versions as one line of text.
-
-    Examples:
-        >>> from hf_flashinfer_attn.tools.environment import versions_tested
-        >>> "transformers 5.5.4 to " in versions_tested()
-        True
-    """
+    """Returns the tested versions as one line of text."""
     return ", ".join(f"{name} {oldest} to {newest}" for name, (oldest, newest) in TESTED.items())
 
 
 def describe_environment() -> dict[str, object]:
-    """Describes this machine and the packages that matter for a measurement.
+    """Describes this machine and the packages that matter for a measurement, as plain values for `json.dumps`.
 
-    FlashInfer and Triton are looked up in the metadata of installed packages, never imported.
-
-    Returns:
-        Plain values, ready for `json.dumps`: the date in UTC, versions of packages (None where one is not installed),
-        CPU, logical CPUs of this process, threads of torch, and name, compute capability and memory in GiB of the
-        current GPU (None where there is none). A probe that failed gives a string that starts with "unknown:".
-
-    Examples:
-        >>> from hf_flashinfer_attn.tools.environment import describe_environment
-        >>> environment = describe_environment()
-        >>> isinstance(environment["torch"], str) and isinstance(environment["python"], str)
-        True
+    Packages are looked up, never imported; what there is not is None. What a broken driver does not tell is a string
+    that starts with "unknown:".
     """
-    return {name: _guarded(probe) for name, probe in _PROBES.items()}
-
-
-def _guarded(probe: Callable[[], object]) -> object:
+    gpu = dict.fromkeys(("name", "capability", "memory_gib"))
     try:
-        return probe()
-    except Exception as error:  # a broken driver or package must not cost the measurement
-        return f"unknown: {type(error).__name__}: {error}"
+        if torch.cuda.is_available():
+            gpu = describe_gpu(torch.cuda.current_device())
+    except FOREIGN_ERRORS as error:
+        gpu = dict.fromkeys(gpu, f"unknown: {type(error).__name__}: {error}")
+    return {
+        "date_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "hf_flashinfer_attn": __version__,
+        "torch": installed_version("torch"),
+        "transformers": installed_version("transformers"),
+        "flashinfer": installed_version("flashinfer-python"),
+        "triton": installed_version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        # In a container or under a scheduler, fewer than the machine has.
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": gpu["name"],
+        "gpu_capability": gpu["capability"],
+        "gpu_memory_gib": gpu["memory_gib"],
+    }
 
 
-def _installed_version(distribution: str) -> str | None:
+def describe_gpu(index: int) -> dict[str, object]:
+    """Returns name, compute capability and memory in GiB of a GPU, as plain values."""
+    found = torch.cuda.get_device_properties(index)
+    memory = round(found.total_memory / 2**30, 1)
+    return {"name": found.name, "capability": f"{found.major}.{found.minor}", "memory_gib": memory}
+
+
+def installed_version(distribution: str) -> str | None:
+    """Returns the version of an installed distribution; None where there is none."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -70,64 +84,6 @@ def _installed_version(distribution: str) -> str | None:
 def _cpu_name() -> str:
     # `platform.processor()` is empty on most Linux systems.
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cpu_count() -> int | None:
-    # In a container or under a scheduler, fewer than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _torch_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _cuda_version() -> str | None:
-    import torch
-
-    return torch.version.cuda
-
-
-def _gpu_name() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _gpu_capability() -> str | None:
-    import torch
-
-    return ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
-
-
-def _gpu_memory_gib() -> float | None:
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    return round(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30, 1)
-
-
-_PROBES: dict[str, Callable[[], object]] = {
-    "date_utc": lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    "hf_flashinfer_attn": lambda: __version__,
-    "torch": lambda: _installed_version("torch"),
-    "transformers": lambda: _installed_version("transformers"),
-    "flashinfer": lambda: _installed_version("flashinfer-python"),
-    "triton": lambda: _installed_version("triton"),
-    "cuda": _cuda_version,
-    "python": platform.python_version,
-    "system": lambda: f"{platform.system()} {platform.machine()}",
-    "cpu": _cpu_name,
-    "cpu_count": _cpu_count,
-    "torch_threads": _torch_threads,
-    "gpu": _gpu_name,
-    "gpu_capability": _gpu_capability,
-    "gpu_memory_gib": _gpu_memory_gib,
-}
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,12 +1,11 @@
-"""The support tables, made from the rules that the dispatcher and `unpad` go by.
-
-python -m hf_flashinfer_attn.support
-"""
+"""The support tables of the documentation, made from the rules of the dispatcher and of `unpad`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..attention.select import RULES, Backend
-from ..unpadding.families import FAMILIES, REFUSED, Family
+from ..unpadding.families import FAMILIES, REFUSED
 
 __all__ = ["refused_table", "support_table", "unpadding_table"]
 
@@ -41,58 +40,37 @@ _RUNS_ON = {Backend.DENSE: "dense attention", Backend.TORCH: "ragged torch backe
 
 
 def support_table() -> str:
-    """Returns what runs where on a GPU that FlashInfer supports, as a Markdown table.
-
-    Examples:
-        >>> from hf_flashinfer_attn.tools.support import support_table
-        >>> print(support_table().splitlines()[0])
-        | request | on a GPU |
-    """
-    rows: list[tuple[str, ...]] = [(feature, "FlashInfer") for feature in _NATIVE]
-    rows += [(feature, "torch's sdpa") for feature in _FASTER_ELSEWHERE]
-    rows += [(rule.feature, f"{_RUNS_ON[rule.backend]}, logged once") for rule in RULES]
-    rows += [(feature, "one sequence, as in eager attention") for feature in _NOT_NOTICED]
-    rows += [(feature, "`UnsupportedAttentionError`") for feature in _REFUSED]
+    """Returns what runs where on a GPU that FlashInfer supports, as a Markdown table."""
+    rows = [
+        *((feature, "FlashInfer") for feature in _NATIVE),
+        *((feature, "torch's sdpa") for feature in _FASTER_ELSEWHERE),
+        *((rule.feature, f"{_RUNS_ON[rule.backend]}, logged once") for rule in RULES),
+        *((feature, "one sequence, as in eager attention") for feature in _NOT_NOTICED),
+        *((feature, "`UnsupportedAttentionError`") for feature in _REFUSED),
+    ]
     return _table(("request", "on a GPU"), rows)
 
 
 def unpadding_table() -> str:
-    """Returns the families of models that `unpad` takes, as a Markdown table.
-
-    Examples:
-        >>> from hf_flashinfer_attn.tools.support import unpadding_table
-        >>> print(unpadding_table().splitlines()[3])
-        | `BertModel` | by slot, from 0 |  |
-    """
-    rows = [(f"`{name}`", family.positions.value, "; ".join(_besides(family))) for name, family in FAMILIES.items()]
-    return _table(("backbone", "tokens are numbered", "besides"), sorted(rows))
-
-
-def _besides(family: Family) -> list[str]:
-    besides = {
-        "packed with `use_cache=False`": family.is_causal,
-        "embeddings run padded, before packing; no CUDA graphs": family.embeds_rows,
-        "its own attention is replaced; no CUDA graphs": family.own_attention is not None,
-        "rows with holes stay padded": family.measures_slots,
-    }
-    return [text for text, applies in besides.items() if applies]
+    """Returns the families of models that `unpad` takes, as a Markdown table."""
+    rows = []
+    for name, family in sorted(FAMILIES.items()):
+        besides = {
+            "packed with `use_cache=False`": family.is_causal,
+            "embeddings run padded, before packing; no CUDA graphs": family.embeds_rows,
+            "its own attention is replaced; no CUDA graphs": family.own_attention is not None,
+            "rows with holes stay padded": family.measures_slots,
+        }
+        remarks = "; ".join(text for text, applies in besides.items() if applies)
+        rows.append((f"`{name}`", family.positions.value, remarks))
+    return _table(("backbone", "tokens are numbered", "besides"), rows)
 
 
 def refused_table() -> str:
-    """Returns the model types that `unpad` refuses by name, and why, as a Markdown table.
-
-    Examples:
-        >>> from hf_flashinfer_attn.tools.support import refused_table
-        >>> "mobilebert" in refused_table()
-        True
-    """
+    """Returns the model types that `unpad` refuses by name, and why, as a Markdown table."""
     return _table(("model type", "why"), [(f"`{model_type}`", reason) for model_type, reason in REFUSED.items()])
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    head, *body = (f"| {' | '.join(cells)} |" for cells in [header, *rows])
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
     return "\n".join([head, "|---" * len(header) + "|", *body])
-
-
-if __name__ == "__main__":
-    print(support_table())

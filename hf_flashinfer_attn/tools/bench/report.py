@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ...html_table import html_table
+from ...tables import html_table
 from .floors import MachineRates
 from .workload import BenchError, shown_name
 

@@ -1,4 +1,4 @@
-"""torch's own attention where it serves: what its kernels are called with, which no CPU has, and where they are not."""
+"""Plans of torch's fused kernels: what the kernels, which no CPU has, are called with, and when they are not."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import bidirectional_mask_function
 
-from hf_flashinfer_attn.attention.plan import NativeAttention, native, native_masked
+import hf_flashinfer_attn
+from hf_flashinfer_attn.attention.plan import SdpaPlan, make_plan
+from hf_flashinfer_attn.attention.select import Backend, Choice
+from hf_flashinfer_attn.attention.spec import AttentionInputs
 from hf_flashinfer_attn.integration.functions import attention_mask
 from hf_flashinfer_attn.ragged.band import CAUSAL, FULL, Pattern
-from hf_flashinfer_attn.ragged.layout import uniform_layout
-from hf_flashinfer_attn.ragged.lazy_mask import RaggedMask
+from hf_flashinfer_attn.settings import Settings
 
 SCALE = 0.3
 aten = torch.ops.aten
@@ -67,21 +69,23 @@ def sides(rows: int, queries: int, keys: int, *, heads: int = 2, dtype: torch.dt
     return [torch.randn(rows, length, heads, 32, dtype=dtype).transpose(1, 2) for length in (queries, keys, keys)]
 
 
-def without_padding(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> NativeAttention:
-    layout = uniform_layout(query.shape[0], query.shape[2], key.shape[2])
-    found = native(query, key, value, layout, pattern, sm_scale=SCALE, softcap=None)
-    assert found is not None
-    return found
-
-
-def with_padding(query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> NativeAttention:
-    mask = attention_mask(
-        query.shape[0], query.shape[2], key.shape[2], mask_function=bidirectional_mask_function, attention_mask=valid
-    )
-    assert isinstance(mask, RaggedMask)
-    found = native_masked(query, key, value, mask.spec, sm_scale=SCALE, softcap=None)
-    assert found is not None
-    return found
+def plan_of(
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern = FULL, valid: Tensor | None = None
+) -> SdpaPlan:
+    """Plans attention of full rows, or with a mask of valid keys, `(rows, keys)`, whose lengths nobody reads."""
+    mask, choice = None, Choice(Backend.FLASHINFER)
+    if valid is not None:
+        rows, length = query.shape[0], query.shape[2]
+        mask = attention_mask(
+            rows, length, key.shape[2], mask_function=bidirectional_mask_function, attention_mask=valid
+        )
+        choice = Choice(Backend.SDPA)
+    inputs = AttentionInputs(query, key, value, pattern, SCALE, "", object(), mask)
+    with hf_flashinfer_attn.trace() as trace:
+        plan = make_plan(inputs.spec(), choice, inputs.find_state(), Settings())
+    assert isinstance(plan, SdpaPlan)
+    assert valid is None or trace.layouts == 0
+    return plan
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -91,7 +95,7 @@ def with_padding(query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Na
 def test_flash_by_name_is_sdpa(pattern: Pattern, queries: int, keys: int, dtype: torch.dtype) -> None:
     query, key, value = sides(2, queries, keys, dtype=dtype)
     with Kernels() as kernels:
-        output = without_padding(query, key, value, pattern)(query, key, value, "")
+        output = plan_of(query, key, value, pattern)(query, key, value)
     assert kernels.called == ["flash_attention"]
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=pattern == CAUSAL, scale=SCALE)
     torch.testing.assert_close(output, expected.transpose(1, 2), rtol=0.02, atol=0.02)
@@ -101,32 +105,28 @@ def test_what_torch_refuses_is_not_called_by_name() -> None:
     for rows, length in ((0, 5), (2, 0)):
         query, key, value = sides(rows, length, length)
         with Kernels() as kernels:
-            output = without_padding(query, key, value, FULL)(query, key, value, "")
+            output = plan_of(query, key, value)(query, key, value)
         assert output.shape == (rows, length, 2, 32)
         assert kernels.called == []
     query, _, _ = sides(2, 5, 5, heads=4)
     _, key, value = sides(2, 5, 5)
-    assert not without_padding(query, key, value, FULL).plans_nothing
+    assert not plan_of(query, key, value).calls_directly
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_torchs_switches_count_when_a_layer_runs(padded: bool) -> None:
     query, key, value = sides(2, 5, 5)
-    valid = torch.arange(5) < torch.tensor([[5], [3]])
-
-    def prepare() -> NativeAttention:
-        return with_padding(query, key, value, valid) if padded else without_padding(query, key, value, FULL)
-
+    valid = torch.arange(5) < torch.tensor([[5], [3]]) if padded else None
     own = SDPBackend.EFFICIENT_ATTENTION if padded else SDPBackend.FLASH_ATTENTION
     for allowed in ([], [SDPBackend.CUDNN_ATTENTION], [own]):
-        # Prepared without the switches and with them: the decision is not kept.
-        prepared = prepare()
+        # Planned without the switches and with them: the decision is not kept.
+        plan = plan_of(query, key, value, valid=valid)
         with Kernels() as kernels, sdpa_kernel([SDPBackend.MATH, *allowed]):
-            switched = prepared(query, key, value, "")
-            prepared = prepare()
+            switched = plan(query, key, value)
+            plan = plan_of(query, key, value, valid=valid)
         assert kernels.called == []
         with kernels:
-            output = prepared(query, key, value, "")
+            output = plan(query, key, value)
         assert len(kernels.called) == 1
         torch.testing.assert_close(output, switched, rtol=0.02, atol=0.02)
 
@@ -137,7 +137,7 @@ def test_memory_efficient_by_name_is_sdpa(queries: int, keys: int, dtype: torch.
     query, key, value = sides(3, queries, keys, dtype=dtype)
     valid = torch.arange(keys) < torch.tensor([[keys], [keys - 3], [1]])
     with Kernels() as kernels:
-        output = with_padding(query, key, value, valid)(query, key, value, "")
+        output = plan_of(query, key, value, valid=valid)(query, key, value)
     assert kernels.called == ["efficient_attention"]
     expected = F.scaled_dot_product_attention(query, key, value, valid[:, None, None], scale=SCALE)
     torch.testing.assert_close(output, expected.transpose(1, 2), rtol=0.02, atol=0.02)

@@ -1,4 +1,4 @@
-"""Which mask functions are recognised as bands, and that nothing else is."""
+"""Which mask functions are recognised as bands, in a graph of torch.compile or not, and that nothing else is."""
 
 from __future__ import annotations
 
@@ -14,27 +14,55 @@ from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    chunked_causal_mask_function,
     or_masks,
+    packed_sequence_mask_function,
+    padding_mask_function,
     sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
 
-from hf_flashinfer_attn.ragged.band import PatternKind, recognise
+from hf_flashinfer_attn.ragged.band import CAUSAL, FULL, Band, MaskFunction, Opaque, Pattern, recognise
 from hf_flashinfer_attn.ragged.lazy_mask import lazy_mask
+from hf_flashinfer_attn.ragged.mask_functions import interpret
 
-MaskFunction = Callable[..., torch.Tensor]
-SIZES = [3, 128, 2043, 262_144, 2**31 - 1]
 _WINDOW = 3
 _IDS = torch.arange(9)
 _COUNTED = torch.tensor([[0, 1, 2, 0, 1, 2]])
 
 
-@pytest.mark.parametrize("size", SIZES)
+def pattern_of(function: MaskFunction) -> Pattern:
+    return recognise(function)[0]
+
+
+def is_opaque(function: MaskFunction) -> bool:
+    return isinstance(pattern_of(function), Opaque)
+
+
+def visible(band: Band, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Which pairs a band lets see each other, bool, the shape of `keys - queries`."""
+    seen = torch.ones_like(keys - queries, dtype=torch.bool)
+    if band.left is not None:
+        seen &= queries - keys <= band.left
+    if band.right is not None:
+        seen &= keys - queries <= band.right
+    return seen
+
+
+@pytest.mark.parametrize("size", [3, 128, 2043, 262_144, 2**31 - 1])
 def test_windows_of_any_size(size: int) -> None:
-    causal, *_ = recognise(sliding_window_causal_mask_function(size))
-    assert (causal.kind, causal.left, causal.right) == (PatternKind.BAND, size - 1, 0)
-    both, *_ = recognise(sliding_window_bidirectional_mask_function(size))
-    assert (both.kind, both.left, both.right) == (PatternKind.BAND, size, size)
+    assert pattern_of(sliding_window_causal_mask_function(size)) == Band(size - 1, 0)
+    assert pattern_of(sliding_window_bidirectional_mask_function(size)) == Band(size, size)
+
+
+@pytest.mark.parametrize(
+    ("band", "name", "is_window", "is_causal"),
+    [(FULL, "full", False, False), (CAUSAL, "causal", False, True), (Opaque("chunks"), "chunks", False, False),
+     (Band(3, 0), "window (3 before, 0 after)", True, True), (Band(2), "window (2 before, all after)", True, False),
+     (Band(None, 2), "window (all before, 2 after)", True, False)],
+)  # fmt: skip
+def test_names_of_bands(band: Pattern, name: str, is_window: bool, is_causal: bool) -> None:
+    assert (band.name, band.is_window, band.is_causal) == (name, is_window, is_causal)
 
 
 BANDS = st.tuples(st.integers(1, 2_000_000), st.integers(1, 2_000_000))
@@ -53,10 +81,8 @@ def test_bounds_may_be_sums_of_numbers(bounds: tuple[int, int], offset: int) -> 
     def behind(row, head, query, key):
         return query - key <= left + right + 3
 
-    found, *_ = recognise(one_closure)
-    assert (found.kind, found.left, found.right) == (PatternKind.BAND, left, right + offset - 1)
-    found, *_ = recognise(and_masks(ahead, behind))
-    assert (found.kind, found.left, found.right) == (PatternKind.BAND, left + right + 3, right)
+    assert pattern_of(one_closure) == Band(left, right + offset - 1)
+    assert pattern_of(and_masks(ahead, behind)) == Band(left + right + 3, right)
 
 
 NO_BANDS: dict[str, Callable[[int], MaskFunction]] = {
@@ -85,8 +111,8 @@ NO_BANDS: dict[str, Callable[[int], MaskFunction]] = {
 @pytest.mark.parametrize("name", NO_BANDS)
 def test_what_is_no_band_is_dense(name: str, size: int) -> None:
     function = NO_BANDS[name](size)
-    assert recognise(function)[0].kind is PatternKind.DENSE
-    assert recognise(and_masks(bidirectional_mask_function, function))[0].kind is PatternKind.DENSE
+    assert is_opaque(function)
+    assert is_opaque(and_masks(bidirectional_mask_function, function))
 
 
 PARTS: dict[str, Callable[[int], MaskFunction]] = {
@@ -104,8 +130,8 @@ PART = st.tuples(st.sampled_from(list(PARTS)), st.sampled_from([5, 48, 2000, 500
 def test_a_band_is_a_band_wherever_one_looks(one, other, combine, random) -> None:
     sizes = one[1], other[1]
     function = combine(*(PARTS[name](size) for name, size in (one, other)))
-    found, *_ = recognise(function)
-    if found.kind is PatternKind.DENSE:
+    found = pattern_of(function)
+    if isinstance(found, Opaque):
         return
     far = 6 * max(sizes)
     queries = torch.tensor([random.randrange(far) for _ in range(200)])[:, None]
@@ -115,17 +141,12 @@ def test_a_band_is_a_band_wherever_one_looks(one, other, combine, random) -> Non
     keys = queries + distances
     zero = torch.tensor(0)
     answers = function(zero, zero, queries, keys).broadcast_to(keys.shape)
-    expected = torch.ones_like(answers)
-    if found.left is not None:
-        expected &= distances >= -found.left
-    if found.right is not None:
-        expected &= distances <= found.right
-    wrong = (answers != expected) & (keys >= 0)
+    wrong = (answers != visible(found, queries, keys)) & (keys >= 0)
     assert not wrong.any(), (found, wrong.nonzero()[0], sizes)
 
 
 def test_numbers_that_overflow_are_dense() -> None:
-    assert recognise(sliding_window_causal_mask_function(2**62))[0].kind is PatternKind.DENSE
+    assert is_opaque(sliding_window_causal_mask_function(2**62))
 
 
 def test_numbers_may_come_from_anywhere() -> None:
@@ -144,8 +165,7 @@ def test_numbers_may_come_from_anywhere() -> None:
         return (query - key <= _WINDOW) & (query - key >= -_WINDOW) & (-(query - key) < _WINDOW + 1)
 
     for function in (positional, keyword, closed_over, of_module):
-        found, *_ = recognise(function)
-        assert (found.kind, found.left, found.right) == (PatternKind.BAND, 3, 3)
+        assert pattern_of(function) == Band(3, 3)
 
 
 def test_a_number_of_a_module_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +173,9 @@ def test_a_number_of_a_module_may_change(monkeypatch: pytest.MonkeyPatch) -> Non
         return abs(query - key) <= _WINDOW
 
     window.__module__ = "transformers.models.mine.modeling_mine"
-    assert recognise(window)[0].left == 3
+    assert pattern_of(window) == Band(3, 3)
     monkeypatch.setitem(globals(), "_WINDOW", 5)
-    assert recognise(window)[0].left == 5
+    assert pattern_of(window) == Band(5, 5)
 
 
 def looks_for_a_tensor(row, head, query, key):
@@ -189,26 +209,21 @@ UNKNOWN: list[MaskFunction] = [
 
 @pytest.mark.parametrize("function", UNKNOWN)
 def test_what_a_symbol_cannot_answer_is_dense(function: MaskFunction) -> None:
-    assert recognise(function)[0].kind is PatternKind.DENSE
+    assert is_opaque(function)
 
 
 # EmbeddingGemma's masks: a union with a constant, and with a window that is wider to the right.
-UNIONS: list[tuple[MaskFunction, int | None, int | None]] = [
-    (or_masks(causal_mask_function, lambda *args: torch.tensor(True, dtype=torch.bool)), None, None),
-    (or_masks(causal_mask_function, lambda *args: torch.tensor(False)), None, 0),
-    (
-        or_masks(sliding_window_causal_mask_function(4), lambda row, head, query, key: abs(query - key) < 4),
-        3,
-        3,
-    ),
-    (and_masks(causal_mask_function, lambda *args: torch.tensor(True)), None, 0),
+UNIONS: list[tuple[MaskFunction, Band]] = [
+    (or_masks(causal_mask_function, lambda *args: torch.tensor(True, dtype=torch.bool)), FULL),
+    (or_masks(causal_mask_function, lambda *args: torch.tensor(False)), CAUSAL),
+    (or_masks(sliding_window_causal_mask_function(4), lambda row, head, query, key: abs(query - key) < 4), Band(3, 3)),
+    (and_masks(causal_mask_function, lambda *args: torch.tensor(True)), CAUSAL),
 ]
 
 
-@pytest.mark.parametrize(("function", "left", "right"), UNIONS)
-def test_unions_of_bands(function: MaskFunction, left: int | None, right: int | None) -> None:
-    found, *_ = recognise(function)
-    assert (found.kind, found.left, found.right) == (PatternKind.BAND, left, right)
+@pytest.mark.parametrize(("function", "band"), UNIONS)
+def test_unions_of_bands(function: MaskFunction, band: Band) -> None:
+    assert pattern_of(function) == band
 
 
 def sees(sequences: torch.Tensor, positions: torch.Tensor) -> MaskFunction:
@@ -234,9 +249,9 @@ def sees(sequences: torch.Tensor, positions: torch.Tensor) -> MaskFunction:
 def test_packed_sequences_count_by_one(sequences: list, positions: list, is_dense: bool) -> None:
     function = sees(torch.tensor(sequences), torch.tensor(positions))
     mask = lazy_mask(1, 4, 4, 0, 0, function, None, torch.float32, "cpu", use_vmap=True)
-    assert (mask.spec.pattern.kind is PatternKind.DENSE or mask.has_holes) == is_dense
+    assert (isinstance(mask.spec.pattern, Opaque) or mask.state.has_holes) == is_dense
     if not is_dense:
-        assert mask.layout_of_forward(keep_padded_queries=False).query.lengths == (2, 2)
+        assert mask.state.layout().query.lengths == (2, 2)
 
 
 BLOCKS = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2]])
@@ -252,7 +267,7 @@ MAKERS = [
     if name.endswith(("_overlay", "_mask_function", "_packed_sequence"))
     and set(inspect.signature(maker).parameters) <= ARGUMENTS.keys()
 ]
-KNOWN = {
+KNOWN_MAKERS = {
     "sliding_window_overlay", "sliding_window_causal_mask_function", "sliding_window_bidirectional_overlay",
     "sliding_window_bidirectional_mask_function", "packed_sequence_mask_function",
     "add_offsets_to_mask_function",
@@ -269,17 +284,90 @@ def test_makers_of_transformers(name: str, packs: bool, joins: Callable | None) 
     if packs:
         function = and_masks(function, masking_utils.packed_sequence_mask_function(BLOCKS))
     found, packed, positions = recognise(function)
-    if found.kind is PatternKind.DENSE:
-        assert name not in KNOWN or joins is or_masks or packs
+    if isinstance(found, Opaque):
+        assert name not in KNOWN_MAKERS or joins is or_masks or packs
         return
     queries, keys = torch.arange(8)[:, None], torch.arange(8)[None]
     zero = torch.tensor(0)
-    expected = torch.ones(8, 8, dtype=torch.bool)
-    if found.left is not None:
-        expected &= queries - keys <= found.left
-    if found.right is not None:
-        expected &= keys - queries <= found.right
+    expected = visible(found, queries, keys)
     if packed is not None:
         expected &= packed[0][queries] == packed[0][keys]
     assert torch.equal(function(zero, zero, queries, keys).broadcast_to(8, 8), expected)
     assert positions is None or packed is not None
+
+
+SEQUENCES = torch.tensor([[0, 0, 1, 1, 1]])
+POSITIONS = torch.tensor([[0, 1, 0, 1, 2]])
+
+
+def packed(mask_function: Callable, sequences: torch.Tensor, positions: torch.Tensor) -> Callable:
+    """As this version of transformers packs."""
+    make = getattr(masking_utils, "packed_sequence_compatibility_function", None)
+    if make is not None:
+        return make(mask_function, positions, sequences)
+    return and_masks(mask_function, packed_sequence_mask_function(sequences))
+
+
+PACKED_BANDS = {
+    "full": lambda sequences, positions: bidirectional_mask_function,
+    "causal": lambda sequences, positions: causal_mask_function,
+    "causal-window": lambda sequences, positions: sliding_window_causal_mask_function(3),
+    "two-sided-window": lambda sequences, positions: sliding_window_bidirectional_mask_function(3),
+    "packed": lambda sequences, positions: packed(causal_mask_function, sequences, positions),
+    "packed-window": lambda sequences, positions: packed(sliding_window_causal_mask_function(2), sequences, positions),
+}
+NO_PACKED_BANDS = {
+    "chunks": lambda sequences, positions: chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)),
+    "union": lambda sequences, positions: or_masks(causal_mask_function, packed_sequence_mask_function(sequences)),
+    "padding": lambda sequences, positions: padding_mask_function(sequences > 0),
+    "blocks": lambda sequences, positions: lambda b, h, q, k: sequences[b, k] <= sequences[b, q],
+    "two-packings": lambda sequences, positions: and_masks(
+        packed_sequence_mask_function(sequences), packed_sequence_mask_function(positions)
+    ),
+    "shifted-lookup": lambda sequences, positions: lambda b, h, q, k: sequences[b, q - 1] == sequences[b, k],
+    "prefix": lambda sequences, positions: lambda b, h, q, k: (k <= q) | (k < 3),
+    "torch-function": lambda sequences, positions: lambda b, h, q, k: torch.where(q > 2, k > 1, k < 1),
+    "tensor-first": lambda sequences, positions: lambda b, h, q, k: torch.add(sequences, q) > k,
+    "branch": lambda sequences, positions: lambda b, h, q, k: k <= q if q > 2 else k < 1,
+    "no-symbol": lambda sequences, positions: lambda b, h, q, k: torch.ones((), dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in PACKED_BANDS.items()])
+def test_a_graph_reads_what_eager_code_reads(make: Callable, traced: bool) -> None:
+    def bounds(sequences: torch.Tensor, positions: torch.Tensor) -> tuple:
+        found = interpret(make(sequences, positions))
+        return found.left, found.right, None if found.packed is None else found.packed.clone()
+
+    torch.compiler.reset()
+    left, right, found = (torch.compile(bounds, backend="eager", fullgraph=True) if traced else bounds)(
+        SEQUENCES, POSITIONS
+    )
+    pattern, sequences, _ = recognise(make(SEQUENCES, POSITIONS))
+    assert Band(left, right) == pattern
+    assert (found is None) == (sequences is None)
+    assert found is None or torch.equal(found, sequences)
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in NO_PACKED_BANDS.items()])
+def test_what_is_no_band_of_packed_sequences_is_not_known(make: Callable, traced: bool) -> None:
+    def is_known(sequences: torch.Tensor, positions: torch.Tensor) -> bool:
+        return interpret(make(sequences, positions)) is not None
+
+    torch.compiler.reset()
+    assert not (torch.compile(is_known, backend="eager") if traced else is_known)(SEQUENCES, POSITIONS)
+    assert is_opaque(make(SEQUENCES, POSITIONS))
+
+
+@pytest.mark.skipif(not hasattr(masking_utils, "blockwise_overlay"), reason="newer transformers have it")
+def test_blocks_of_images_are_not_known() -> None:
+    assert interpret(or_masks(causal_mask_function, masking_utils.blockwise_overlay(SEQUENCES))) is None
+
+
+def test_positions_that_restart_without_sequences_are_not_known() -> None:
+    remapped = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
+    if remapped is not None:
+        assert interpret(remapped(causal_mask_function, POSITIONS)) is None
+    assert interpret(lambda b, h, q, k: POSITIONS[b, k] <= POSITIONS[b, q]) is None

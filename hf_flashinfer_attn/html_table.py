@@ -1,5 +1,0 @@
-"""Old name of `html_table` in [`tables`]."""
-
-from .tables import html_table
-
-__all__ = ["html_table"]
