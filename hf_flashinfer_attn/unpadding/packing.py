@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,17 @@ class Packing:
         shape: Rows and padded length.
         returns_dict: Whether the caller wants an output object rather than a tuple.
         layout: Layout of the packed batch, of shape `(1, total_tokens)`; None if it is not known yet.
+        positions: Padded position of each token, counted through all rows, by device; none without padding.
     """
 
-    def __init__(self, shape: tuple[int, int], *, returns_dict: bool, layout: RaggedLayout | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        returns_dict: bool,
+        layout: RaggedLayout | None = None,
+        positions: Mapping[torch.device, torch.Tensor] | None = None,
+    ) -> None:
         self.shape = shape
         self.returns_dict = returns_dict
         # Whether padding splits a row; False unless asked for.
@@ -40,31 +48,36 @@ class Packing:
         self.model_state: Any = None
         self._layout = layout
         self._read: HostCopy | None = None
-        # Padded position of each token, counted through all rows, by device; empty without padding.
-        self._positions: dict[torch.device, torch.Tensor] = {}
+        self._positions = dict(positions or {})
 
     @classmethod
     def of(cls, attention_mask: torch.Tensor, *, returns_dict: bool, find_holes: bool) -> Packing:
         """Reads a mask of ones and zeros, shape `(rows, padded_length)`; of one on a GPU, the copy is started."""
+        if attention_mask.device.type != "cpu":
+            return cls.pending(attention_mask.to(torch.bool), returns_dict=returns_dict, find_holes=find_holes)
         rows, length = attention_mask.shape
-        packing = cls((rows, length), returns_dict=returns_dict)
-        if attention_mask.device.type == "cpu":
-            # In numpy, which is done before torch's threads have woken up.
-            known = attention_mask.to(torch.bool) if attention_mask.is_floating_point() else attention_mask
-            positions = np.flatnonzero(known.numpy() != 0)
-            ends = np.searchsorted(positions, np.arange(rows + 1) * length)
-            packing._layout = RaggedLayout.from_lengths(np.diff(ends).tolist())
-            packing.has_holes = find_holes and _has_holes(positions, length)
-            if not packing.is_full:
-                packing._positions[attention_mask.device] = torch.from_numpy(positions)
-            return packing
-        valid = attention_mask.to(torch.bool)
+        # In numpy, which is done before torch's threads have woken up.
+        known = attention_mask.to(torch.bool) if attention_mask.is_floating_point() else attention_mask
+        positions = np.flatnonzero(known.numpy() != 0)
+        ends = np.searchsorted(positions, np.arange(rows + 1) * length)
+        layout = RaggedLayout.from_lengths(np.diff(ends).tolist())
+        packing = cls((rows, length), returns_dict=returns_dict, layout=layout)
+        packing.has_holes = find_holes and _has_holes(positions, length)
+        if not packing.is_full:
+            packing._positions[attention_mask.device] = torch.from_numpy(positions)
+        return packing
+
+    @classmethod
+    def pending(cls, valid: torch.Tensor, *, returns_dict: bool, find_holes: bool) -> Packing:
+        """Starts to read a mask, bool, shape `(rows, padded_length)`, on any device."""
         counts = valid.sum(-1, dtype=torch.int32)
         if find_holes:
             starts = torch.nn.functional.pad(valid, (1, 0)).to(torch.int8).diff(dim=1) == 1
             counts = torch.stack([counts, starts.sum(-1, dtype=torch.int32)])
-        packing._read = HostCopy(counts)
-        packing._positions[valid.device] = TokenMap.of(valid, None).positions
+        read, positions = HostCopy(counts), TokenMap.of(valid, None).positions
+        shape = (valid.shape[0], valid.shape[1])
+        packing = cls(shape, returns_dict=returns_dict, positions={valid.device: positions})
+        packing._read = read
         return packing
 
     @property
