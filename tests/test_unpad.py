@@ -24,9 +24,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
-from hf_flashinfer_attn.ragged.host_copy import HostCopy
 from hf_flashinfer_attn.ragged.layout import RaggedLayout
-from hf_flashinfer_attn.ragged.token_map import TokenMap
 from hf_flashinfer_attn.unpadding import hooks
 from hf_flashinfer_attn.unpadding.families import family_of
 from hf_flashinfer_attn.unpadding.packing import Packing
@@ -626,29 +624,25 @@ def test_packed_ahead_is_what_is_packed(rows: list[list[int]]) -> None:
     """What a GPU packs before the host knows how many tokens there are."""
     mask = torch.tensor(rows)
     packing, total, cpu = Packing.of(mask, returns_dict=True, find_holes=False), int(mask.sum()), torch.device("cpu")
-    pending = Packing((len(rows), 6), returns_dict=True)
-    pending._read, pending._positions[torch.device("meta")] = (
-        HostCopy(mask.sum(-1)),
-        TokenMap.of(mask.bool(), None).positions,
-    )
+    pending = Packing.pending(mask.bool(), returns_dict=True, find_holes=False)
     ids = torch.randint(0, 99, mask.shape)
     for padded in (ids, torch.arange(6)[None], torch.randn(len(rows), 6, 3)):
         assert pending.is_pending
         packed = pending.pack(padded)
         assert packed.shape == (1, mask.numel(), *padded.shape[2:])
         assert torch.equal(packed[:, :total], packing.pack(padded))
-    pending.packed_ahead["input_ids"] = pending.pack(ids)
+    pending.packed["input_ids"] = pending.pack(ids)
     pending.finish()
     assert not pending.is_pending
     assert pending.layout.query.lengths == packing.layout.query.lengths
-    assert torch.equal(pending.packed_ahead["input_ids"], packing.pack(ids))
+    assert torch.equal(pending.packed["input_ids"], packing.pack(ids))
     assert torch.equal(pending.position_ids(cpu), packing.position_ids(cpu))
 
 
 def test_the_host_waits_for_what_it_reads() -> None:
-    """A mask on a GPU and tokens on the CPU; a tensor that says so stands for the positions that were found on a GPU."""
-    packing = Packing((2, 3), returns_dict=True, layout=RaggedLayout.from_lengths((2, 1)))
-    packing._positions[torch.device("cuda", 0)] = torch.tensor([0, 1, 3], dtype=torch.int32)
+    """A mask on a GPU and tokens on the CPU; a CPU tensor stands for the positions found on the GPU."""
+    positions = {torch.device("cuda", 0): torch.tensor([0, 1, 3], dtype=torch.int32)}
+    packing = Packing((2, 3), returns_dict=True, layout=RaggedLayout.from_lengths((2, 1)), positions=positions)
     with _CopiesToTheHost() as copies:
         packed = packing.pack(torch.arange(6).view(2, 3))
         packing.move({"input_ids": packed}, torch.device("cpu"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
 
@@ -14,7 +14,7 @@ __all__ = ["FAMILIES", "REFUSED", "Family", "Positions", "family_of", "reason_ag
 
 
 class Positions(Enum):
-    """How a model numbers the tokens of a padded row when it is not told their positions."""
+    """How a model numbers the tokens of a padded row when it is given no `position_ids`."""
 
     SLOTS = "by slot, from 0"
     AFTER_PADDING_ID = "by token, from the id of padding + 1"
@@ -26,14 +26,7 @@ def _apply_pooler(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor 
 
 
 def _apply_albert_pooler(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
-    if model.pooler is None:
-        return None
-    pooled: torch.Tensor = model.pooler_activation(model.pooler(hidden[:, 0]))
-    return pooled
-
-
-def _accept(model: PreTrainedModel) -> str | None:
-    return None
+    return None if model.pooler is None else model.pooler_activation(model.pooler(hidden[:, 0]))
 
 
 def _refuse_rotary_layers(model: PreTrainedModel) -> str | None:
@@ -42,78 +35,37 @@ def _refuse_rotary_layers(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _refuse_trigrams(model: PreTrainedModel) -> str | None:
-    return REFUSED["mobilebert"] if model.config.trigram_input else None
-
-
 def _mpnet() -> ModuleType:
-    # What it takes from transformers is slow to import, and few models need it.
+    # Its import from transformers is slow, and few models need it.
     from . import mpnet
 
     return mpnet
 
 
-def _refuse_changed_mpnet(model: PreTrainedModel) -> str | None:
-    reason: str | None = _mpnet().reason_to_refuse(model)
-    return reason
-
-
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How to run a backbone on packed tokens.
-
-    Args:
-        positions: What to number tokens by.
-        is_causal: Whether its mask is made by transformers' causal helpers, which take a jump of positions for the
-            start of a packed sequence, and whether it keeps a cache by default.
-        embeds_rows: Whether embeddings look at whole rows, so that they come before packing.
-        measures_slots: Whether a bias depends on how many slots are between two tokens.
-        pool: Computes `pooler_output` from padded hidden states.
-        refuse: Says why a model of the family cannot be packed after all.
-        own_attention: Imports what makes attention ours, by `route`, and its own again, by `restore`, where the family
-            computes it by itself.
-    """
+    """How to run a backbone on packed tokens."""
 
     positions: Positions = Positions.SLOTS
+    # Transformers' causal helpers make its mask and take restarting positions for packed sequences; it caches keys.
     is_causal: bool = False
+    # Its embeddings read whole rows, so they run before packing.
     embeds_rows: bool = False
+    # A bias depends on distances in padded rows.
     measures_slots: bool = False
+    # Computes `pooler_output` from padded hidden states.
     pool: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor | None] = _apply_pooler
-    refuse: Callable[[PreTrainedModel], str | None] = _accept
+    # Returns why a model of the family cannot be packed after all.
+    refuse: Callable[[PreTrainedModel], str | None] = lambda model: None
+    # Imports the module that replaces the family's own attention (`route`) and puts it back (`restore`).
     own_attention: Callable[[], ModuleType] | None = None
 
     @property
     def packs_ids_alone(self) -> bool:
-        """Whether nothing but numbers is packed, of which graphs are captured."""
+        """Whether only integers are packed, as CUDA graphs need."""
         return self.own_attention is None and not self.embeds_rows
 
 
-_ENCODER = Family()
-_ROBERTA = Family(positions=Positions.AFTER_PADDING_ID)
-_DECODER = Family(is_causal=True)
-FAMILIES = {
-    "AlbertModel": replace(_ENCODER, pool=_apply_albert_pooler),
-    "BertModel": _ENCODER,
-    "CamembertModel": _ROBERTA,
-    "Data2VecTextModel": _ROBERTA,
-    "DistilBertModel": _ENCODER,
-    "ElectraModel": _ENCODER,
-    # Its token dropout scales a row by how much of it is masked.
-    "EsmModel": replace(_ENCODER, embeds_rows=True, refuse=_refuse_rotary_layers),
-    "EuroBertModel": _ENCODER,
-    "Gemma3TextModel": _DECODER,
-    "GemmaModel": _DECODER,
-    "JinaEmbeddingsV3Model": _ENCODER,
-    "LlamaModel": _DECODER,
-    "MPNetModel": replace(_ROBERTA, measures_slots=True, refuse=_refuse_changed_mpnet, own_attention=_mpnet),
-    "MistralModel": _DECODER,
-    "MobileBertModel": replace(_ENCODER, refuse=_refuse_trigrams),
-    "ModernBertModel": _ENCODER,
-    "NomicBertModel": _ENCODER,
-    "Qwen3Model": _DECODER,
-    "RobertaModel": _ROBERTA,
-    "XLMRobertaModel": _ROBERTA,
-}
 _OWN_ATTENTION = "it computes attention by itself, over padded rows"
 _POSITION_BIAS = "its relative position bias is counted in slots of padded rows"
 REFUSED = {
@@ -126,6 +78,27 @@ REFUSED = {
     "t5": _POSITION_BIAS,
     "umt5": _POSITION_BIAS,
     "xlnet": _OWN_ATTENTION,
+}
+_ENCODERS = (
+    "BertModel", "DistilBertModel", "ElectraModel", "EuroBertModel", "JinaEmbeddingsV3Model", "ModernBertModel",
+    "NomicBertModel",
+)  # fmt: skip
+_ROBERTAS = ("CamembertModel", "Data2VecTextModel", "RobertaModel", "XLMRobertaModel")
+_DECODERS = ("Gemma3TextModel", "GemmaModel", "LlamaModel", "MistralModel", "Qwen3Model")
+FAMILIES = {
+    **dict.fromkeys(_ENCODERS, Family()),
+    **dict.fromkeys(_ROBERTAS, Family(Positions.AFTER_PADDING_ID)),
+    **dict.fromkeys(_DECODERS, Family(is_causal=True)),
+    "AlbertModel": Family(pool=_apply_albert_pooler),
+    # Its token dropout scales a row by how much of it is masked.
+    "EsmModel": Family(embeds_rows=True, refuse=_refuse_rotary_layers),
+    "MPNetModel": Family(
+        Positions.AFTER_PADDING_ID,
+        measures_slots=True,
+        refuse=lambda model: _mpnet().reason_to_refuse(model),
+        own_attention=_mpnet,
+    ),
+    "MobileBertModel": Family(refuse=lambda model: REFUSED["mobilebert"] if model.config.trigram_input else None),
 }
 
 

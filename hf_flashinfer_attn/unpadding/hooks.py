@@ -1,6 +1,6 @@
 """Forward hooks of a backbone: its inputs are packed, its outputs padded again.
 
-There is no state between forwards. The packing is an attribute of the offsets that every layer gets.
+There is no state between forwards: cu_seqlens, which every layer gets, have the packing attached.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,41 +25,30 @@ from ..ragged.layout import RaggedLayout
 from ..ragged.mask_state import mask_of_ones
 from ..settings import current_settings
 from .families import Positions, family_of, required_family
-from .features import pack_features
 from .graphs import GraphedForward, graphs_of, is_copied_with
 from .packing import CALLER, Packing, leave_sizes_open
 from .reasons import PER_TOKEN, measure_of_distance, reason_of_head, reason_to_stay
 
 __all__ = [
-    "HANDLES",
-    "has_other_hooks",
-    "leave_features",
-    "move_to_head",
-    "pack",
-    "pack_features_of",
-    "signature_of",
-    "spread",
-]
+    "HANDLES", "has_other_hooks", "leave_own_attention", "move_to_head", "pack", "packing_of", "signature_of", "spread",
+]  # fmt: skip
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 # Attribute of a module that holds the handles of its `unpad` hooks.
 HANDLES = "_flashinfer_unpadding"
 _NOTE = "_flashinfer_head_note"
-_NUMBERS = ("input_ids", "token_type_ids", "position_ids")
 _READ_ON_THE_HOST = frozenset({*PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
+# Larger batches without padding are bound by the GPU, and torch's kernels are faster than a packed forward.
+_MOST_TOKENS_WITHOUT_PADDING = 8_192
+
+signature_of = functools.cache(inspect.signature)
 
 
 def has_other_hooks(module: torch.nn.Module) -> bool:
     """Whether a module has forward hooks besides those of `unpad`, which expect padded rows."""
     own = {handle.id for handle in vars(module).get(HANDLES, ())}
     return not own.issuperset((*module._forward_hooks, *module._forward_pre_hooks))
-
-
-@functools.cache
-def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
-    """Returns the signature of a forward (cached)."""
-    return inspect.signature(forward)
 
 
 def _named(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -85,18 +73,14 @@ def _between_graphs(hook: Hook) -> Hook:
     return untraced
 
 
-@dataclass(frozen=True, slots=True)
-class _HeadNote:
-    """Message from a head's pre-hook to the backbone's, an attribute of the mask that the head passes on.
+class _HeadNote(NamedTuple):
+    """Message from a head's pre-hook to the backbone's, an attribute of the mask that the head passes on."""
 
-    Args:
-        host_mask: The same mask on the CPU; None if the mask was not moved.
-        version: Version of the mask when it was made, to detect writes.
-        reason: Why the backbone must stay padded; None if it need not.
-    """
-
+    # The same mask on the CPU; None if it was not moved.
     host_mask: torch.Tensor | None
+    # Version of the mask when the note was made, to detect writes.
     version: int
+    # Why the backbone must stay padded; None if it need not.
     reason: str | None
 
 
@@ -104,7 +88,7 @@ class _HeadNote:
 def move_to_head(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Moves labels and masks to a head's device; inputs that are packed or read on the CPU stay there."""
+    """Pre-hook of a head: moves labels and masks to its device; inputs that are packed or read on the CPU stay."""
     inputs = _named(module, args, kwargs)
     reason, device = reason_of_head(module, inputs), _device_of(module, torch.device("cpu"))
     if device.type == "cpu" and reason is None:
@@ -113,14 +97,13 @@ def move_to_head(
         if not isinstance(value, torch.Tensor):
             continue
         moves = value.device.type == "cpu" != device.type
-        if name != "attention_mask":
-            if moves and name not in _READ_ON_THE_HOST:
-                inputs[name] = to_device_async(value, device)
-        elif moves or reason is not None:
+        if name == "attention_mask" and (moves or reason is not None):
             # Inference tensors have no version counter, so a head's writes would not be detected.
             with torch.inference_mode(False), torch.no_grad():
                 noted = inputs[name] = to_device_async(value, device) if moves else value.clone()
             setattr(noted, _NOTE, _HeadNote(value if moves else None, noted._version, reason))
+        elif moves and name not in _READ_ON_THE_HOST:
+            inputs[name] = to_device_async(value, device)
     return (), inputs
 
 
@@ -151,124 +134,85 @@ def pack(
         # A reference, not the module: accelerate would move the module to a device.
         inputs[CALLER] = weakref.ref(module)
     tokens = next((value for name in PER_TOKEN if (value := inputs.get(name)) is not None), None)
-    if tokens is None:
-        return (), inputs
-    device = _device_of(module, tokens.device)
-    packing = _packing_of(module, inputs, device)
-    if packing is None:
-        for name in (*PER_TOKEN, "attention_mask"):
-            if isinstance(value := inputs.get(name), torch.Tensor) and value.device.type == "cpu":
-                inputs[name] = to_device_async(value, device)
-        return (), inputs
-    _embed_rows(module, inputs, device)
-    packed = _packed_inputs(module, inputs, packing)
-    _name_dropped_ids(module, inputs.get("input_ids"), packed.get("input_ids"))
-    offsets = cu_seqlens_of(packing.layout)
-    state = attached_state(offsets)
-    assert state is not None
-    state.packing = packing
-    length = packing.layout.query.max_length
-    inputs.update(packing.move(packed, device))
-    inputs["attention_mask"] = None
-    if required_family(module).is_causal or required_family(module).own_attention is not None:
-        # A mask of ones keeps transformers from detecting packed sequences in the positions, and models without mask
-        # helpers from detecting padding in the ids.
-        inputs["attention_mask"] = mask_of_ones(1, packing.layout.query.total_tokens, device)
-    inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
-    inputs["return_dict"] = True
-    if _own_graphs(module) is not None:
-        state.model_state = packing.model_state
-        return (), inputs
-    leave_sizes_open((inputs[name] for name in (*packed, "attention_mask")), offsets)
+    if tokens is not None:
+        device = _device_of(module, tokens.device)
+        if (packing := _find_packing(module, inputs, device)) is not None:
+            _pack_inputs(module, inputs, packing, device)
+        else:
+            for name in (*PER_TOKEN, "attention_mask"):
+                if isinstance(value := inputs.get(name), torch.Tensor) and value.device.type == "cpu":
+                    inputs[name] = to_device_async(value, device)
+    if (own_attention := required_family(module).own_attention) is not None:
+        own_attention().enter(inputs.get("cu_seq_lens_q"))
     return (), inputs
 
 
-def pack_features_of(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook of a module that calls its backbone's forward without the backbone's hooks."""
-    if HANDLES not in vars(module.model):
-        # Set after `unpad`. Wrappers such as torch.compile's and PEFT's call the backbone with its hooks.
-        return None
-
-    def pack_backbone(backbone: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Packing | None]:
-        _, packed = pack(backbone, (), inputs)
-        if (own_attention := required_family(backbone).own_attention) is not None:
-            # The hooks of its attention are not called, either.
-            own_attention().enter(packed.get("cu_seq_lens_q"))
-        return packed, _riding_on(packed)
-
-    return pack_features(module, args, kwargs, pack_backbone)
+def leave_own_attention(module: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    """Ends what `pack` began for a backbone with its own attention."""
+    if (family := family_of(module)) is not None and family.own_attention is not None:
+        family.own_attention().leave(inputs.get("cu_seq_lens_q"))
 
 
-def leave_features(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-    """Forward hook of such a module, for a backbone with its own attention."""
-    features: dict[str, Any] = args[0] if args else kwargs["features"]
-    family = family_of(module.model)
-    if family is not None and family.own_attention is not None:
-        family.own_attention().leave(features.get("cu_seq_lens_q"))
-
-
-def _riding_on(inputs: dict[str, Any]) -> Packing | None:
+def packing_of(inputs: dict[str, Any]) -> Packing | None:
+    """Returns the packing of a backbone's inputs; None if they are padded."""
     state = attached_state(inputs.get("cu_seq_lens_q"))
     return None if state is None else state.packing
 
 
 @_between_graphs
 def spread(
-    module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput
+    module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput | None
 ) -> ModelOutput | tuple[Any, ...] | None:
     """Forward hook of a backbone: pads its outputs again, with zeros."""
-    packing = _riding_on(kwargs)
-    if packing is None:
+    leave_own_attention(module, kwargs)
+    # A hook of a backbone with its own attention is called after errors, too.
+    if (packing := packing_of(kwargs)) is None or output is None:
         return None
     last = output["last_hidden_state"]
-    padded = packing.spread(last)
-    if output.get("hidden_states") is not None:
+    padded = output["last_hidden_state"] = packing.spread(last)
+    if (layers := output.get("hidden_states")) is not None:
         # The last entry of hidden_states is last_hidden_state itself.
         output["hidden_states"] = tuple(
-            padded if states is last else states if states is None else packing.spread(states)
-            for states in output["hidden_states"]
+            padded if states is last else states if states is None else packing.spread(states) for states in layers
         )
-    output["last_hidden_state"] = padded
     if output.get("pooler_output") is not None:
         # The model's pooler saw only the first packed row.
         output["pooler_output"] = required_family(module).pool(module, padded)
     return output if packing.returns_dict else output.to_tuple()
 
 
-def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> Packing | None:
+def _find_packing(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> Packing | None:
     """Returns the packing of a padded batch; None for a batch without padding or one that must stay padded."""
-    if _riding_on(inputs) is not None:
+    if packing_of(inputs) is not None:
         # Never padded.
         return None
-    mask = inputs.get("attention_mask")
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
     returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
     if mask is None:
-        ids = inputs.get("input_ids")
-        # Without a mask, decoders detect packed sequences by restarting positions.
+        # Without padding, packing is only useful for a graph. Decoders detect packed sequences by their positions.
         if ids is None or ids.ndim != 2 or inputs.get("position_ids") is not None:
             return None
         if not _goes_through_a_graph(module, inputs, device, *ids.shape):
             return None
-        # Without padding, packing is only useful for a graph.
-        reason = reason_to_stay(module, {**inputs, "attention_mask": ids})
-        if reason is not None:
+        if reason_to_stay(module, {**inputs, "attention_mask": ids}) is not None:
             return None
         rows, length = ids.shape
-        layout = RaggedLayout.from_lengths((length,) * rows)
-        return Packing((rows, length), returns_dict=returns_dict, layout=layout)
-    note = _note_on(mask)[1] if isinstance(mask, torch.Tensor) else None
-    reason = reason_to_stay(module, inputs) or (None if note is None else note.reason)
+        return Packing((rows, length), returns_dict=returns_dict, layout=RaggedLayout.from_lengths((length,) * rows))
+    reason = reason_to_stay(module, inputs)
+    if reason is None and (note := _note_on(mask)[1]) is not None:
+        reason = note.reason
     if reason is None:
         measure = measure_of_distance(module)
         packing = Packing.of(_read_from(mask), returns_dict=returns_dict, find_holes=measure is not None)
         if packing.is_pending:
-            _pack_ahead(module, inputs, packing)
+            # The host works while the lengths are copied.
+            _pack_tokens(module, inputs, packing)
+            if (graphs := _own_graphs(module)) is not None:
+                packing.model_state = graphs.look()
         packing.finish()
-        if packing.is_full and _goes_through_a_graph(module, inputs, device, *packing.shape):
-            return packing
         if packing.is_full:
+            if _goes_through_a_graph(module, inputs, device, *packing.shape):
+                return packing
             # So that attention does not read the lengths again.
             inputs["attention_mask"] = mask_of_ones(*packing.shape, device)
             return None
@@ -277,18 +221,20 @@ def _packing_of(module: PreTrainedModel, inputs: dict[str, Any], device: torch.d
         if not packing.has_holes:
             return packing
         reason = f"{measure} over padding with holes"
-    _tell_why(module, mask, reason)
+    message = f"unpad leaves {type(module).__name__} padded: {reason}"
+    if not current_settings().strict:
+        log_once(message)
+    elif not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not HostCopy(_read_from(mask).bool().all()).values:
+        raise UnsupportedAttentionError(
+            f"{message}, and strict=True forbids it",
+            "Use hf_flashinfer_attn.configure(strict=False) to let such forwards run padded.",
+        )
     return None
-
-
-# Larger batches without padding are bound by the GPU, and torch's kernels are faster than a packed forward.
-_MOST_TOKENS_WITHOUT_PADDING = 8_192
 
 
 def _own_graphs(module: torch.nn.Module) -> GraphedForward | None:
     """Returns the CUDA graphs of a module; None for a shallow copy or a replica."""
-    graphs = graphs_of(module)
-    return None if graphs is None or graphs.module is not module else graphs
+    return None if is_copied_with(module) else graphs_of(module)
 
 
 def _goes_through_a_graph(
@@ -304,61 +250,46 @@ def _goes_through_a_graph(
     )
 
 
-def _tell_why(module: PreTrainedModel, mask: object, reason: str) -> None:
-    """Logs why a forward stays padded; with strict=True raises an error if there is padding."""
-    message = f"unpad leaves {type(module).__name__} padded: {reason}"
-    if not current_settings().strict:
-        log_once(message)
-    elif not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not HostCopy(_read_from(mask).bool().all()).values:
-        raise UnsupportedAttentionError(
-            f"{message}, and strict=True forbids it",
-            "Use hf_flashinfer_attn.configure(strict=False) to let such forwards run padded.",
-        )
+def _pack_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing, device: torch.device) -> None:
+    """Puts a packed batch in the place of a padded one."""
+    family, padded_ids = required_family(module), inputs.get("input_ids")
+    if family.embeds_rows and padded_ids is not None:
+        names = ("input_ids", "attention_mask", "position_ids")
+        rows = {name: value.to(device) for name in names if (value := inputs.get(name)) is not None}
+        inputs.update(inputs_embeds=module.embeddings(**rows), input_ids=None)
+    _pack_tokens(module, inputs, packing)
+    _name_dropped_ids(module, padded_ids, packing.packed.get("input_ids"))
+    layout = packing.layout
+    offsets, length = cu_seqlens_of(layout), layout.query.max_length
+    state = attached_state(offsets)
+    assert state is not None
+    state.packing = packing
+    inputs.update(packing.move(packing.packed, device))
+    # A mask of ones keeps transformers from detecting packed sequences in the positions, and models without mask
+    # helpers from detecting padding in the ids.
+    has_mask = family.is_causal or family.own_attention is not None
+    inputs["attention_mask"] = mask_of_ones(1, layout.query.total_tokens, device) if has_mask else None
+    inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
+    inputs["return_dict"] = True
+    if _own_graphs(module) is not None:
+        state.model_state = packing.model_state
+    else:
+        leave_sizes_open((inputs[name] for name in (*packing.packed, "attention_mask")), offsets)
 
 
-def _embed_rows(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> None:
-    if not required_family(module).embeds_rows or inputs.get("input_ids") is None:
+def _pack_tokens(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> None:
+    """Packs the inputs per token that are not packed yet; of a pending batch only integers on the mask's device."""
+    ids, is_pending = inputs.get("input_ids"), packing.is_pending
+    if is_pending and (ids is None or ids.device != packing.device or required_family(module).embeds_rows):
         return
-    names = ("input_ids", "attention_mask", "position_ids")
-    rows = {name: value.to(device) for name in names if (value := inputs.get(name)) is not None}
-    inputs["inputs_embeds"] = module.embeddings(**rows)
-    inputs["input_ids"] = None
-
-
-def _pack_ahead(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> None:
-    """Works while the lengths are copied to the host: packs inputs of the mask's device, and checks the model."""
-    device, ids = packing.device, inputs.get("input_ids")
-    if ids is not None and ids.device == device and not required_family(module).embeds_rows:
-        for name in _NUMBERS:
-            if (value := inputs.get(name)) is not None and value.device == device:
-                packing.packed_ahead[name] = packing.pack(value)
-        if inputs.get("position_ids") is None:
-            packing.packed_ahead["position_ids"] = _positions(module, inputs, packing)
-    if (graphs := _own_graphs(module)) is not None:
-        packing.model_state = graphs.look()
-
-
-def _name_dropped_ids(module: PreTrainedModel, padded: torch.Tensor | None, packed: torch.Tensor | None) -> None:
-    """Logs masked ids other than padding, as in ColBERT's queries, if the ids are on the host."""
-    pad_id = getattr(module.config, "pad_token_id", None)
-    if pad_id is None or padded is None or packed is None or padded.device.type != "cpu" or packed.device.type != "cpu":
-        return
-    if np.count_nonzero(padded.numpy() != pad_id) > np.count_nonzero(packed.numpy() != pad_id):
-        log_once(
-            f"unpad of {type(module).__name__} drops masked positions whose ids are not pad_token_id={pad_id}; "
-            "their hidden states are zeros"
-        )
-
-
-def _packed_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> dict[str, torch.Tensor]:
-    """Returns the packed per-token inputs, shape `(1, total_tokens, ...)`, on the devices of the padded ones."""
-    packed = dict(packing.packed_ahead)
     for name in PER_TOKEN:
-        if name not in packed and (value := inputs.get(name)) is not None:
-            packed[name] = packing.pack(value)
-    if "position_ids" not in packed:
-        packed["position_ids"] = _positions(module, inputs, packing)
-    return packed
+        value = inputs.get(name)
+        if value is None or name in packing.packed:
+            continue
+        if not is_pending or (name != "inputs_embeds" and value.device == packing.device):
+            packing.packed[name] = packing.pack(value)
+    if inputs.get("position_ids") is None and "position_ids" not in packing.packed:
+        packing.packed["position_ids"] = _positions(module, inputs, packing)
 
 
 def _positions(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> torch.Tensor:
@@ -372,3 +303,15 @@ def _positions(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing
         return packing.position_ids(device) + padding_id + 1
     is_token: torch.Tensor = ids.ne(padding_id)
     return packing.pack(is_token.cumsum(1) * is_token + padding_id)
+
+
+def _name_dropped_ids(module: PreTrainedModel, padded: torch.Tensor | None, packed: torch.Tensor | None) -> None:
+    """Logs masked ids other than padding, as in ColBERT's queries, if the ids are on the host."""
+    pad_id = getattr(module.config, "pad_token_id", None)
+    if pad_id is None or padded is None or packed is None or padded.device.type != "cpu" or packed.device.type != "cpu":
+        return
+    if np.count_nonzero(padded.numpy() != pad_id) > np.count_nonzero(packed.numpy() != pad_id):
+        log_once(
+            f"unpad of {type(module).__name__} drops masked positions whose ids are not pad_token_id={pad_id}; "
+            "their hidden states are zeros"
+        )

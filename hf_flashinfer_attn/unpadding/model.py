@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedAttentionError
 from ..kernels import jit
 from ..log import log_once
 from ..settings import NAME
-from .families import family_of, reason_against, required_family
-from .features import forwards_features, is_transformer, resume_flattening, spread_features, stop_flattening
+from .families import family_of, reason_against
+from .features import (
+    forwards_features,
+    is_transformer,
+    pack_features,
+    resume_flattening,
+    spread_features,
+    stop_flattening,
+)
 from .graph_options import GraphOptions, GraphStatistics
-from .graphs import graphs_of, install_graphs, uninstall_graphs
-from .hooks import HANDLES, leave_features, move_to_head, pack, pack_features_of, signature_of, spread
+from .graphs import GraphedForward, graphs_of, install_graphs, uninstall_graphs
+from .hooks import HANDLES, move_to_head, pack, signature_of, spread
 from .reasons import implementation_of
 
 __all__ = ["capture_graphs", "graph_statistics", "repad", "unpad"]
@@ -70,52 +78,54 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
             f"unpad({model!r}): expected a loaded model, not a {type(model).__name__}. Load it first, say with "
             f"AutoModel.from_pretrained(path, attn_implementation={NAME!r})."
         )
-    backbones = [module for module in model.modules() if family_of(module) is not None]
+    backbones = {module: family for module in model.modules() if (family := family_of(module)) is not None}
     if not backbones:
-        raise UnsupportedAttentionError(
-            f"unpad for {type(model).__name__}: {reason_against(model)}",
-            _AS_IT_IS,
-        )
-    for backbone in backbones:
-        _require_packable(backbone)
+        raise UnsupportedAttentionError(f"unpad for {type(model).__name__}: {reason_against(model)}", _AS_IT_IS)
+    for backbone, family in backbones.items():
+        name, implementation = type(backbone).__name__, implementation_of(backbone)
+        if implementation != NAME:
+            raise UnsupportedAttentionError(
+                f"unpad for {name} with attn_implementation={implementation!r}, which would attend across packed rows",
+                f"Load the model with attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r}) "
+                "first.",
+            )
+        if (reason := family.refuse(backbone)) is not None:
+            raise UnsupportedAttentionError(f"unpad for {name}: {reason}", _AS_IT_IS)
     for module in model.modules():
-        if HANDLES in vars(module):
-            continue
-        if (family := family_of(module)) is not None:
-            handles = [
-                module.register_forward_pre_hook(pack, with_kwargs=True),
-                module.register_forward_hook(spread, with_kwargs=True, prepend=True),
-            ]
-            if family.own_attention is not None:
-                handles += family.own_attention().route(module)
-        elif isinstance(module, PreTrainedModel) and any(family_of(part) for part in module.modules()):
-            handles = [module.register_forward_pre_hook(move_to_head, with_kwargs=True)]
-        elif is_transformer(module) and any(family_of(part) for part in module.modules()):
-            stop_flattening(module)
-            handles = []
-            if forwards_features(module):
-                handles += [
-                    module.register_forward_pre_hook(pack_features_of, with_kwargs=True),
-                    module.register_forward_hook(spread_features, prepend=True),
-                ]
-                if required_family(cast(PreTrainedModel, module.model)).own_attention is not None:
-                    handles.append(module.register_forward_hook(leave_features, with_kwargs=True, always_call=True))
-        else:
-            continue
-        setattr(module, HANDLES, handles)
-    for backbone in backbones:
+        if HANDLES not in vars(module) and (handles := _add_hooks(module)) is not None:
+            setattr(module, HANDLES, handles)
+    for backbone, family in backbones.items():
         uninstall_graphs(backbone)
-        if cuda_graphs:
-            _install_graphs(backbone, GraphOptions() if cuda_graphs is True else cuda_graphs)
+        if cuda_graphs and family.packs_ids_alone:
+            install_graphs(backbone, GraphOptions() if cuda_graphs is True else cuda_graphs)
+        elif cuda_graphs:
+            log_once(f"no CUDA graphs of {type(backbone).__name__}: capturing this model is not supported")
     return model
 
 
-def _install_graphs(backbone: torch.nn.Module, options: GraphOptions) -> None:
-    family = required_family(backbone)
-    if not family.packs_ids_alone:
-        log_once(f"no CUDA graphs of {type(backbone).__name__}: capturing this model is not supported")
-    else:
-        install_graphs(cast(PreTrainedModel, backbone), options)
+def _add_hooks(module: torch.nn.Module) -> list[RemovableHandle] | None:
+    """Adds the hooks that a module needs; None if it is neither a backbone nor around one."""
+    if (family := family_of(module)) is not None:
+        if family.own_attention is not None:
+            family.own_attention().route(module)
+        always = family.own_attention is not None
+        return [
+            module.register_forward_pre_hook(pack, with_kwargs=True),
+            module.register_forward_hook(spread, prepend=True, with_kwargs=True, always_call=always),
+        ]
+    if not any(map(family_of, module.modules())):
+        return None
+    if isinstance(module, PreTrainedModel):
+        return [module.register_forward_pre_hook(move_to_head, with_kwargs=True)]
+    if not is_transformer(module):
+        return None
+    stop_flattening(module)
+    if not forwards_features(module):
+        return []
+    return [
+        module.register_forward_pre_hook(pack_features, with_kwargs=True),
+        module.register_forward_hook(spread_features, prepend=True, with_kwargs=True, always_call=True),
+    ]
 
 
 def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *, token_type_ids: bool = False) -> None:
@@ -140,43 +150,42 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *,
         >>> if torch.cuda.is_available():
         ...     hf_flashinfer_attn.capture_graphs(model.half().cuda(), [(8, 400), (1, 30)])
     """
-    backbones = [module for module in model.modules() if graphs_of(module) is not None]
-    if not backbones:
+    graphed: dict[PreTrainedModel, GraphedForward]
+    graphed = {module: graphs for module in model.modules() if (graphs := graphs_of(module)) is not None}
+    if not graphed:
         raise ValueError(f"{type(model).__name__} has no CUDA graphs; expected a model after unpad(cuda_graphs=True).")
-    for backbone in backbones:
+    for backbone in graphed:
         if token_type_ids and "token_type_ids" not in signature_of(type(backbone).forward).parameters:
             raise ValueError(f"{type(backbone).__name__} takes no token_type_ids; expected token_type_ids=False.")
-        if (device := cast(PreTrainedModel, backbone).device).type != "cuda":
+        if backbone.device.type != "cuda":
             raise ValueError(
-                f"{type(backbone).__name__} is on {str(device)!r}, and CUDA graphs are captured on a GPU. Move it "
-                "there first, in half precision, or leave capture_graphs out: without graphs the model runs as it is."
+                f"{type(backbone).__name__} is on {str(backbone.device)!r}, and CUDA graphs are captured on a GPU. "
+                "Move it there first, in half precision, or leave capture_graphs out: without graphs the model runs "
+                "as it is."
             )
     for rows, tokens in shapes:
         lengths = torch.full((rows,), tokens // rows, device="cpu")
         lengths[: tokens % rows] += 1
         width = int(lengths.max())
         mask = (torch.arange(width, device="cpu") < lengths[:, None]).long()
-        for backbone in backbones:
-            graphs = graphs_of(backbone)
+        # The rows of a shape may be longer than the model has positions for; a batch of that size need not be.
+        nothing = torch.zeros_like(mask)
+        types = {"token_type_ids": nothing} if token_type_ids else {}
+        for backbone, graphs in graphed.items():
             # A graph asked for ahead is worth waiting for its kernels.
             with torch.no_grad(), jit.waiting():
-                known = cast(PreTrainedModel, backbone)
-                _require_graphs(known)
-                if graphs is None or not graphs.takes(known, known.device, rows, tokens) or tokens < rows:
+                _require_graphs(backbone, graphs)
+                if tokens < rows or not graphs.takes(backbone, backbone.device, rows, tokens):
                     raise ValueError(
                         f"there is no graph of {tokens} tokens in {rows} rows; expected 1 token a row to "
-                        f"{'0' if graphs is None else graphs.options.max_tokens} tokens, a model on a GPU, and eval()."
+                        f"{graphs.options.max_tokens} tokens, a model on a GPU, and eval()."
                     )
-                # The rows of a shape may be longer than the model has positions for; a batch of that size need not be.
-                nothing = torch.zeros_like(mask)
-                types = {"token_type_ids": nothing} if token_type_ids else {}
                 backbone(input_ids=nothing, position_ids=nothing, attention_mask=mask, use_cache=False, **types)
-                _require_graphs(known)
+                _require_graphs(backbone, graphs)
 
 
-def _require_graphs(backbone: PreTrainedModel) -> None:
-    graphs = graphs_of(backbone)
-    if graphs is not None and (reason := graphs.refusal()) is not None:
+def _require_graphs(backbone: PreTrainedModel, graphs: GraphedForward) -> None:
+    if (reason := graphs.refusal()) is not None:
         raise ValueError(f"no CUDA graphs of {type(backbone).__name__}: {reason}; the model runs without.")
 
 
@@ -227,15 +236,3 @@ def repad(model: Module) -> Module:
         if handles and family is not None and family.own_attention is not None:
             family.own_attention().restore(module)
     return model
-
-
-def _require_packable(backbone: torch.nn.Module) -> None:
-    family = required_family(backbone)
-    name, implementation = type(backbone).__name__, implementation_of(backbone)
-    if implementation != NAME:
-        raise UnsupportedAttentionError(
-            f"unpad for {name} with attn_implementation={implementation!r}, which would attend across packed rows",
-            f"Load the model with attn_implementation={NAME!r}, or call model.set_attn_implementation({NAME!r}) first.",
-        )
-    if (reason := family.refuse(backbone)) is not None:
-        raise UnsupportedAttentionError(f"unpad for {name}: {reason}", _AS_IT_IS)

@@ -1,7 +1,8 @@
 """MPNet, which computes attention in its own code: two of its classes, with this package's attention.
 
-Its layers hand on a mask and a bias, and nothing else. The offsets of packed rows travel from the backbone to the
-encoder in a context variable, and from there to each layer beside the bias.
+Its layers pass on a mask and a bias, and nothing else, and in transformers 5.5 the backbone computes a new mask from
+the one that it is given. cu_seqlens therefore go from the backbone to the encoder in a context variable, and from there
+to each layer with the bias.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
@@ -23,15 +23,7 @@ from ..ragged.forward_state import packed_state
 from ..ragged.lazy_mask import RaggedMask
 from ..settings import NAME
 
-__all__ = [
-    "RaggedMPNetEncoder",
-    "RaggedMPNetSelfAttention",
-    "enter",
-    "leave",
-    "reason_to_refuse",
-    "restore",
-    "route",
-]
+__all__ = ["RaggedMPNetEncoder", "RaggedMPNetSelfAttention", "enter", "leave", "reason_to_refuse", "restore", "route"]
 
 
 class _Forward(NamedTuple):
@@ -45,11 +37,9 @@ _innermost: ContextVar[_Forward | None] = ContextVar("flashinfer_mpnet_forward",
 
 
 class PackedBias(NamedTuple):
-    """What stands for the bias of packed rows; a tuple, whose tensors accelerate and checkpoints know to move.
+    """Bias of the longest packed row, `(1, heads, longest, longest)`, which contains the others', and cu_seqlens.
 
-    Args:
-        values: Of the longest row, which has those of all others in it, shape `(1, heads, longest, longest)`.
-        offsets: Of the rows, integers, shape `(rows + 1,)`.
+    A tuple, whose tensors accelerate and checkpoints know to move.
     """
 
     values: torch.Tensor
@@ -57,21 +47,12 @@ class PackedBias(NamedTuple):
 
 
 class RaggedMPNetEncoder(MPNetEncoder):  # type: ignore[misc]
-    """MPNet's encoder, whose bias is the same for all rows, and reaches no further than the longest."""
+    """MPNet's encoder, whose bias is the same for all rows, and as wide as the longest."""
 
     def compute_position_bias(
         self, x: torch.Tensor, position_ids: torch.Tensor | None = None, num_buckets: int = 32
     ) -> torch.Tensor | PackedBias:
-        """Makes the bias of a forward.
-
-        Args:
-            x: Hidden states, shape `(batch, slots, width)`.
-            position_ids: Passed on.
-            num_buckets: Passed on.
-
-        Returns:
-            Shape `(1, heads, slots, slots)`, or that of packed rows.
-        """
+        """Makes the bias of a forward for hidden states of shape `(batch, slots, width)`."""
         forward = _innermost.get()
         offsets = None if forward is None else forward.offsets
         if offsets is None:
@@ -84,23 +65,14 @@ class RaggedMPNetEncoder(MPNetEncoder):  # type: ignore[misc]
             )
         shape = (x.shape[0], x.shape[1])
         longest = packed_state(self, offsets, offsets, (shape, shape)).layout().query.max_length
-        # Nothing but its shape and device is looked at.
+        # Only its shape and device are read.
         row = x.new_empty(1, longest)
         return PackedBias(super().compute_position_bias(row, position_ids, num_buckets), offsets)
 
     def relative_position_bucket(
         self, relative_position: torch.Tensor, num_buckets: int = 32, max_distance: int = 128
     ) -> torch.Tensor:
-        """Finds the bucket of each distance once, where the model would for each pair of slots.
-
-        Args:
-            relative_position: How far each key is ahead of each query, shape `(slots, slots)`, on any device.
-            num_buckets: Passed on.
-            max_distance: Passed on.
-
-        Returns:
-            Integers, shape `(slots, slots)`, where the weights are.
-        """
+        """Finds the bucket of each distance once, where the model would for each pair of slots."""
         if relative_position.ndim != 2:
             of_pairs: torch.Tensor = super().relative_position_bucket(relative_position, num_buckets, max_distance)
             return of_pairs
@@ -151,7 +123,7 @@ class RaggedMPNetSelfAttention(MPNetSelfAttention):  # type: ignore[misc]
 
 
 def reason_to_refuse(backbone: PreTrainedModel) -> str | None:
-    """Says why the attention of a model cannot be replaced."""
+    """Returns why the attention of a model cannot be replaced; None if it can."""
     parameters = list(inspect.signature(MPNetSelfAttention.forward).parameters)[1:5]
     known = ["hidden_states", "attention_mask", "position_bias", "output_attentions"]
     methods = ("compute_position_bias", "relative_position_bucket")
@@ -168,57 +140,37 @@ def reason_to_refuse(backbone: PreTrainedModel) -> str | None:
     return None
 
 
-def route(backbone: PreTrainedModel) -> list[RemovableHandle]:
-    """Puts our attention in the place of a model's own; `restore` and the handles undo it.
-
-    Modules change their class and nothing else, so that copies, pickles and weights are as they were.
-    """
-    _become(backbone.encoder, RaggedMPNetEncoder)
-    for layer in backbone.encoder.layer:
-        _become(layer.attention.attn, RaggedMPNetSelfAttention)
-    return [
-        backbone.register_forward_pre_hook(_enter, with_kwargs=True),
-        backbone.register_forward_hook(_leave, with_kwargs=True, always_call=True),
-    ]
+def route(backbone: PreTrainedModel) -> None:
+    """Replaces a model's attention with ours. Only classes of modules change: copies, pickles and weights do not."""
+    _become(backbone, RaggedMPNetEncoder, RaggedMPNetSelfAttention)
 
 
 def restore(backbone: PreTrainedModel) -> None:
-    """Gives a model its own attention back."""
-    _become(backbone.encoder, MPNetEncoder)
-    for layer in backbone.encoder.layer:
-        _become(layer.attention.attn, MPNetSelfAttention)
+    """Undoes `route`."""
+    _become(backbone, MPNetEncoder, MPNetSelfAttention)
 
 
-def _become(module: torch.nn.Module, new: type[torch.nn.Module]) -> None:
-    for name in _own_forwards(module):
-        setattr(module, name, MethodType(new.forward, module))
-    module.__class__ = new
+def _become(backbone: PreTrainedModel, encoder: type[MPNetEncoder], attention: type[MPNetSelfAttention]) -> None:
+    changes = [(backbone.encoder, encoder), *((layer.attention.attn, attention) for layer in backbone.encoder.layer)]
+    for module, new in changes:
+        for name in _own_forwards(module):
+            setattr(module, name, MethodType(new.forward, module))
+        module.__class__ = new
 
 
 def _own_forwards(module: torch.nn.Module) -> list[str]:
-    """Returns where a module keeps the forward of its class, as accelerate makes it do around hooks and after them."""
+    """Returns the attributes in which accelerate keeps the forward of a module's class, around hooks and after them."""
     kept = {name: vars(module).get(name) for name in ("forward", "_old_forward")}
     return [name for name, value in kept.items() if getattr(value, "__func__", None) is type(module).forward]
 
 
 def enter(offsets: torch.Tensor | None) -> None:
-    """Tells the encoder about packed rows, or that there are none, until `leave` is called with the same."""
+    """Tells the encoder the cu_seqlens of a forward, None of a padded one, until `leave` is called with the same."""
     _innermost.set(_Forward(offsets, _innermost.get()))
 
 
 def leave(offsets: torch.Tensor | None) -> None:
-    """Returns to the forward inside which one was entered.
-
-    Where a hook raises before one is entered, it is left all the same; the outer one, of other offsets, goes on.
-    """
+    """Returns to the outer forward; without effect where another one, of other cu_seqlens, was entered last."""
     forward = _innermost.get()
     if forward is not None and forward.offsets is offsets:
         _innermost.set(forward.outer)
-
-
-def _enter(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    enter(kwargs.get("cu_seq_lens_q"))
-
-
-def _leave(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    leave(kwargs.get("cu_seq_lens_q"))

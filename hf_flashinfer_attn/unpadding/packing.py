@@ -19,7 +19,7 @@ CALLER = "_flashinfer_caller"
 
 
 class Packing:
-    """Where the tokens of a padded batch are.
+    """Where the tokens of a padded batch of a shape `(rows, padded_length)` are.
 
     The lengths of a mask on a GPU are on their way to the host until `finish`. Until then `pack` and `position_ids`
     return `rows * padded_length` tokens, of which the first `total_tokens` count.
@@ -43,8 +43,8 @@ class Packing:
         self.returns_dict = returns_dict
         # Whether padding splits a row; False unless asked for.
         self.has_holes = False
-        # Of the work done before `finish`: packed inputs by name, and the verified fingerprint of the model.
-        self.packed_ahead: dict[str, torch.Tensor] = {}
+        # Packed inputs by name, and the fingerprint of the model if it was verified before `finish`.
+        self.packed: dict[str, torch.Tensor] = {}
         self.model_state: Any = None
         self._layout = layout
         self._read: HostCopy | None = None
@@ -94,7 +94,7 @@ class Packing:
             self.has_holes = max(runs, default=0) > 1
             total = self._layout.query.total_tokens
             self._positions = {} if self.is_full else {at: each[:total] for at, each in self._positions.items()}
-            self.packed_ahead = {name: value[:, :total] for name, value in self.packed_ahead.items()}
+            self.packed = {name: value[:, :total] for name, value in self.packed.items()}
         return self
 
     @property
@@ -170,12 +170,7 @@ class Packing:
 
 
 def leave_sizes_open(inputs: Iterable[torch.Tensor | None], cu_seqlens: torch.Tensor) -> None:
-    """Has torch.compile make one graph for packed batches of all sizes.
-
-    Args:
-        inputs: Tensors of shape `(1, total_tokens)`, or None.
-        cu_seqlens: Of the rows.
-    """
+    """Has torch.compile make one graph for packed batches of all sizes; inputs have shape `(1, total_tokens, ...)`."""
     for value in inputs:
         if value is not None:
             torch._dynamo.maybe_mark_dynamic(value, 1)
