@@ -196,11 +196,11 @@ def mask_of_forward(name: str) -> RaggedMask:
 @pytest.mark.parametrize("name", ["bert", "mistral", "gemma2"])
 def test_send_to_device_keeps_the_mask_lazy(name: str) -> None:
     mask = mask_of_forward(name)
-    layout = mask.layout_of_forward(keep_padded_queries=False)
+    layout = mask.state.layout()
     sent = send_to_device({"masks": [mask, (mask,)], "other": 1}, torch.device("cpu"), non_blocking=True)
     for copied in (sent["masks"][0], sent["masks"][1][0]):
         assert isinstance(copied, RaggedMask)
-        assert copied.layout_of_forward(keep_padded_queries=False) is layout
+        assert copied.state.layout() is layout
     assert torch.equal(sent["masks"][0].dense(), mask.dense())
 
 
@@ -210,8 +210,8 @@ def test_send_to_device_with_another_device() -> None:
     assert isinstance(sent, RaggedMask)
     assert (sent.device.type, sent.shape, sent.dtype) == ("meta", mask.shape, mask.dtype)
     assert mask.device.type == "cpu"
-    layout = mask.layout_of_forward(keep_padded_queries=False)
-    assert sent.layout_of_forward(keep_padded_queries=False) is layout
+    layout = mask.state.layout()
+    assert sent.state.layout() is layout
 
 
 def run_threads(works: list[Callable[[], None]]) -> None:

@@ -131,8 +131,9 @@ def test_cu_seqlens_of_this_package_are_read_by_nobody(mode: Any) -> None:
         assert attach_state(other, layout) is attached_state(other)
         layer = Layer(object())
         for owner in (cu_seqlens, other):
-            # As often as a layer may come, with or without a version.
+            # As often as a layer may come, with or without a version, or a mask.
             states = [packed_state(one, owner, owner, SHAPES) for one in (layer, layer, object())]
+            states.append(packed_state(object(), owner, owner, SHAPES, mask_of(bidirectional_mask_function)))
             assert {id(state) for state in states} == {id(attached_state(owner))}
             assert states[0].layout() is layout
     assert trace.layouts == 0

@@ -18,13 +18,13 @@ from paired_models import BOS, EOS, PAD, VOCAB_SIZE, build_model, decoder_config
 from torch import Tensor
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.attention import select
 from hf_flashinfer_attn.ragged import lazy_mask as lazy
 
 
 @pytest.fixture(autouse=True)
 def _kernels_for_small_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "SMALL_LOGITS", 0)
+    monkeypatch.setattr(select, "SMALL_LOGITS", 0)
 
 
 Devices = tuple[torch.device, torch.device]

@@ -77,9 +77,9 @@ def test_attention_is_attention_and_padding_is_zero(rows, pattern, heads, dims) 
     tensors = draw(*valid.shape, heads, dims)
     poisoned = tuple(tensor.masked_fill(~valid[:, None, :, None], float("nan")) for tensor in tensors)
     mask = mask_of(valid, pattern)
-    output = attend(tensors if mask.has_holes else poisoned, mask)
+    output = attend(tensors if mask.state.has_holes else poisoned, mask)
     torch.testing.assert_close(output[valid], naive(tensors, valid, pattern)[valid])
-    if not mask.has_holes:
+    if not mask.state.has_holes:
         assert output[~valid].abs().sum() == 0
 
 

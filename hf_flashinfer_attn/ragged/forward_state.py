@@ -182,6 +182,10 @@ def packed_state(
         return RaggedLayout.from_cu_seqlens(query_cu_seqlens, key_cu_seqlens, *shapes)
 
     if mask is not None and _versions_of(query_cu_seqlens, key_cu_seqlens) is None:
+        # cu_seqlens of this package have a state that nobody needs to read.
+        state = attached_state(query_cu_seqlens)
+        if state is not None and state.is_of(layer, query_cu_seqlens, key_cu_seqlens, shapes):
+            return state
         state = attached_state(mask)
         if state is None or state.shapes != shapes:
             state = PackedState(read(), None)
