@@ -1,5 +1,5 @@
-"""Writes the generated pages: `api.md` from docstrings, `support.md` from the rules of `select` and `unpad`, the table of
-`performance.md` from results of benchmarks, and the drawing and tables of `architecture.md` from the imports.
+"""Writes the generated pages: `api.md` from docstrings, `support.md` from the rules of `select` and `unpad`, the table
+of `performance.md` from results of benchmarks, and the drawing and tables of `architecture.md` from the imports.
 
 python -m docs.make_pages
 """
