@@ -17,9 +17,10 @@ from transformers.masking_utils import (
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn.integration.functions import attention_forward, attention_mask
-from hf_flashinfer_attn.ragged import lazy_mask as mask_module
-from hf_flashinfer_attn.ragged.band import PatternKind
+from hf_flashinfer_attn.ragged import mask_state
+from hf_flashinfer_attn.ragged.band import Opaque
 from hf_flashinfer_attn.ragged.lazy_mask import RaggedMask
+from hf_flashinfer_attn.ragged.mask_state import MaskState, copy_of, is_mask_of_ones, mask_of_ones
 
 VALID = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 1, 1]]).bool()
 
@@ -96,8 +97,8 @@ def test_what_changes_nothing_stays_lazy(operation) -> None:
     result, expected = operation(mask), operation(reference())
     assert isinstance(result, RaggedMask)
     assert (result.dtype, result.device, result.shape) == (expected.dtype, expected.device, expected.shape)
-    keep = {"keep_padded_queries": False}
-    assert result.layout_of_forward(**keep) is mask.layout_of_forward(**keep)
+    assert result.state is mask.state
+    assert result.state.layout() is mask.state.layout()
     assert mask._dense is None
 
 
@@ -106,7 +107,7 @@ def test_moving_to_another_device_keeps_the_layout() -> None:
     moved = mask.to("meta")
     assert isinstance(moved, RaggedMask)
     assert moved.device.type == "meta"
-    assert moved.spec is mask.spec
+    assert moved.state is mask.state
 
 
 CHANGES = [
@@ -168,14 +169,15 @@ def test_dense_values_are_made_once_where_the_mask_function_has_its_tensors(orde
         return densify(dtype, device)
 
     spec = dataclasses.replace(mask.spec, densify=counted)
-    mask = RaggedMask(spec, torch.float32, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    mask = RaggedMask(MaskState(spec, cpu), torch.float32, cpu)
     for device in order:
         copied = mask.to(torch.float16).to(device)
         dense = copied.dense()
         assert (dense.dtype, dense.device.type) == (torch.float16, device)
         if device == "cpu":
             assert torch.equal(dense, reference(same_block, dtype=torch.float16))
-    assert asked == [(torch.float16, torch.device("cpu"))]
+    assert asked == [(torch.float16, cpu)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -205,36 +207,26 @@ def test_other_data_is_refused() -> None:
     assert torch.equal(mask + 0, torch.zeros(3, 1, 4, 4))
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_bidirectional_layout(keep: bool) -> None:
-    layout = make().layout_of_forward(keep_padded_queries=keep)
-    assert layout.key.lengths == (3, 3, 3)
-    assert layout.query.lengths == ((4, 4, 4) if keep else (3, 3, 3))
-    assert layout.is_self_attention == (not keep)
-
-
-def test_without_padding_the_layout_is_uniform() -> None:
-    for valid in (None, torch.ones_like(VALID)):
-        layout = make(valid=valid).layout_of_forward(keep_padded_queries=False)
-        assert layout.query.lengths == (4, 4, 4)
-        assert layout.query.is_full
-
-
-def test_cross_attention_keeps_every_query() -> None:
-    layout = make(q_length=2).layout_of_forward(keep_padded_queries=False)
-    assert (layout.query.lengths, layout.key.lengths) == ((2, 2, 2), (3, 3, 3))
-
-
-def test_cached_causal_layout_drops_padded_queries() -> None:
-    # Two new tokens after two cached ones.
-    layout = make(causal_mask_function, q_length=2, q_offset=2).layout_of_forward(keep_padded_queries=True)
-    assert (layout.query.lengths, layout.key.lengths) == ((1, 2, 2), (3, 3, 3))
+@pytest.mark.parametrize(
+    ("options", "keep", "queries", "keys"),
+    [({}, False, (3, 3, 3), (3, 3, 3)), ({}, True, (4, 4, 4), (3, 3, 3)),
+     ({"valid": None}, False, (4, 4, 4), (4, 4, 4)), ({"valid": torch.ones_like(VALID)}, True, (4, 4, 4), (4, 4, 4)),
+     # Of another sequence, every query stays.
+     ({"q_length": 2}, False, (2, 2, 2), (3, 3, 3)),
+     # Two new tokens after two cached ones: causal queries are of the sequence of the keys.
+     ({"mask_function": causal_mask_function, "q_length": 2, "q_offset": 2}, True, (1, 2, 2), (3, 3, 3))],
+)  # fmt: skip
+def test_lengths(options, keep: bool, queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
+    layout = make(**options).state.layout(keep_padded_queries=keep)
+    assert (layout.query.lengths, layout.key.lengths) == (queries, keys)
+    assert layout.is_self_attention == (queries == keys)
+    assert layout.query.is_full == (queries in ((4, 4, 4), (2, 2, 2)))
 
 
 def test_static_cache_hides_what_is_not_written_yet() -> None:
     for valid in (VALID[:, :2], None):
         mask = make(causal_mask_function, valid=valid, q_length=2)
-        layout = mask.layout_of_forward(keep_padded_queries=False)
+        layout = mask.state.layout()
         lengths = (2, 1, 1) if valid is not None else (2, 2, 2)
         assert (layout.query.lengths, layout.key.lengths) == (lengths, lengths)
         keys = torch.arange(12.0).reshape(3, 4, 1, 1)
@@ -243,10 +235,10 @@ def test_static_cache_hides_what_is_not_written_yet() -> None:
 
 def test_windows_know_of_holes() -> None:
     window = sliding_window_causal_mask_function(2)
-    assert make(window).has_holes
-    assert not make(window, valid=VALID[:2].repeat(2, 1)[:3]).has_holes
-    assert not make(window, valid=None).has_holes
-    assert not make(causal_mask_function).has_holes
+    assert make(window).state.has_holes
+    assert not make(window, valid=VALID[:2].repeat(2, 1)[:3]).state.has_holes
+    assert not make(window, valid=None).state.has_holes
+    assert not make(causal_mask_function).state.has_holes
 
 
 PACKED = [[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 0, 0], [5, 4, 3, 2, 1, 0]]
@@ -259,7 +251,7 @@ def test_packed_sequences_in_pieces_are_joined_as_transformers_does(pieces: bool
         ids[1] = torch.tensor([0, 0, 1, 1, 0, 0])
     function = and_masks(causal_mask_function, packed_sequence_mask_function(ids))
     mask = attention_mask(batch_size=3, q_length=6, kv_length=6, mask_function=function)
-    assert mask.has_holes == pieces
+    assert mask.state.has_holes == pieces
     query, key, value = torch.randn(3, 3, 2, 6, 8)
     with hf_flashinfer_attn.trace() as trace:
         output, _ = attention_forward(torch.nn.Module(), query, key, value, mask)
@@ -270,21 +262,21 @@ def test_packed_sequences_in_pieces_are_joined_as_transformers_does(pieces: bool
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
     torch.testing.assert_close(output, expected.transpose(1, 2))
     if not pieces:
-        layout = mask.layout_of_forward(keep_padded_queries=False)
+        layout = mask.state.layout()
         assert layout.query.lengths == (2, 3, 1, 4, 2, 1, 1, 1, 1, 1, 1)
 
 
-def test_unknown_patterns_are_dense() -> None:
-    assert make(lambda b, h, q, k: k % 2 <= q).spec.pattern.kind is PatternKind.DENSE
+def test_unknown_patterns_are_opaque() -> None:
+    assert isinstance(make(lambda b, h, q, k: k % 2 <= q).spec.pattern, Opaque)
 
 
 def test_a_read_that_failed_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = make()
     with monkeypatch.context() as patched:
-        patched.setattr(mask_module, "LengthsRead", lambda counts: 1 / 0)
+        patched.setattr(mask_state, "HostCopy", lambda counts: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            mask.layout_of_forward(keep_padded_queries=False)
-    assert mask.layout_of_forward(keep_padded_queries=False).key.lengths == (3, 3, 3)
+            mask.state.layout()
+    assert mask.state.layout().key.lengths == (3, 3, 3)
 
 
 def test_a_mask_of_integers_means_the_same() -> None:
@@ -298,19 +290,32 @@ def test_a_mask_of_integers_means_the_same() -> None:
 def test_a_padding_mask_that_is_written_to_before_it_is_read_is_refused(read: str) -> None:
     padding_mask = torch.ones(2, 4, dtype=torch.bool)
     unread, known = (attention_mask(2, 4, 4, attention_mask=padding_mask) for _ in range(2))
-    before = known.layout_of_forward(keep_padded_queries=False).query.lengths
+    before = known.state.layout().query.lengths
     padding_mask[1, 2:] = False
     with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match="written to between"):
-        unread.layout_of_forward(keep_padded_queries=False) if read == "layout" else unread.dense()
+        unread.state.layout() if read == "layout" else unread.dense()
     # What was read before the write is what eager attention would have computed with.
-    assert known.layout_of_forward(keep_padded_queries=False).query.lengths == before == (4, 4)
-    assert attention_mask(2, 4, 4, attention_mask=padding_mask).layout_of_forward(
-        keep_padded_queries=False
-    ).query.lengths == (4, 2)
+    assert known.state.layout().query.lengths == before == (4, 4)
+    assert attention_mask(2, 4, 4, attention_mask=padding_mask).state.layout().query.lengths == (4, 2)
 
 
 def test_a_padding_mask_of_integers_is_copied_when_a_mask_is_made() -> None:
     padding_mask = torch.ones(2, 4, dtype=torch.long)
     mask = attention_mask(2, 4, 4, attention_mask=padding_mask)
     padding_mask[1, 2:] = 0
-    assert mask.layout_of_forward(keep_padded_queries=False).query.lengths == (4, 4)
+    assert mask.state.layout().query.lengths == (4, 4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_of_ones_is_known_until_it_is_written_to(mode) -> None:
+    with mode():
+        ones, plain = mask_of_ones(2, 4, torch.device("cpu")), torch.ones(2, 4, dtype=torch.bool)
+        copies = [copy_of(ones), copy_of(plain)]
+        assert [is_mask_of_ones(mask) for mask in (ones, plain, *copies)] == [True, False, True, False]
+        assert attention_mask(2, 4, 4, attention_mask=ones).spec.padding_mask is None
+        for mask in (ones, *copies):
+            mask[1, 2:] = False
+            assert not is_mask_of_ones(mask)
+            assert attention_mask(2, 4, 4, attention_mask=mask).state.layout().key.lengths == (4, 2)
+        assert plain.all()
+        assert not is_mask_of_ones(copy_of(ones))

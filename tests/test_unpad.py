@@ -21,13 +21,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
-from hf_flashinfer_attn.attention.plan_cache import _kept_of_packed
-from hf_flashinfer_attn.integration.functions import attention_mask
-from hf_flashinfer_attn.ragged.layout import PreparedStore, RaggedLayout, offsets_of
+from hf_flashinfer_attn.ragged.layout import RaggedLayout
 from hf_flashinfer_attn.ragged.token_map import TokenMap
 from hf_flashinfer_attn.unpadding import hooks
 from hf_flashinfer_attn.unpadding.families import family_of
@@ -451,33 +448,6 @@ def test_one_layout_and_no_copies(mode: Any) -> None:
         assert (trace.layouts, trace.host_copies, len(trace.calls)) == (1, 0, 2), family
 
 
-def test_layers_with_one_band_share_what_was_prepared() -> None:
-    layout = RaggedLayout.from_lengths([2, 3])
-    offsets = offsets_of(layout)
-    query = torch.zeros(1, 2, 5, 8)
-    masks = [attention_mask(1, 5, 5, mask_function=function) for function in (causal_mask_function, sliding(2))]
-
-    def store_of(mask: Tensor | None, offsets: Tensor, sliding_window: int | None = None) -> PreparedStore | None:
-        kept = _kept_of_packed(query, query, mask, sliding_window, (offsets, offsets))
-        return None if kept is None else kept.store
-
-    stores = [store_of(mask, offsets) for mask in (None, *masks)]
-    assert None not in stores
-    assert len({id(store) for store in stores}) == 3
-    assert [store_of(mask, offsets) for mask in (None, *masks)] == stores
-    assert store_of(None, offsets, sliding_window=2) is None
-    assert store_of(None, offsets_of(layout)) is stores[0]
-    assert store_of(None, torch.tensor([0, 2, 5], dtype=torch.int32)) is None
-    padded = attention_mask(1, 5, 5, mask_function=causal_mask_function, attention_mask=torch.ones(1, 5).bool())
-    assert store_of(padded, offsets) is None
-    offsets[1] = 3
-    assert store_of(None, offsets) is None
-
-
-def sliding(window: int) -> Any:
-    return and_masks(sliding_window_overlay(window), causal_mask_function)
-
-
 class HostReads(TorchDispatchMode):
     """Counts what would make the host wait for a GPU."""
 
@@ -655,7 +625,7 @@ def test_packed_ahead_is_what_is_packed(rows: list[list[int]]) -> None:
     """What a GPU packs before the host knows how many tokens there are."""
     mask = torch.tensor(rows)
     packing = Packing.of(mask, returns_dict=True, find_holes=False)
-    ahead = PackingAhead((len(rows), 6), TokenMap.of(mask.bool(), None).slots)
+    ahead = PackingAhead((len(rows), 6), TokenMap.of(mask.bool(), None).positions)
     total, cpu = int(mask.sum()), torch.device("cpu")
     ids = torch.randint(0, 99, mask.shape)
     for padded in (ids, torch.arange(6)[None], torch.randn(len(rows), 6, 3)):
