@@ -46,7 +46,7 @@ PARTS = {
         "layout:RaggedSide.scatter",
     ),
 }
-# The class whose calls launch Triton's kernels, and that which holds the launch of FlashInfer's, or its compiled module.
+# The class whose calls launch Triton's kernels; the class that holds FlashInfer's launch, or its compiled module.
 TRITON = ("ragged.triton_tokens:Launch", "kernels:_Launch")
 FLASHINFER = ("kernels.wrapper_pool:_Replay", "backends.recorded_calls:CallRecorder", "backends.flashinfer:_Replay")
 CHAT_LENGTHS = ("tools.bench.workload:chat_lengths", "bench.workload:chat_lengths")
