@@ -150,7 +150,7 @@ def packing_alone(repeats: int) -> list[dict[str, float]]:
 
         def pack(ids: torch.Tensor = ids, mask: torch.Tensor = mask) -> tuple[torch.Tensor, torch.Tensor]:
             packing = Packing.of(mask, returns_dict=True, find_holes=False)
-            return packing.pack(ids), packing.positions(CPU)
+            return packing.pack(ids), packing.position_ids(CPU)
 
         packed, positions = pack()
         assert packed[0].equal(ids[mask.bool()]), rows

@@ -31,7 +31,7 @@ from transformers import BertConfig, BertModel
 import hf_flashinfer_attn
 
 GTE_SMALL = BertConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536)
-PACKAGE = "hf_flashinfer_attn"
+PACKAGE = Path(hf_flashinfer_attn.__file__).parent
 # Parts of the attention function, by the place where their caller looks them up; those of other versions are left out.
 PARTS = {
     "gather": ("kernels.pad_head_dim:GatherQkv.__call__", "movement:Packer.__call__", "layout:RaggedSide.gather"),
@@ -46,13 +46,9 @@ PARTS = {
         "layout:RaggedSide.scatter",
     ),
 }
-# The class whose calls launch Triton's kernels, and the class whose `module` launches FlashInfer's; newest first.
-LAUNCHES = ("ragged.triton_tokens:Launch", "kernels:_Launch")
-MODULES = (
-    "kernels.plan_replay:CallRecorder",
-    "backends.recorded_calls:CallRecorder",
-    "backends.flashinfer:_Replay",
-)
+# The class whose calls launch Triton's kernels; the class that holds FlashInfer's launch, or its compiled module.
+TRITON = ("ragged.triton_tokens:Launch", "kernels:_Launch")
+FLASHINFER = ("kernels.wrapper_pool:_Replay", "backends.recorded_calls:CallRecorder", "backends.flashinfer:_Replay")
 CHAT_LENGTHS = ("tools.bench.workload:chat_lengths", "bench.workload:chat_lengths")
 DESCRIBE_ENVIRONMENT = ("tools.environment:describe_environment", "environment:describe_environment")
 
@@ -74,10 +70,11 @@ def model_of(implementation: str) -> BertModel:
 def owner_of(path: str) -> tuple[Any, str] | None:
     """Returns the owner and the name of a function or class; None if this version has none of this path."""
     module, _, attributes = path.partition(":")
-    try:
-        owner = importlib.import_module(f"{PACKAGE}.{module}")
-    except ModuleNotFoundError:
+    file = PACKAGE.joinpath(*module.split("."))
+    # Not left to the import: where another checkout is installed, that would supply what this one lacks.
+    if not (file.with_suffix(".py").is_file() or (file / "__init__.py").is_file()):
         return None
+    owner = importlib.import_module(f"{PACKAGE.name}.{module}")
     *parents, name = attributes.split(".")
     for parent in parents:
         owner = getattr(owner, parent, None)
@@ -135,22 +132,24 @@ class _Unlaunched:
 
 @contextmanager
 def without_launches() -> Iterator[int]:
-    """Leaves out the launches of gather, attention and scatter; yields the number of compiled modules concerned.
+    """Leaves out the launches of gather, attention and scatter; yields the number of recorded calls of FlashInfer.
 
     The launch that numbers the tokens in the first layer is left out, too: the others are all that use the numbers.
     """
-    launch_class, module_class = first_of(LAUNCHES), first_of(MODULES)
-    holders: list[Any] = [found for found in gc.get_objects() if type(found) is module_class]
-    launch, modules = launch_class.__call__, [holder.module for holder in holders]
-    launch_class.__call__ = lambda self, *pointers: None
-    for holder in holders:
-        holder.module = _Unlaunched(holder.module)
+    triton, flashinfer = first_of(TRITON), first_of(FLASHINFER)
+    # Not by `isinstance`, which asks every object for its class.
+    holders: list[Any] = [found for found in gc.get_objects() if type(found) is flashinfer]
+    name = "launch" if hasattr(flashinfer, "launch") else "module"
+    launch, held = triton.__call__, [getattr(holder, name) for holder in holders]
+    triton.__call__ = lambda self, *pointers: None
+    for holder, value in zip(holders, held):
+        setattr(holder, name, _Unlaunched(value) if name == "module" else lambda *arguments: None)
     try:
         yield len(holders)
     finally:
-        launch_class.__call__ = launch
-        for holder, module in zip(holders, modules):
-            holder.module = module
+        triton.__call__ = launch
+        for holder, value in zip(holders, held):
+            setattr(holder, name, value)
 
 
 def host_time(model: BertModel, inputs: dict[str, torch.Tensor], forwards: int = 30) -> dict[str, float]:
@@ -192,10 +191,10 @@ def host_time(model: BertModel, inputs: dict[str, torch.Tensor], forwards: int =
         for part, values in seconds.items():
             per_layer = len(values) / (forwards * layers)
             found[part] = statistics.median(values) * per_layer * 1e6
-        with without_launches() as modules:
+        with without_launches() as calls:
             whole.clear()
             run()
-        if modules:
+        if calls:
             found["attention function, launches aside"] = (
                 statistics.median(value for at, value in enumerate(whole) if at % layers) * 1e6
             )

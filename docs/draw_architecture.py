@@ -135,10 +135,8 @@ def drawing(rooms: list[list[Room]]) -> str:
         made = []
         for place, room in enumerate(row):
             # A package inside a room is one name.
-            names = [path.removeprefix(f"{PACKAGE}/{room.name}/") for path in room.files]
-            shown = dict.fromkeys(
-                Path(name).parts[-1 if room.name == BASE else 0].removesuffix(".py") for name in names
-            )
+            depth = 1 if room.name == BASE else 2
+            shown = dict.fromkeys(path.split("/")[depth].removesuffix(".py") for path in room.files)
             lines = textwrap.wrap(", ".join(shown), int((width - 24) / 7.3), break_on_hyphens=False)
             made.append(_Box(room, floor, MARGIN + GUTTER + place * (width + GAP), top, width, lines))
         boxes.update({box.room.name: box for box in made})

@@ -17,10 +17,10 @@ PACKAGE = Path(hf_flashinfer_attn.__file__).parent
 NAME = hf_flashinfer_attn.__name__
 # Lines.
 MOST_OF_A_FILE = 500
-MOST_OF_THE_PACKAGE = 15_300
+MOST_OF_THE_PACKAGE = 14_900
 MOST_WITHOUT_TOOLS = 11_000
-# Files above the limit, which is to be reached.
-TOO_LONG = {"tools/model_plan.py", "unpadding/graphs.py"}
+# Files above the limit that must still be split.
+TOO_LONG = {"unpadding/graphs.py"}
 
 
 def lines_of(file: Path) -> int:

@@ -150,10 +150,10 @@ def test_a_profile_has_the_parts_of_this_version_and_leaves_out_launches_alone(
             *profile_forward.PARTS,
         }  # fmt: skip
         launch, before = Launch.__call__, len(launched)
-        with profile_forward.without_launches() as modules:
+        with profile_forward.without_launches() as calls:
             model(**inputs)
             assert Launch.__call__ is not launch
-        assert modules > 0
+        assert calls > 0
         assert len(launched) == before
         model(**inputs)
     assert len(launched) == before + config.num_hidden_layers

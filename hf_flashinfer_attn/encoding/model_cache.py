@@ -1,4 +1,4 @@
-"""Models of calls: placed on a device and unpadded once; what is cached for them between calls."""
+"""Per-model cache between calls: placement on a device, unpadding, tokenizers."""
 
 from __future__ import annotations
 

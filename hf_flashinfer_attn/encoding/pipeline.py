@@ -1,4 +1,4 @@
-"""Background threads tokenise while the model runs, in bounded memory; results are in order."""
+"""Pipeline: background threads tokenise while the model runs, in bounded memory; results keep their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`doctor`: what this machine has, whether FlashInfer would run on it, what a model would use, and how exact it is."""
+"""`doctor`: this machine, whether FlashInfer runs on it, what a model would use, and the error of each kernel."""
 
 from __future__ import annotations
 

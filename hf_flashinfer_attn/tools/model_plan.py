@@ -1,4 +1,4 @@
-"""What each attention layer of a model would use, from its config alone: the model runs once without values.
+"""Predicted backend and kernels of each attention layer, from a model's config alone.
 
 Weights and activations stay on the meta device, where tensors have shapes and no memory. The model's own code says
 which mask, heads and extras each layer asks for; the rules that serve real calls say what would compute it.

@@ -1,4 +1,4 @@
-"""What this machine has: one line per question. A probe that fails is a line that says so, and hides no other."""
+"""Probes of this machine, one line per question. A probe that fails is a line that says so, and hides no other."""
 
 from __future__ import annotations
 

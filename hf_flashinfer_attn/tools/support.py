@@ -1,4 +1,4 @@
-"""The support tables of the documentation, made from the rules of the dispatcher and of `unpad`."""
+"""Support tables of the documentation, made from the rules of `select` and `unpad`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The least time that a machine can need: operations over its matrix rate, bytes over its copy rate."""
+"""Lower bounds of time: operations over the machine's matrix rate, bytes over its copy rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan: what to measure, checked, and the models and batches that it names."""
+"""Benchmark plan: what to measure, validated, and the models and batches that it names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bar chart of reports: tokens per second, and how many times sdpa's that is."""
+"""Bar chart of reports: tokens per second, and the speed-up over sdpa."""
 
 from __future__ import annotations
 

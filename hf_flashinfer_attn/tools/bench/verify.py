@@ -1,4 +1,4 @@
-"""Whether a contender's outputs may be timed: its error against a wider reference, beside sdpa's."""
+"""Verification before timing: a contender's error against a wider reference, beside that of sdpa."""
 
 from __future__ import annotations
 

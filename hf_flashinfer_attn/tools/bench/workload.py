@@ -1,4 +1,4 @@
-"""What is measured: shapes of models, request sets, and the batches they make."""
+"""Workloads: shapes of models, request sets, and the batches they make."""
 
 from __future__ import annotations
 
