@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_sentence_transformers import FAMILIES as TRANSFORMER_FAMILIES
-from test_sentence_transformers import TURNS_CACHES_OFF, random_model
+from packaging.version import Version
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_flashinfer_attn import encode, repad, unpad
 from hf_flashinfer_attn.tools import demo
@@ -23,16 +22,33 @@ st = pytest.importorskip("sentence_transformers", "5.4", reason="needs sentence-
 
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # noqa: E402
 
+VERSION = Version(st.__version__)
+# Before, decoders keep a cache by default.
+TURNS_CACHES_OFF = Version("6.2") <= VERSION
+
 TOKENS, WIDTH, LAYERS = 128, 64, 2
+SIZES: dict[str, Any] = {
+    "vocab_size": 30522, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
+    "intermediate_size": 96, "max_position_embeddings": TOKENS + 8, "pad_token_id": 0,
+}  # fmt: skip
+_DECODER: dict[str, Any] = {**SIZES, "num_key_value_heads": 1, "head_dim": 32}
+_GEMMA: dict[str, Any] = {
+    **_DECODER, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+    "query_pre_attn_scalar": 32, "use_bidirectional_attention": True,
+}  # fmt: skip
 _DISTILBERT: dict[str, Any] = {
     "vocab_size": 30522, "dim": WIDTH, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": 96,
     "max_position_embeddings": TOKENS + 8, "pad_token_id": 0,
 }  # fmt: skip
-FAMILIES = {
-    **TRANSFORMER_FAMILIES,
-    "distilbert": ("DistilBert", _DISTILBERT),
-    "mpnet": ("MPNet", TRANSFORMER_FAMILIES["bert"][1]),
+# Families that sentence-transformers flattens: the prefix of their classes, and their configs.
+FLATTENED: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", SIZES),
+    "roberta": ("Roberta", SIZES),
+    "modernbert": ("ModernBert", {**SIZES, "local_attention": 8, "global_attn_every_n_layers": 2}),
+    "qwen3": ("Qwen3", _DECODER),
+    "embedding-gemma": ("Gemma3Text", _GEMMA),
 }
+FAMILIES = {**FLATTENED, "distilbert": ("DistilBert", _DISTILBERT), "mpnet": ("MPNet", SIZES)}
 # What `encode` may be given: it unpads "flashinfer" itself, and pads batches for "sdpa".
 KINDS = ("unpadded", "flashinfer", "sdpa")
 # Of the largest absolute value, in float32: the distance of transformers' sdpa from float64 is up to 1.5e-6.
@@ -44,24 +60,34 @@ TEXTS = [text[: 40 + 90 * (index % 5)] for index, text in enumerate(demo.load_pa
 _folders = tempfile.TemporaryDirectory()
 
 
+def save_random_model(folder: str | Path, model_class: type[PreTrainedModel], sizes: dict[str, Any]) -> None:
+    """Saves a model whose weights are wide enough apart that its scores are too, and all-MiniLM-L6-v2's tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    model = model_class(model_class.config_class(**sizes, num_labels=1))
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.ndim > 1:
+                weights.copy_(torch.randn(weights.shape, generator=generator) * 0.15)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo.model_path()).save_pretrained(folder)
+
+
 @functools.cache
 def saved(family: str, head: str = "Model") -> str:
-    """Saves a random model, with the tokenizer of all-MiniLM-L6-v2."""
+    """Saves a random model, once; returns its folder."""
     prefix, sizes = FAMILIES[family]
-    folder = Path(_folders.name, f"{family}-{head}")
-    random_model(getattr(transformers, prefix + head), sizes).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(demo.model_path()).save_pretrained(folder)
-    return str(folder)
+    folder = str(Path(_folders.name, f"{family}-{head}"))
+    save_random_model(folder, getattr(transformers, prefix + head), sizes)
+    return folder
 
 
 def encoder(family: str, implementation: str, *modules: nn.Module, is_left_padded: bool = False) -> Any:
-    """A tiny `SentenceTransformer`, with mean pooling unless modules are given."""
+    """A tiny `SentenceTransformer` of a family or a folder, with mean pooling unless modules are given."""
     if family == "mpnet" and implementation == "sdpa":
         # It computes attention in its own code.
         implementation = "eager"
-    transformer = Transformer(
-        saved(family), model_kwargs={"attn_implementation": implementation}, max_seq_length=TOKENS
-    )
+    path = saved(family) if family in FAMILIES else family
+    transformer = Transformer(path, model_kwargs={"attn_implementation": implementation}, max_seq_length=TOKENS)
     if not TURNS_CACHES_OFF:
         transformer.model.config.use_cache = False
     if is_left_padded:

@@ -53,39 +53,46 @@ def build_model(
     weight_scale: float = 1.0,
 ) -> Any:
     """Builds a model in eval mode; two calls with different implementations give identical weights."""
-    torch.manual_seed(seed)
-    # `_from_config` writes the implementation's name into the config that it is given.
-    model = model_class._from_config(copy.deepcopy(config), attn_implementation=implementation)
-    randomise_weights(model, seed, weight_scale)
-    configs = [
-        module.config for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)
-    ]
-    assert {part._attn_implementation for part in configs} == {implementation}
-    return model.eval()
+    model = random_model(model_class, config, implementation, seed, weight_scale)
+    assert implementations_in_use(model) == {implementation}
+    return model
 
 
-@torch.no_grad()
-def randomise_weights(model: nn.Module, seed: int, scale: float) -> None:
+def random_model(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, implementation: str, seed: int, scale: float
+) -> Any:
     """Gives every weight the scale at which activations and attention logits have a variance near one.
 
     As initialised, attention is nearly uniform, and a wrong mask changes next to nothing.
     """
+    torch.manual_seed(seed)
+    # `_from_config` writes the implementation's name into the config that it is given.
+    model = model_class._from_config(copy.deepcopy(config), attn_implementation=implementation)
     generator = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
     for module in model.modules():
-        for weight in module.parameters(recurse=False):
-            if id(weight) in seen:
+        for name, parameter in module.named_parameters(recurse=False):
+            weight = parameter.detach()
+            if id(parameter) in seen or not weight.is_floating_point():
                 continue
-            seen.add(id(weight))
+            seen.add(id(parameter))
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim < 2:
-                # Biases start at zero, norms where their family wants them.
+                # Biases start at zero, norms and gates where their family wants them.
                 weight.add_(0.1 * noise)
-            elif isinstance(module, nn.Embedding):
+            elif isinstance(module, nn.Embedding) or weight.shape[0] == 1:
                 weight.copy_(noise)
-            else:
+            elif "original" not in name:
+                # Not the two factors of a normalised weight, which torch initialises to fit each other.
                 fan_in = weight.shape[0] if type(module).__name__ == "Conv1D" else weight[0].numel()
                 weight.copy_(scale * noise * (1.5 / fan_in) ** 0.5)
+    return model.eval()
+
+
+def implementations_in_use(model: nn.Module) -> set[str | None]:
+    """The attention implementations named by the configs of a model and of all its parts."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return {config._attn_implementation for config in configs if isinstance(config, PreTrainedConfig)}
 
 
 def decoder_config(config_class: type[PreTrainedConfig], **settings: Any) -> PreTrainedConfig:

@@ -185,4 +185,4 @@ def test_a_skipped_family_is_really_missing() -> None:
     for family in FAMILIES:
         if not family.is_in_this_transformers:
             with pytest.raises((AttributeError, ModuleNotFoundError)):
-                find_class(family.model_class, "modeling")
+                find_class(family.model_class)

@@ -280,7 +280,7 @@ def test_families_on_the_interface_are_not_said_to_have_attention_of_their_own(
             continue
         caplog.clear()
         with torch.device("meta"), caplog.at_level(logging.WARNING, logger="hf_flashinfer_attn"):
-            find_class(family.model_class, "modeling")._from_config(
+            find_class(family.model_class)._from_config(
                 family.make_config(), attn_implementation="flashinfer"
             )
         says = "'flashinfer' has no effect" in caplog.text
