@@ -64,7 +64,7 @@ class FlashInferPlan:
         Returns:
             Shape `(batch, q_length, heads, value_head_dim)`, contiguous, zero in padding.
         """
-        device = query.get_device()
+        device = query.get_device() if query.is_cuda else -1
         if device >= 0 and torch._C._cuda_getDevice() != device:
             # Kernels run on the current device, whatever device their tensors are on.
             with torch.cuda.device(device):
@@ -234,7 +234,9 @@ def plan_flashinfer(
     with torch.cuda.device(device):
         queries, tokens, keys = _moves(layout, plan, device, stream)
     scratch = None
-    if state is not None and not torch.cuda.is_current_stream_capturing():
+    # A captured graph would hold its lease for good.
+    is_of_graph = layout.graph_workspace is not None or torch.cuda.is_current_stream_capturing()
+    if state is not None and not is_of_graph:
         num_queries = spec.rows * spec.q_length if queries is None else len(queries)
         num_keys = spec.rows * spec.kv_length if keys is None else len(keys)
         if queries is not None or keys is not None or spec.head_dim < size or spec.value_head_dim < size:

@@ -48,7 +48,10 @@ def find_plan(
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
-    device = query.get_device()
+    is_cuda = query.is_cuda
+    # Whether float32 is cast depends on autocast and on the layer. Other devices have no stream to compare.
+    if query.dtype == torch.float32 if is_cuda else query.device.type != "cpu":
+        return None
     # A tensor as factor may be written to between two calls. Forward-mode tangents, tracers and captures need checks.
     if (
         isinstance(given.scaling, torch.Tensor)
@@ -56,7 +59,7 @@ def find_plan(
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
-        or (torch.cuda.is_current_stream_capturing() if device >= 0 else query.is_meta)
+        or (is_cuda and torch.cuda.is_current_stream_capturing())
     ):
         return None
     state: ForwardState | None
@@ -84,6 +87,7 @@ def find_plan(
         if given.position_ids is not None and is_one_of(type(module), PACKED_IMAGES):
             return None
         state = uniform_state(query.shape[0], query.shape[2], key.shape[2])
+    device = query.get_device() if is_cuda else -1
     guard = (
         # A configuration lives longer than a mask. Without one, nothing but causality depends on the module.
         type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", None), query.shape, key.shape,

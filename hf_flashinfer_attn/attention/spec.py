@@ -267,7 +267,7 @@ class AttentionInputs:
             return None
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         if self.is_packed:
-            if query.shape[0] != 1 or key.shape[0] != 1:
+            if query.shape[0] != 1 or key.shape[0] != 1 or query.is_meta:
                 return None
             layout = self.find_state().layout()
             shape = len(layout.query.lengths), query.shape[1], layout.query.max_length, layout.key.max_length
@@ -291,7 +291,7 @@ class AttentionInputs:
             head_dim=query.shape[-1],
             value_head_dim=value.shape[-1],
             sm_scale=self.sm_scale,
-            softcap=self.softcap,
+            softcap=None if self.softcap is None else float(self.softcap),
             biased=self.position_bias is not None,
             sinks=self.sinks is not None,
             dropout=self.dropout,

@@ -248,7 +248,7 @@ def _attend_layer(
     if found is not None and given.cu_seq_lens_q is not None:
         inputs.state = found.state
     output, weights, plan = attend(inputs)
-    if found is not None and plan is not None and inputs.query is query:
+    if found is not None and plan is not None and inputs.query is query and inputs.state is found.state:
         found.keep(plan)
     return output, weights
 

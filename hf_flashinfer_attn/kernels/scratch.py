@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict, deque
+from contextlib import suppress
 
 import torch
 
@@ -74,8 +75,5 @@ def _lease(state: ForwardState, stream: _Stream, num_bytes: int) -> torch.Tensor
 def _give_back(pool: deque[torch.Tensor], memory: torch.Tensor) -> None:
     pool.append(memory)
     if len(pool) > _MOST_FREE:
-        # The smallest is the least useful.
-        smallest = min(pool, key=torch.Tensor.numel)
-        kept = [one for one in pool if one is not smallest]
-        pool.clear()
-        pool.extend(kept)
+        with suppress(IndexError):
+            pool.popleft()

@@ -6,7 +6,6 @@ A state is an attribute of the forward's lazy mask, or of the cu_seqlens that ev
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from ..errors import UnsupportedAttentionError
 from .host_copy import HostCopy
-from .layout import RaggedLayout, uniform_layout
+from .layout import RaggedLayout, RaggedSide, lengths_of, uniform_layout
 
 __all__ = [
     "ForwardState",
@@ -186,9 +185,11 @@ def packed_state(
         state = attached_state(query_cu_seqlens)
         if state is not None and state.is_of(layer, query_cu_seqlens, key_cu_seqlens, shapes):
             return state
-        state = attached_state(mask)
-        if state is None or state.shapes != shapes:
-            state = PackedState(read(), None)
+        # Held, so that no other tensor gets their ids.
+        state, sources = attached_state(mask), (query_cu_seqlens, key_cu_seqlens)
+        known: Any = () if state is None or state.layers is None else state.layers[0]
+        if state is None or state.shapes != shapes or list(map(id, known)) != list(map(id, sources)):
+            state = PackedState(read(), None, layers=(sources, set()))
             state.shapes = shapes
             setattr(mask, _ATTRIBUTE, state)
         return state
@@ -208,7 +209,7 @@ def image_state(layer: object, position_ids: torch.Tensor, shapes: Shapes) -> Pa
         starts = (position_ids == 0).all(-1) if position_ids.shape[-1] == 2 else position_ids.flatten() == 0
         flags: list[bool] = HostCopy(starts).values
         places = [place for place, start in enumerate(flags) if start] + [len(flags)]
-        return RaggedLayout.from_lengths([end - start for start, end in itertools.pairwise(places)])
+        return RaggedLayout(RaggedSide(lengths_of(places, shapes[0]), shapes[0], None))
 
     return _find_or_read(layer, position_ids, position_ids, shapes, read)
 
@@ -223,5 +224,7 @@ def _find_or_read(
         state = PackedState(layout, versions, None if key is owner else key, layers)
         # The layout's own may differ where both sides have the same lengths.
         state.shapes = shapes
-        setattr(owner, _ATTRIBUTE, state)
+        # The state of `unpad` is needed again when its outputs are padded.
+        if (attached := attached_state(owner)) is None or attached.packing is None:
+            setattr(owner, _ATTRIBUTE, state)
     return state

@@ -19,7 +19,7 @@ from ..tracing import record_layout
 from .host_copy import HostCopy, to_device_async
 from .token_map import TokenMap
 
-__all__ = ["RaggedLayout", "RaggedSide", "uniform_layout"]
+__all__ = ["RaggedLayout", "RaggedSide", "lengths_of", "uniform_layout"]
 
 T = TypeVar("T")
 
@@ -203,10 +203,11 @@ class RaggedLayout:
         one = query_cu_seqlens is key_cu_seqlens
         read = HostCopy(query_cu_seqlens[None] if one else torch.stack([query_cu_seqlens, key_cu_seqlens])).values
         sides = dict.fromkeys(zip(map(tuple, read * 2 if one else read), (query_shape, key_shape)))
-        return cls(*(RaggedSide(_lengths_of(offsets, shape), shape, None) for offsets, shape in sides))
+        return cls(*(RaggedSide(lengths_of(offsets, shape), shape, None) for offsets, shape in sides))
 
 
-def _lengths_of(offsets: Sequence[int], shape: tuple[int, int]) -> list[int]:
+def lengths_of(offsets: Sequence[int], shape: tuple[int, int]) -> list[int]:
+    """Returns row lengths from cumulative ones; raises a `ValueError` if they do not describe tokens of `shape`."""
     lengths = [end - start for start, end in itertools.pairwise(offsets)]
     if offsets[0] != 0 or offsets[-1] != shape[0] * shape[1] or min(lengths, default=0) < 0:
         raise ValueError(

@@ -74,14 +74,12 @@ class MaskState(ForwardState):
         self._started: HostCopy | None = None
         self._is_unread = False
         self._sides: tuple[RaggedSide, RaggedSide] | None = None
-        if isinstance(spec.pattern, Opaque):
-            return
         # Causal queries see no key after the last query, such as an unwritten one of a static cache.
         end = spec.kv_offset + spec.kv_length
         if spec.pattern.is_causal:
             end = min(end, spec.q_offset + spec.q_length)
         self._seen_keys = end - spec.kv_offset
-        if spec.packed is None and spec.padding_mask is None:
+        if isinstance(spec.pattern, Opaque) or (spec.packed is None and spec.padding_mask is None):
             return
         # The copy is under way while the first projections are launched; a small batch may not need it.
         is_small = spec.batch_size * spec.q_length * spec.kv_length < _SMALL and not spec.pattern.is_window
@@ -152,7 +150,12 @@ class MaskState(ForwardState):
 
     @property
     def has_padding(self) -> bool:
-        return self.spec.padding_mask is not None and not self.layout().key.is_full
+        spec = self.spec
+        if spec.padding_mask is None:
+            return False
+        if isinstance(spec.pattern, Opaque):
+            return not HostCopy(spec.padding_mask[:, spec.kv_offset : spec.kv_offset + spec.kv_length].all()).values
+        return not self.layout().key.is_full
 
     @property
     def padded_queries_need_mask(self) -> bool:
