@@ -181,8 +181,18 @@ def spread(
         )
     if output.get("pooler_output") is not None:
         # The model's pooler saw only the first packed row.
-        output["pooler_output"] = required_family(module).pool(module, padded)
+        output["pooler_output"] = _pool(module, padded)
     return output if packing.returns_dict else output.to_tuple()
+
+
+def _pool(module: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
+    """Computes `pooler_output` from padded hidden states."""
+    pooler, activation = getattr(module, "pooler", None), getattr(module, "pooler_activation", None)
+    pooled: torch.Tensor | None = None
+    if pooler is not None:
+        # ALBERT's pooler is a linear layer, for the first position of each row.
+        pooled = pooler(hidden) if activation is None else activation(pooler(hidden[:, 0]))
+    return pooled
 
 
 def _find_packing(
