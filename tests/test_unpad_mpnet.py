@@ -132,7 +132,7 @@ def test_a_forward_inside_another_one(inner_is_padded: bool, inner_fails: str | 
                 expected = build("eager")(**batch).last_hidden_state[valid]
                 tolerance = TOLERANCE * expected.abs().max().item()
                 torch.testing.assert_close(actual[valid], expected, rtol=0, atol=tolerance)
-    assert mpnet._innermost.get() is None
+    assert not mpnet._entered.get()
 
 
 def hook(model: nn.Module) -> None:
@@ -184,9 +184,9 @@ def test_an_error_in_a_forward_leaves_nothing_behind() -> None:
     with pytest.raises(ZeroDivisionError):
         model(**batch)
     handle.remove()
-    assert mpnet._innermost.get() is None
+    assert not mpnet._entered.get()
     assert_right(model, batch)
-    assert mpnet._innermost.get() is None
+    assert not mpnet._entered.get()
 
 
 def test_packed_input_of_the_user() -> None:

@@ -20,15 +20,6 @@ class Positions(Enum):
     AFTER_PADDING_ID = "by token, from the id of padding + 1"
 
 
-def _apply_pooler(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
-    pooler: torch.nn.Module | None = getattr(model, "pooler", None)
-    return None if pooler is None else pooler(hidden)
-
-
-def _apply_albert_pooler(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
-    return None if model.pooler is None else model.pooler_activation(model.pooler(hidden[:, 0]))
-
-
 def _refuse_rotary_layers(model: PreTrainedModel) -> str | None:
     if model.config.position_embedding_type == "rotary" and getattr(model, "rotary_embeddings", None) is None:
         return "its layers number tokens by themselves, through all packed rows, in this version of transformers"
@@ -53,8 +44,6 @@ class Family:
     embeds_rows: bool = False
     # A bias depends on distances in padded rows.
     measures_slots: bool = False
-    # Computes `pooler_output` from padded hidden states.
-    pool: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor | None] = _apply_pooler
     # Returns why a model of the family cannot be packed after all.
     refuse: Callable[[PreTrainedModel], str | None] = lambda model: None
     # Imports the module that replaces the family's own attention (`route`) and puts it back (`restore`).
@@ -80,8 +69,8 @@ REFUSED = {
     "xlnet": _OWN_ATTENTION,
 }
 _ENCODERS = (
-    "BertModel", "DistilBertModel", "ElectraModel", "EuroBertModel", "JinaEmbeddingsV3Model", "ModernBertModel",
-    "NomicBertModel",
+    "AlbertModel", "BertModel", "DistilBertModel", "ElectraModel", "EuroBertModel", "JinaEmbeddingsV3Model",
+    "ModernBertModel", "NomicBertModel",
 )  # fmt: skip
 _ROBERTAS = ("CamembertModel", "Data2VecTextModel", "RobertaModel", "XLMRobertaModel")
 _DECODERS = ("Gemma3TextModel", "GemmaModel", "LlamaModel", "MistralModel", "Qwen3Model")
@@ -89,7 +78,6 @@ FAMILIES = {
     **dict.fromkeys(_ENCODERS, Family()),
     **dict.fromkeys(_ROBERTAS, Family(Positions.AFTER_PADDING_ID)),
     **dict.fromkeys(_DECODERS, Family(is_causal=True)),
-    "AlbertModel": Family(pool=_apply_albert_pooler),
     # Its token dropout scales a row by how much of it is masked.
     "EsmModel": Family(embeds_rows=True, refuse=_refuse_rotary_layers),
     "MPNetModel": Family(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 
 __all__ = ["GraphOptions", "GraphStatistics", "row_bucket", "token_bucket"]
 
@@ -40,8 +40,8 @@ class GraphOptions:
         if not isinstance(self.compile, bool):
             raise ValueError(f"GraphOptions(compile={self.compile!r}): expected True or False.")
         for name in ("max_tokens", "max_rows", "max_memory_gib"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"GraphOptions({name}={getattr(self, name)!r}): expected a number above 0.")
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"GraphOptions({name}={value!r}): expected a number above 0.")
 
 
 @dataclass(slots=True)
@@ -79,11 +79,7 @@ class GraphStatistics:
     @classmethod
     def total(cls, parts: Iterable[GraphStatistics]) -> GraphStatistics:
         """Returns the sum of several statistics."""
-        whole = cls()
-        for part in parts:
-            for one in fields(cls):
-                setattr(whole, one.name, getattr(whole, one.name) + getattr(part, one.name))
-        return whole
+        return cls(*map(sum, zip(*map(astuple, parts))))
 
 
 def token_bucket(tokens: int) -> int:

@@ -1,8 +1,8 @@
 """CUDA graphs of a backbone on packed tokens: one launch in place of hundreds.
 
-A graph has fixed shapes. Packed batches are therefore topped up to the next size of a few: with rows of length zero,
-which cost attention nothing, and with tokens that belong to no row. Nobody sees what becomes of those, but it must be
-finite: fa3 reads keys and values after the last row, and weighs them with zero.
+A graph has fixed shapes. Packed batches are therefore filled up to one of a few sizes: with rows of length zero, which
+cost attention nothing, and with tokens that belong to no row. Their values are never returned, but must be finite: fa3
+reads keys and values after the last row, and weighs them with zero.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import types
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,18 +37,12 @@ from .model_state import ModelState, numerics
 from .packing import CALLER, leave_sizes_open
 from .reasons import is_asked_for
 
-__all__ = [
-    "GraphedForward",
-    "graphs_of",
-    "install_graphs",
-    "is_copied_with",
-    "uninstall_graphs",
-]
+__all__ = ["GraphedForward", "graphs_of", "install_graphs", "is_copied_with", "uninstall_graphs"]
 
 # Serialises captures: garbage collection is disabled process-wide.
 _capture_lock = threading.Lock()
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
-# What every packed forward is given besides, and does not change what is computed.
+# Arguments of every packed forward, which do not change what is computed.
 _KNOWN = frozenset(
     {
         *_INPUTS, "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache",
@@ -59,61 +53,42 @@ _KNOWN = frozenset(
 
 @dataclass(slots=True)
 class _Graph:
-    """A captured forward.
-
-    Args:
-        graph: The CUDA graph.
-        layout: Layout of the packed rows; its plans are updated before each replay.
-        tokens: Number of tokens, filler included.
-        output_class: Class of the model's output.
-        has_pooler: Whether the output has a `pooler_output`.
-        calls: Attention calls, for traces.
-        inputs: Inputs, kept alive for the graph.
-    """
+    """A captured forward, whose layout gets new plans before each replay. `inputs` are kept alive for the graph."""
 
     graph: torch.cuda.CUDAGraph
     layout: RaggedLayout
+    # Filler included.
     tokens: int
     output_class: type[ModelOutput]
     has_pooler: bool
+    # For traces.
     calls: tuple[AttentionCall, ...]
     inputs: dict[str, Any]
 
 
 @dataclass(slots=True)
 class _Failure:
-    """A size whose capture failed.
-
-    Args:
-        attempts: Number of failed attempts.
-        wait: Forwards of this size to run without a graph before the next attempt.
-    """
+    """A size whose capture failed: how often, and the number of its forwards before the next attempt."""
 
     attempts: int = 0
     wait: int = 0
 
 
-@dataclass(slots=True)
 class _Memory:
     """Memory, stream and workspace that all graphs of a model share."""
 
-    device: torch.device
-    inputs: dict[str, torch.Tensor]
-    output: torch.Tensor | None = None
-    workspace: GraphWorkspace = field(init=False)
-    pool: Any = field(init=False)
-    stream: torch.cuda.Stream = field(init=False)
-    # Recorded after the last replay's results were copied, and the stream of that copy.
-    done: torch.cuda.Event = field(init=False)
-    last_stream: int | None = None
-    # Replays since the pool was made.
-    replayed: int = 0
-
-    def __post_init__(self) -> None:
-        self.workspace = GraphWorkspace(self.device)
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(self.device)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.output: torch.Tensor | None = None
+        self.workspace = GraphWorkspace(device)
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        # Recorded after the last replay's results were copied, and the stream of that copy.
         self.done = torch.cuda.Event()
+        self.last_stream: int | None = None
+        # Replays since the pool was made.
+        self.replayed = 0
 
     def pool_bytes(self) -> int:
         """Returns the size of the graphs' memory pool, unused parts included."""
@@ -127,17 +102,12 @@ _REPLAYS_OF_A_POOL = 1_000
 
 
 class GraphedForward:
-    """Stands for the forward of a backbone: packed batches go through captured graphs where that is right.
+    """Replaces the forward of a backbone, to which it has a weak reference: packed batches run as captured graphs.
 
     Calls from several threads take turns, and streams wait for each other. What is returned belongs to the caller.
-
-    Args:
-        module: The backbone, referred to weakly; it owns this.
-        options: How to capture.
     """
 
-    # What wraps a forward, as accelerate does, takes a copy of its dictionary (`functools.update_wrapper`), which must
-    # therefore have nothing in it that is this one's alone.
+    # In slots, because wrappers of a forward, such as accelerate's, copy its dictionary (`functools.update_wrapper`).
     __slots__ = (
         "__dict__", "__weakref__", "_failures", "_graphs", "_lock", "_memory", "_module", "_refused", "_state",
         "options", "statistics",
@@ -153,7 +123,7 @@ class GraphedForward:
         self._failures: dict[tuple[Any, ...], _Failure] = {}
         self._memory: _Memory | None = None
         self._state: ModelState | None = None
-        # Why, and with what settings.
+        # The reason, and the settings that it was found with.
         self._refused: tuple[str, Settings] | None = None
 
     @property
@@ -179,16 +149,14 @@ class GraphedForward:
         copied: weakref.ref[PreTrainedModel] | None = kwargs.pop(CALLER, None)
         module = self._required_module() if copied is None else copied()
         assert module is not None, "its forward was called"
-        layout = None
+        packed = None
         if copied is None and not torch.compiler.is_compiling() and not args:
-            layout = self._accepted_layout(module, kwargs)
-        if layout is not None:
+            packed = self._accepted_state(module, kwargs)
+        if packed is not None:
             with self._lock:
-                # Another thread may have found out meanwhile.
-                if self.refusal() is None:
-                    outputs = self._replay(module, layout, kwargs)
-                    if outputs is not None:
-                        return outputs
+                # Another thread may have set a refusal meanwhile.
+                if self.refusal() is None and (outputs := self._replay(module, packed, kwargs)) is not None:
+                    return outputs
         return type(module).forward(module, *args, **kwargs)
 
     def takes(self, module: PreTrainedModel, device: torch.device, rows: int, tokens: int) -> bool:
@@ -203,44 +171,37 @@ class GraphedForward:
         )
 
     def look(self) -> ModelState | None:
-        """Looks at the model ahead of a forward, while the host would else wait for lengths.
-
-        Returns:
-            What graphs were captured with, if the model is still so; None if it is not, or there are none.
-        """
+        """Returns the fingerprint of the captured model if it still holds; the host has time while lengths travel."""
         state = self._state
         return state if state is not None and state.refusal is None and state.holds() else None
 
     def reset(self) -> None:
-        """Drops all graphs and their memory; they are captured again when they are needed."""
+        """Drops all graphs and their memory; sizes are captured again on their next use."""
         with self._lock:
             self._refused = None
             self._drop_all()
 
     def refusal(self) -> str | None:
-        """Why the model as it is runs without graphs, once that was found out; None while nothing is known."""
+        """Returns why the model in its current state runs without graphs; None if no reason is known (yet)."""
         refused, state = self._refused, self._state
-        # After `configure`, what could not be done is tried again.
+        # After `configure`, another attempt is made.
         if refused is not None and refused[1] is current_settings():
             return refused[0]
         return state.refusal if state is not None and state.refusal is not None and state.holds() else None
 
-    def _refuse(self, module: PreTrainedModel, reason: str) -> None:
-        self._refused = reason, current_settings()
-        log_once(f"no CUDA graphs of {type(module).__name__}: {reason}")
-
-    def _accepted_layout(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> RaggedLayout | None:
-        """Returns the layout of a packed batch that may go through a graph; None for any other."""
-        ids, offsets = kwargs.get("input_ids"), kwargs.get("cu_seq_lens_q")
-        if ids is None or offsets is None or offsets is not kwargs.get("cu_seq_lens_k") or not ids.is_cuda:
+    def _accepted_state(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> PackedState | None:
+        """Returns the state of a packed batch that may go through a graph; None for any other."""
+        ids, mask, cu_seqlens = kwargs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
+        if ids is None or cu_seqlens is None or cu_seqlens is not kwargs.get("cu_seq_lens_k") or not ids.is_cuda:
             return None
-        state, mask = _state_of(ids, offsets), kwargs.get("attention_mask")
-        # Of `unpad`, which pools from padded rows again; a model's own pooler has seen the first packed row alone.
+        state, shape = attached_state(cu_seqlens), (ids.shape[0], ids.shape[1])
+        # Only of `unpad`, which pools again from padded rows: a model's own pooler sees the first packed row alone.
         if state is None or state.packing is None or not (mask is None or is_mask_of_ones(mask)):
             return None
-        layout = state.layout()
+        if shape[0] != 1 or not state.is_of(None, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], (shape, shape)):
+            return None
         is_accepted = (
-            self.takes(module, ids.device, len(layout.query.lengths), ids.shape[1])
+            self.takes(module, ids.device, len(state.layout().query.lengths), ids.shape[1])
             and not torch.is_autocast_enabled("cuda")
             and not torch.cuda.is_current_stream_capturing()
             and not is_asked_for("output_hidden_states", module, kwargs)
@@ -255,21 +216,20 @@ class GraphedForward:
                 if name not in _KNOWN
             )
         )
-        return layout if is_accepted else None
+        return state if is_accepted else None
 
-    def _replay(self, module: PreTrainedModel, layout: RaggedLayout, kwargs: dict[str, Any]) -> ModelOutput | None:
+    def _replay(self, module: PreTrainedModel, packed: PackedState, kwargs: dict[str, Any]) -> ModelOutput | None:
         device = kwargs["input_ids"].device
-        lengths = layout.query.lengths
-        tokens = layout.query.total_tokens
+        lengths = packed.layout().query.lengths
+        tokens = packed.layout().query.total_tokens
         names = tuple(name for name in _INPUTS if kwargs.get(name) is not None)
         extras = tuple(sorted((name, value) for name, value in kwargs.items() if name not in _KNOWN))
         key = (token_bucket(tokens), row_bucket(len(lengths)), names, extras, current_settings(), numerics())
         if torch.cuda.current_device() != device.index:
             # Plans and replays go to the current device.
             with torch.cuda.device(device):
-                return self._replay(module, layout, kwargs)
-        attached = attached_state(kwargs["cu_seq_lens_q"])
-        state: ModelState | None = None if attached is None else attached.model_state
+                return self._replay(module, packed, kwargs)
+        state: ModelState | None = packed.model_state
         if state is None or state is not self._state:
             state = self._state
             if state is not None and not state.holds():
@@ -287,7 +247,7 @@ class GraphedForward:
             failure.wait -= 1
             return None
         if memory is None:
-            memory = self._memory = _Memory(device, {})
+            memory = self._memory = _Memory(device)
         stream = torch.cuda.current_stream(device)
         if memory.last_stream is not None and memory.last_stream != stream.cuda_stream:
             stream.wait_event(memory.done)
@@ -393,7 +353,8 @@ class GraphedForward:
             torch.cuda.synchronize(memory.device)
             reason = first_line(error)
             if isinstance(error, UnsupportedAttentionError) and not self._graphs:
-                self._refuse(module, reason)
+                self._refused = reason, current_settings()
+                log_once(f"no CUDA graphs of {type(module).__name__}: {reason}")
             else:
                 self._back_off(module, key, reason)
             return None
@@ -411,15 +372,8 @@ class GraphedForward:
                 self._drop_graphs()
                 memory.pool, memory.replayed = torch.cuda.graph_pool_handle(), 0
             return None
-        found = _Graph(
-            graph,
-            layout,
-            tokens,
-            type(outputs),
-            outputs.get("pooler_output") is not None,
-            tuple(recorded.calls),
-            inputs,
-        )
+        has_pooler = outputs.get("pooler_output") is not None
+        found = _Graph(graph, layout, tokens, type(outputs), has_pooler, tuple(recorded.calls), inputs)
         self._graphs[key] = found
         self._failures.pop(key, None)
         self.statistics.captured += 1
@@ -458,47 +412,39 @@ def is_copied_with(module: torch.nn.Module) -> bool:
     return graphs is not None and graphs.module is not module
 
 
-def _state_of(ids: torch.Tensor, cu_seqlens: Any) -> PackedState | None:
-    """Returns the state of packed ids; None if cu_seqlens have none that is valid."""
-    shape, state = (ids.shape[0], ids.shape[1]), attached_state(cu_seqlens)
-    is_valid = state is not None and shape[0] == 1 and state.is_of(None, cu_seqlens, cu_seqlens, (shape, shape))
-    return state if is_valid else None
-
-
 def graphs_of(module: torch.nn.Module) -> GraphedForward | None:
-    """Returns what stands for the forward of a module, beneath the hooks of accelerate or without; None if nothing."""
+    """Returns what replaces the forward of a module, beneath the hooks of accelerate or without; None for nothing."""
     kept = (vars(module).get(name) for name in ("forward", "_old_forward"))
     return next((found for found in kept if isinstance(found, GraphedForward)), None)
 
 
 def install_graphs(module: PreTrainedModel, options: GraphOptions) -> None:
-    """Puts captured graphs in the place of a backbone's forward."""
-    # Accelerate keeps what it wraps, and puts that in again afterwards.
+    """Replaces a backbone's forward by captured graphs."""
+    # Accelerate keeps the forward that it wraps, and restores it afterwards.
     name = "_old_forward" if "_old_forward" in vars(module) else "forward"
     setattr(module, name, GraphedForward(module, options))
 
 
 def uninstall_graphs(module: torch.nn.Module) -> None:
-    """Gives a module its own forward back, if graphs stand for it."""
+    """Undoes `install_graphs`; without effect on other modules."""
     for name in ("forward", "_old_forward"):
-        found = vars(module).get(name)
-        if isinstance(found, GraphedForward):
-            if found.module is module:
-                found.reset()
-            if name == "forward":
-                del module.forward
-            else:
-                setattr(module, name, types.MethodType(type(module).forward, module))
+        if not isinstance(found := vars(module).get(name), GraphedForward):
+            continue
+        if found.module is module:
+            found.reset()
+        if name == "forward":
+            del module.forward
+        else:
+            setattr(module, name, types.MethodType(type(module).forward, module))
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keeps garbage from being collected, since what frees memory of a GPU may not run while a graph is captured."""
-    if not gc.isenabled():
-        yield
-        return
+    """Disables garbage collection, which may free memory of a GPU, an error while a graph is captured."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()

@@ -136,8 +136,12 @@ def pack(
     tokens = next((value for name in PER_TOKEN if (value := inputs.get(name)) is not None), None)
     if tokens is not None:
         device = _device_of(module, tokens.device)
-        if (packing := _find_packing(module, inputs, device)) is not None:
+        graphs = None if CALLER in inputs else graphs_of(module)
+        if (packing := _find_packing(module, inputs, device, graphs)) is not None:
             _pack_inputs(module, inputs, packing, device)
+            if graphs is None:
+                names = (*packing.packed, "attention_mask")
+                leave_sizes_open((inputs[name] for name in names), inputs["cu_seq_lens_q"])
         else:
             for name in (*PER_TOKEN, "attention_mask"):
                 if isinstance(value := inputs.get(name), torch.Tensor) and value.device.type == "cpu":
@@ -177,22 +181,41 @@ def spread(
         )
     if output.get("pooler_output") is not None:
         # The model's pooler saw only the first packed row.
-        output["pooler_output"] = required_family(module).pool(module, padded)
+        output["pooler_output"] = _pool(module, padded)
     return output if packing.returns_dict else output.to_tuple()
 
 
-def _find_packing(module: PreTrainedModel, inputs: dict[str, Any], device: torch.device) -> Packing | None:
-    """Returns the packing of a padded batch; None for a batch without padding or one that must stay padded."""
+def _pool(module: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
+    """Computes `pooler_output` from padded hidden states."""
+    pooler, activation = getattr(module, "pooler", None), getattr(module, "pooler_activation", None)
+    pooled: torch.Tensor | None = None
+    if pooler is not None:
+        # ALBERT's pooler is a linear layer, for the first position of each row.
+        pooled = pooler(hidden) if activation is None else activation(pooler(hidden[:, 0]))
+    return pooled
+
+
+def _find_packing(
+    module: PreTrainedModel, inputs: dict[str, Any], device: torch.device, graphs: GraphedForward | None
+) -> Packing | None:
+    """Returns the packing of a padded batch, or of one for a graph; None for a batch that must stay as it is."""
     if packing_of(inputs) is not None:
         # Never padded.
         return None
     mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+
+    def has_graph(rows: int, width: int) -> bool:
+        return (
+            graphs is not None
+            and ids is not None
+            and rows * width <= _MOST_TOKENS_WITHOUT_PADDING
+            and graphs.takes(module, device, rows, rows * width)
+        )
+
     returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
     if mask is None:
         # Without padding, packing is only useful for a graph. Decoders detect packed sequences by their positions.
-        if ids is None or ids.ndim != 2 or inputs.get("position_ids") is not None:
-            return None
-        if not _goes_through_a_graph(module, inputs, device, *ids.shape):
+        if ids is None or ids.ndim != 2 or inputs.get("position_ids") is not None or not has_graph(*ids.shape):
             return None
         if reason_to_stay(module, {**inputs, "attention_mask": ids}) is not None:
             return None
@@ -207,11 +230,11 @@ def _find_packing(module: PreTrainedModel, inputs: dict[str, Any], device: torch
         if packing.is_pending:
             # The host works while the lengths are copied.
             _pack_tokens(module, inputs, packing)
-            if (graphs := _own_graphs(module)) is not None:
+            if graphs is not None:
                 packing.model_state = graphs.look()
         packing.finish()
         if packing.is_full:
-            if _goes_through_a_graph(module, inputs, device, *packing.shape):
+            if has_graph(*packing.shape):
                 return packing
             # So that attention does not read the lengths again.
             inputs["attention_mask"] = mask_of_ones(*packing.shape, device)
@@ -232,24 +255,6 @@ def _find_packing(module: PreTrainedModel, inputs: dict[str, Any], device: torch
     return None
 
 
-def _own_graphs(module: torch.nn.Module) -> GraphedForward | None:
-    """Returns the CUDA graphs of a module; None for a shallow copy or a replica."""
-    return None if is_copied_with(module) else graphs_of(module)
-
-
-def _goes_through_a_graph(
-    module: PreTrainedModel, inputs: dict[str, Any], device: torch.device, rows: int, width: int
-) -> bool:
-    """Whether to pack a batch without padding, for a graph."""
-    graphs, tokens = _own_graphs(module), rows * width
-    return (
-        graphs is not None
-        and inputs.get("input_ids") is not None
-        and tokens <= _MOST_TOKENS_WITHOUT_PADDING
-        and graphs.takes(module, device, rows, tokens)
-    )
-
-
 def _pack_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing, device: torch.device) -> None:
     """Puts a packed batch in the place of a padded one."""
     family, padded_ids = required_family(module), inputs.get("input_ids")
@@ -263,7 +268,7 @@ def _pack_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packi
     offsets, length = cu_seqlens_of(layout), layout.query.max_length
     state = attached_state(offsets)
     assert state is not None
-    state.packing = packing
+    state.packing, state.model_state = packing, packing.model_state
     inputs.update(packing.move(packing.packed, device))
     # A mask of ones keeps transformers from detecting packed sequences in the positions, and models without mask
     # helpers from detecting padding in the ids.
@@ -271,10 +276,6 @@ def _pack_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packi
     inputs["attention_mask"] = mask_of_ones(1, layout.query.total_tokens, device) if has_mask else None
     inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
-    if _own_graphs(module) is not None:
-        state.model_state = packing.model_state
-    else:
-        leave_sizes_open((inputs[name] for name in (*packing.packed, "attention_mask")), offsets)
 
 
 def _pack_tokens(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> None:

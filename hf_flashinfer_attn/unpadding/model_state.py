@@ -19,6 +19,8 @@ _INERT = frozenset(
         "p", "inplace", "padding_idx", "scale_grad_by_freq", "sparse",
     }
 )  # fmt: skip
+# Of each weight.
+_READ = (torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.numel, operator.attrgetter("dtype"))
 
 
 class ModelState:
@@ -26,9 +28,6 @@ class ModelState:
 
     Any other change is detected: moved or cast weights (`to`, `half`), replaced modules or parameters, hooks, a
     replaced forward, attributes of a layer, `train` and `eval`.
-
-    Args:
-        model: A backbone.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -40,7 +39,7 @@ class ModelState:
         inner = modules[1:]
         hooks = [vars(module)[name] for module in inner for name in ("_forward_hooks", "_forward_pre_hooks")]
         self._hooks = [store for store in hooks if store]
-        # Stores that are empty (most are), and must stay so.
+        # Empty stores (most are), which must stay empty.
         self._empty = [store for store in stores + hooks if not store]
         # Kept alive, here and below, so that no new object can get the id of a freed one.
         self._held = list(itertools.chain.from_iterable(map(dict.values, self._stores)))
@@ -83,10 +82,7 @@ class ModelState:
     def _look(self) -> tuple[Any, ...]:
         # Runs once per forward over hundreds of modules, so the loops are in C.
         return (
-            list(map(torch.Tensor.data_ptr, self._tensors)),
-            list(map(torch.Tensor.stride, self._tensors)),
-            list(map(torch.Tensor.numel, self._tensors)),
-            list(map(operator.attrgetter("dtype"), self._tensors)),
+            *(list(map(read, self._tensors)) for read in _READ),
             any(self._empty),
             list(itertools.chain.from_iterable(self._hooks)),
             list(map(dict.get, self._dicts, itertools.repeat("training"))),

@@ -1,8 +1,7 @@
 """MPNet, which computes attention in its own code: two of its classes, with this package's attention.
 
-Its layers pass on a mask and a bias, and nothing else, and in transformers 5.5 the backbone computes a new mask from
-the one that it is given. cu_seqlens therefore go from the backbone to the encoder in a context variable, and from there
-to each layer with the bias.
+Its layers pass on a mask and a bias, and nothing else; transformers 5.5 computes the mask anew. cu_seqlens therefore go
+from the backbone to the encoder in a context variable, and from there to the layers with the bias.
 """
 
 from __future__ import annotations
@@ -26,14 +25,8 @@ from ..settings import NAME
 __all__ = ["RaggedMPNetEncoder", "RaggedMPNetSelfAttention", "enter", "leave", "reason_to_refuse", "restore", "route"]
 
 
-class _Forward(NamedTuple):
-    """A forward of a backbone that is under way, and the one inside which it was called."""
-
-    offsets: torch.Tensor | None
-    outer: _Forward | None
-
-
-_innermost: ContextVar[_Forward | None] = ContextVar("flashinfer_mpnet_forward", default=None)
+# cu_seqlens of the forwards under way, None for padded ones: a hook in a forward may run another one.
+_entered: ContextVar[tuple[torch.Tensor | None, ...]] = ContextVar("flashinfer_mpnet_forwards", default=())
 
 
 class PackedBias(NamedTuple):
@@ -53,9 +46,7 @@ class RaggedMPNetEncoder(MPNetEncoder):  # type: ignore[misc]
         self, x: torch.Tensor, position_ids: torch.Tensor | None = None, num_buckets: int = 32
     ) -> torch.Tensor | PackedBias:
         """Makes the bias of a forward for hidden states of shape `(batch, slots, width)`."""
-        forward = _innermost.get()
-        offsets = None if forward is None else forward.offsets
-        if offsets is None:
+        if (offsets := next(reversed(_entered.get()), None)) is None:
             alone: torch.Tensor = super().compute_position_bias(x[:1], position_ids, num_buckets)
             return alone
         if is_of_graph(offsets):
@@ -65,9 +56,9 @@ class RaggedMPNetEncoder(MPNetEncoder):  # type: ignore[misc]
             )
         shape = (x.shape[0], x.shape[1])
         longest = packed_state(self, offsets, offsets, (shape, shape)).layout().query.max_length
-        # Only its shape and device are read.
-        row = x.new_empty(1, longest)
-        return PackedBias(super().compute_position_bias(row, position_ids, num_buckets), offsets)
+        # Of hidden states, only shape and device are read.
+        bias = super().compute_position_bias(x.new_empty(1, longest), position_ids, num_buckets)
+        return PackedBias(bias, offsets)
 
     def relative_position_bucket(
         self, relative_position: torch.Tensor, num_buckets: int = 32, max_distance: int = 128
@@ -160,17 +151,16 @@ def _become(backbone: PreTrainedModel, encoder: type[MPNetEncoder], attention: t
 
 def _own_forwards(module: torch.nn.Module) -> list[str]:
     """Returns the attributes in which accelerate keeps the forward of a module's class, around hooks and after them."""
-    kept = {name: vars(module).get(name) for name in ("forward", "_old_forward")}
-    return [name for name, value in kept.items() if getattr(value, "__func__", None) is type(module).forward]
+    kept, own = vars(module), type(module).forward
+    return [name for name in ("forward", "_old_forward") if getattr(kept.get(name), "__func__", None) is own]
 
 
 def enter(offsets: torch.Tensor | None) -> None:
     """Tells the encoder the cu_seqlens of a forward, None of a padded one, until `leave` is called with the same."""
-    _innermost.set(_Forward(offsets, _innermost.get()))
+    _entered.set((*_entered.get(), offsets))
 
 
 def leave(offsets: torch.Tensor | None) -> None:
     """Returns to the outer forward; without effect where another one, of other cu_seqlens, was entered last."""
-    forward = _innermost.get()
-    if forward is not None and forward.offsets is offsets:
-        _innermost.set(forward.outer)
+    if (entered := _entered.get()) and entered[-1] is offsets:
+        _entered.set(entered[:-1])

@@ -1,4 +1,4 @@
-"""Reasons why a forward stays padded, checked before row lengths are read."""
+"""Reasons why a forward stays padded, found before row lengths are read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,9 @@ from .families import family_of, required_family
 from .packing import CALLER
 
 __all__ = [
-    "PER_TOKEN",
-    "implementation_of",
-    "is_asked_for",
-    "measure_of_distance",
-    "reason_of_head",
-    "reason_to_stay",
+    "PER_TOKEN", "implementation_of", "is_asked_for", "measure_of_distance", "reason_of_head", "reason_to_stay",
     "require_positions",
-]
+]  # fmt: skip
 
 PER_TOKEN = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
 _PACKED = frozenset({*PER_TOKEN, "attention_mask", CALLER})
@@ -41,7 +36,7 @@ def implementation_of(module: torch.nn.Module) -> str | None:
 
 def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
     """Returns why a forward cannot run on packed tokens, without reading row lengths; None if it can."""
-    mask = inputs["attention_mask"]
+    mask, ids = inputs["attention_mask"], inputs.get("input_ids")
     if implementation_of(module) != NAME:
         return f"attn_implementation={implementation_of(module)!r}, expected {NAME!r}"
     if current_settings().padded_queries == "keep":
@@ -53,45 +48,32 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
     if inputs.get("encoder_hidden_states") is not None:
         return "cross-attention"
     # By class, because transformers renamed the argument and accepts both names for a while.
-    if any(isinstance(value, Cache) for value in inputs.values()) or _makes_cache(module, inputs):
+    if any(isinstance(value, Cache) for value in inputs.values()) or (
+        (required_family(module).is_causal or getattr(module.config, "is_decoder", False))
+        and is_asked_for("use_cache", module, inputs)
+        and not (getattr(module, "gradient_checkpointing", False) and module.training)
+    ):
         return "a cache of keys and values; pass use_cache=False where none is needed"
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    tokens = inputs.get("inputs_embeds") if ids is None else ids
     if not isinstance(mask, torch.Tensor) or tokens is None or mask.shape != tokens.shape[:2]:
         return "an attention mask of another shape than the tokens"
     for name in ("token_type_ids", "position_ids"):
         value = inputs.get(name)
         if value is not None and tuple(value.shape) not in (tuple(mask.shape), (1, mask.shape[1])):
             return f"{name} of another shape than the tokens"
-    if (reason := _reason_of_positions(module, inputs, mask)) is not None:
-        return reason
+    if inputs.get("position_ids") is None and (table := _position_table(module)) is not None:
+        (size, padding_id), width = table, mask.shape[1]
+        if padding_id is None and width > size:
+            # The model raises its own error.
+            return f"{width} positions in a row, more than the model's {size}"
+        # Families that embed padded rows number tokens by themselves.
+        is_numbered = ids is not None or not required_family(module).embeds_rows
+        if padding_id is not None and padding_id + 1 + width > size and is_numbered:
+            # Before anything is launched.
+            require_positions(module, width if ids is None else HostCopy(ids.ne(padding_id).sum(1).max()).values)
     for name, value in inputs.items():
         if name not in _PACKED and not _is_of_whole_batch(value):
             return f"{name}, which unpad cannot pack"
-    return None
-
-
-def _reason_of_positions(module: PreTrainedModel, inputs: dict[str, Any], mask: torch.Tensor) -> str | None:
-    """Checks row lengths against the table of learned positions, before anything is launched.
-
-    Returns:
-        Why a forward stays padded, so that the model raises its own error; None if all positions are in the table.
-
-    Raises:
-        IndexError: If the model would read beyond the table.
-    """
-    table = _position_table(module)
-    if table is None or inputs.get("position_ids") is not None:
-        return None
-    size, padding_id = table
-    ids, width = inputs.get("input_ids"), mask.shape[1]
-    if padding_id is None:
-        # The model itself raises an error.
-        return None if width <= size else f"{width} positions in a row, more than the model's {size}"
-    # Tokens are numbered from padding_idx + 1. Families that embed padded rows have no packed positions yet.
-    first = padding_id + 1
-    if first + width <= size or (ids is None and required_family(module).embeds_rows):
-        return None
-    require_positions(module, width if ids is None else HostCopy(ids.ne(padding_id).sum(1).max()).values)
     return None
 
 
@@ -103,15 +85,11 @@ def _position_table(module: PreTrainedModel) -> tuple[int, int | None] | None:
 
 
 def require_positions(module: PreTrainedModel, longest: int) -> None:
-    """Checks the longest row of packed tokens against the table of learned positions.
-
-    Raises:
-        IndexError: If the model would read beyond the table.
-    """
-    table = _position_table(module)
-    if table is None:
+    """Raises an IndexError if a row of packed tokens is longer than the table of learned positions."""
+    if (table := _position_table(module)) is None:
         return
     size, padding_id = table
+    # After padding, whose position is padding_id.
     first = 0 if padding_id is None else padding_id + 1
     if first + longest > size:
         raise IndexError(
@@ -157,23 +135,13 @@ def _is_of_whole_batch(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
 
 
-def _makes_cache(module: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    config = module.config
-    if not (required_family(module).is_causal or getattr(config, "is_decoder", False)):
-        return False
-    return is_asked_for("use_cache", module, inputs) and not (
-        getattr(module, "gradient_checkpointing", False) and module.training
-    )
-
-
 def measure_of_distance(module: PreTrainedModel) -> str | None:
     """Returns the part of a model's attention that depends on distances in padded rows; None if there is none."""
-    config = module.config
     if required_family(module).measures_slots:
         return "a relative position bias"
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        has_window = any(layer_type != "full_attention" for layer_type in layer_types)
+    layer_types = getattr(module.config, "layer_types", None)
+    if layer_types is None:
+        has_window = getattr(module.config, "sliding_window", None) is not None
     else:
-        has_window = getattr(config, "sliding_window", None) is not None
+        has_window = any(layer_type != "full_attention" for layer_type in layer_types)
     return "a window" if has_window else None
