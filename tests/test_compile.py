@@ -235,8 +235,9 @@ def test_a_packed_decoder_gets_values() -> None:
 @torch.no_grad()
 def test_a_position_bias_is_added() -> None:
     ids, mask = torch.randint(3, 50, (2, 7)), PADDINGS["left"]
-    expected = build(T5, "eager")(ids, attention_mask=mask).last_hidden_state
-    result = torch.compile(build(T5), backend="eager")(ids, attention_mask=mask).last_hidden_state
+    # In float32, roundings of large logits exceed the tolerance for one batch of a hundred.
+    expected = build(T5, "eager").double()(ids, attention_mask=mask).last_hidden_state
+    result = torch.compile(build(T5).double(), backend="eager")(ids, attention_mask=mask).last_hidden_state
     assert_close(result[mask.bool()], expected[mask.bool()])
 
 

@@ -25,11 +25,10 @@ from transformers import (
 )
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.attention import plan as prepared
+from hf_flashinfer_attn.attention import select
 from hf_flashinfer_attn.integration.functions import attention_forward
 from hf_flashinfer_attn.kernels import flashinfer
 from hf_flashinfer_attn.kernels import torch_ragged as reference
-from hf_flashinfer_attn.ragged.bias import LogitsBias
 from hf_flashinfer_attn.ragged.layout import RaggedLayout, RaggedSide, uniform_layout
 from hf_flashinfer_attn.tools.accuracy import measure_kernel_error
 
@@ -62,7 +61,7 @@ def kernels() -> list[flashinfer.Kernel]:
 
 @pytest.fixture(autouse=True)
 def _kernels_for_small_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "SMALL_LOGITS", 0)
+    monkeypatch.setattr(select, "SMALL_LOGITS", 0)
 
 
 @pytest.fixture
@@ -137,20 +136,19 @@ def test_a_bias_is_as_exact_as_sdpas(shared, dtype: torch.dtype, head_dim: int, 
     query, key, value = torch.randn(3, rows, width, 4, head_dim, device="cuda").to(dtype)
     # The strides of T5, whose heads come last, in another dtype than the rest where they are shared.
     bias = torch.randn(shared[0], width, width, shared[1], device="cuda").permute(0, 3, 1, 2)
-    bias = bias.to(torch.float32 if shared[0] == 1 else dtype)
-    fitted = LogitsBias.fit(bias.to(dtype), (rows, 4, width, width))
-    assert fitted is not None
+    given = bias.to(torch.float32 if shared[0] == 1 else dtype).expand(rows, 4, width, width)
+    rounded = given.to(dtype)
     sides = [layout.query.gather(tensor.masked_fill(~valid.cuda()[:, :, None, None], float("nan")))
              for tensor in (query, key, value)]  # fmt: skip
-    given = LogitsBias.fit(bias, (rows, 4, width, width))
     ours = flashinfer.attend(*sides, layout, sm_scale=0.2, right=right, bias=given)
-    exact = reference.attend(*(side.double() for side in sides), layout, sm_scale=0.2, right=right,
-                             bias=LogitsBias(fitted.values.double()))  # fmt: skip
+    exact = reference.attend(
+        *(side.double() for side in sides), layout, sm_scale=0.2, right=right, bias=rounded.double()
+    )
     mask = valid.cuda()[:, None, None, :].expand(rows, 1, width, width)
     if right == 0:
         ranks = valid.cuda().cumsum(1)
         mask = mask & (ranks[:, None, :, None] >= ranks[:, None, None, :])
-    additive = fitted.values.masked_fill(~mask, torch.finfo(dtype).min)
+    additive = rounded.masked_fill(~mask, torch.finfo(dtype).min)
     sdpa = torch.nn.functional.scaled_dot_product_attention(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)), attn_mask=additive, scale=0.2
     )
@@ -268,7 +266,7 @@ def test_without_padding_the_faster_kernel_runs() -> None:
             exact = build(BertModel, config, "sdpa", torch.float64)(**inputs).last_hidden_state
             sdpa = build(BertModel, config, "sdpa")(**inputs).last_hidden_state
             with hf_flashinfer_attn.trace() as trace, pytest.MonkeyPatch.context() as patch:
-                patch.setattr(prepared, "SMALL_LOGITS", 0)
+                patch.setattr(select, "SMALL_LOGITS", 0)
                 output = build(BertModel, config, "flashinfer")(**inputs).last_hidden_state
         assert [kernel == "sdpa" for kernel in trace.kernels] == [is_torch]
         assert (output.double() - exact).norm() <= 1.25 * (sdpa.double() - exact).norm()
@@ -282,7 +280,7 @@ def test_a_small_batch_asks_for_no_lengths(monkeypatch: pytest.MonkeyPatch) -> N
         exact = build(BertModel, BERT, "sdpa", torch.float64)(**inputs).last_hidden_state[valid]
         sdpa = build(BertModel, BERT, "sdpa")(**inputs).last_hidden_state[valid]
         for logits, kernels, copies in ((0, ("flashinfer-fa2",), 1), (1 << 26, ("sdpa",), 0)):
-            monkeypatch.setattr(prepared, "SMALL_LOGITS", logits)
+            monkeypatch.setattr(select, "SMALL_LOGITS", logits)
             with hf_flashinfer_attn.trace() as trace:
                 output = build(BertModel, BERT, "flashinfer")(**inputs).last_hidden_state
             assert (trace.kernels, trace.host_copies, trace.plans) == (kernels, copies, copies)

@@ -258,3 +258,19 @@ def test_input_that_is_cast_is_parsed_again(monkeypatch: pytest.MonkeyPatch, par
     outputs = [attention_forward(layer, *tensors, None)[0] for _ in range(2)]
     assert parsed == [layer, layer]
     assert {output.dtype for output in outputs} == {torch.bfloat16}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+def test_another_stream_is_another_plan(masked: bool) -> None:
+    layer = Layer()
+    query, key, value = (side.cuda() for side in sides(dtype=torch.float16))
+    mask = attention_mask(2, 5, 5, attention_mask=VALID.cuda(), device="cuda") if masked else None
+    attention_forward(layer, query, key, value, mask)
+    found = find(layer, (query, key, value), mask)
+    assert found is not None
+    assert found.plan is not None
+    with torch.cuda.stream(torch.cuda.Stream()):
+        other = find(layer, (query, key, value), mask)
+    assert other is not None
+    assert other.plan is None
