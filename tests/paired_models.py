@@ -12,46 +12,23 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = [
-    "BOS",
-    "EOS",
-    "PAD",
-    "T5_IS_ON_THE_INTERFACE",
-    "TRANSFORMERS_VERSION",
-    "VOCAB_SIZE",
-    "build_model",
-    "decoder_config",
-    "encoder_decoder_config",
-    "left_padded",
-    "record_outputs",
-    "right_padded",
-    "t5_config",
-]
-
 TRANSFORMERS_VERSION = Version(transformers.__version__)
 # Before, T5 adds our mask, made dense, to logits of its own.
 T5_IS_ON_THE_INTERFACE = Version("5.15") <= TRANSFORMERS_VERSION
 
 PAD, BOS, EOS, VOCAB_SIZE = 0, 2, 3, 64
 TOKENS: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
+    "vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
     "max_position_embeddings": 64,
     # With tied embeddings a random model repeats the token that it was given.
     "tie_word_embeddings": False,
-}
+}  # fmt: skip
 
 
 def build_model(
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    implementation: str,
-    *,
-    seed: int = 0,
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, implementation: str, *, seed: int = 0,
     weight_scale: float = 1.0,
-) -> Any:
+) -> Any:  # fmt: skip
     """Builds a model in eval mode; two calls with different implementations give identical weights."""
     model = random_model(model_class, config, implementation, seed, weight_scale)
     assert implementations_in_use(model) == {implementation}
@@ -95,16 +72,17 @@ def implementations_in_use(model: nn.Module) -> set[str | None]:
     return {config._attn_implementation for config in configs if isinstance(config, PreTrainedConfig)}
 
 
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal within a tolerance of the largest value, or of one."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(1.0, expected.abs().max().item()))
+
+
 def decoder_config(config_class: type[PreTrainedConfig], **settings: Any) -> PreTrainedConfig:
     """A config of Llama's descendants: 2 layers, 4 query heads on 2 key heads of width 8."""
     shared: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "intermediate_size": 32,
-    }
+    }  # fmt: skip
     return config_class(**{**TOKENS, **shared, **settings})
 
 
@@ -118,14 +96,9 @@ def encoder_decoder_config(config_class: type[PreTrainedConfig], **settings: Any
 
 def t5_config(config_class: type[PreTrainedConfig], **settings: Any) -> PreTrainedConfig:
     shared: dict[str, Any] = {
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 32,
-        "num_layers": 2,
-        "num_heads": 4,
-        "decoder_start_token_id": BOS,
+        "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": BOS,
         "dropout_rate": 0.0,
-    }
+    }  # fmt: skip
     tokens = {name: value for name, value in TOKENS.items() if name != "max_position_embeddings"}
     return config_class(**{**tokens, **shared, **settings})
 

@@ -7,15 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertModel,
-    DynamicCache,
-    LlamaConfig,
-    LlamaModel,
-    ModernBertConfig,
-    ModernBertModel,
-)
+from transformers import BertModel, DynamicCache, LlamaModel, ModernBertModel
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError
@@ -26,19 +18,27 @@ SMALL = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MODELS = {
-    "bert": (BertModel, BertConfig, {}),
-    "llama": (LlamaModel, LlamaConfig, {"num_key_value_heads": 1, "use_cache": False}),
-    "modernbert": (ModernBertModel, ModernBertConfig, {"cls_token_id": 1, "sep_token_id": 2, "num_hidden_layers": 4}),
+    "bert": (BertModel, {}),
+    "llama": (LlamaModel, {"num_key_value_heads": 1, "use_cache": False}),
+    "modernbert": (ModernBertModel, {"cls_token_id": 1, "sep_token_id": 2, "num_hidden_layers": 4}),
 }
+WAYS = [(name, way) for name in MODELS for way in ("plain", "unpad", "padded")] + [("bert", "compile")]
 
 
 def build(name: str, **changes: Any) -> torch.nn.Module:
-    model_class, config_class, extra = MODELS[name]
-    config = config_class(**SMALL | extra | changes)
+    model_class, settings = MODELS[name]
+    config = model_class.config_class(**SMALL | settings | changes)
     return model_class._from_config(config, attn_implementation="flashinfer").eval()
 
 
-WAYS = [(name, way) for name in MODELS for way in ("plain", "unpad", "padded")] + [("bert", "compile")]
+def compile_whole(model: torch.nn.Module) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+def attend(mask: torch.Tensor | None = None, rows: int = 2, **arguments: Any) -> torch.Tensor:
+    side = torch.randn(rows, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    return attention_forward(torch.nn.Module(), side, side, side, mask, **arguments)[0]
 
 
 @pytest.mark.parametrize(("name", "way"), WAYS)
@@ -48,8 +48,7 @@ def test_a_mask_of_other_rows_than_the_batch_is_refused(name: str, rows: int, wa
     if way == "unpad":
         hf_flashinfer_attn.unpad(model)
     if way == "compile":
-        torch._dynamo.reset()
-        model = torch.compile(model, backend="eager", fullgraph=True)
+        model = compile_whole(model)
     mask = torch.ones(rows, 6, dtype=torch.long)
     if way == "padded":
         mask[:, 4:] = 0
@@ -60,18 +59,16 @@ def test_a_mask_of_other_rows_than_the_batch_is_refused(name: str, rows: int, wa
 @pytest.mark.parametrize("arguments", [{}, {"output_attentions": True}], ids=["ragged", "dense"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_2d_mask_of_other_rows_given_to_attention_is_refused(rows: int, arguments: dict[str, Any]) -> None:
-    side, module = torch.randn(4, 2, 6, 8), torch.nn.Module()
     with pytest.raises(UnsupportedAttentionError, match=rf"shape \({rows}, 6\) for 6 queries, expected \(4, 6\)"):
-        attention_forward(module, side, side, side, torch.ones(rows, 6), **arguments)
+        attend(torch.ones(rows, 6), rows=4, **arguments)
 
 
 @pytest.mark.parametrize("name", ["attn_bias", "alibi_slopes", "head_mask", "block_table", "window_size"])
 def test_an_argument_that_would_change_the_result_is_refused(name: str) -> None:
-    side, module = torch.randn(2, 2, 6, 8), torch.nn.Module()
-    attention_forward(module, side, side, side, None, **{name: None})
+    attend(**{name: None})
     for value in (torch.ones(2), (3, 3)):
         with pytest.raises(UnsupportedAttentionError, match=f"the argument {name} of the attention function"):
-            attention_forward(module, side, side, side, None, **{name: value})
+            attend(**{name: value})
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
@@ -79,8 +76,7 @@ def test_an_unknown_tensor_is_ignored_and_named_once(compiled: bool, caplog: pyt
     model, ids, extra = build("llama", num_hidden_layers=2), torch.randint(3, 50, (2, 6)), torch.ones(2, 6)
     expected = model(ids).last_hidden_state
     if compiled:
-        torch._dynamo.reset()
-        model = torch.compile(model, backend="eager", fullgraph=True)
+        model = compile_whole(model)
     with torch.no_grad(), caplog.at_level(logging.WARNING, "hf_flashinfer_attn"):
         model(ids[:1], surprise=extra[:1], use_cache=False)
         for _ in range(2):
@@ -100,8 +96,6 @@ def test_an_unknown_tensor_is_an_error_with_strict() -> None:
 
 
 def test_a_cache_of_the_layer_is_no_paged_one() -> None:
-    side, module = torch.randn(2, 2, 6, 8), torch.nn.Module()
-    expected = attention_forward(module, side, side, side, None)[0]
-    assert torch.equal(attention_forward(module, side, side, side, None, cache=DynamicCache())[0], expected)
+    assert torch.equal(attend(cache=DynamicCache()), attend())
     with pytest.raises(UnsupportedAttentionError, match="continuous batching"):
-        attention_forward(module, side, side, side, None, cache=object())
+        attend(cache=object())

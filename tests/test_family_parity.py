@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from paired_models import assert_near
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -22,39 +23,33 @@ TOLERANCE = 1e-5
 # What a mask, or attention as such, changes at least.
 NOTICEABLE_PADDING, NOTICEABLE_ATTENTION = 1e-4, 1e-3
 BY_NAME = {family.name: family for family in FAMILIES}
-
-CASES = [
-    pytest.param(family, padding, id=f"{family.name}-{padding.value}")
-    for family in FAMILIES
-    for padding in family.paddings
-]
 EQUAL_TO_SDPA = (
     "bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "nomic-bert", "eurobert",
     "esm-absolute", "esm-rotary", "vit", "dinov2", "siglip-text", "siglip-vision", "clip-text", "clip-vision",
     "whisper-encoder", "llama", "qwen3",
 )  # fmt: skip
+
+
+def param(family: Family, *padding: Padding) -> Any:
+    missing = f"{family.name} is not in transformers {transformers.__version__}"
+    marks = () if family.is_in_this_transformers else pytest.mark.skip(reason=missing)
+    return pytest.param(family, *padding, marks=marks, id="-".join([family.name, *(case.value for case in padding)]))
+
+
+CASES = [param(family, padding) for family in FAMILIES for padding in family.paddings]
 PADDED_CASES = [case for case in CASES if case.values[1] is not Padding.NO_MASK]
-EACH_FAMILY = [pytest.param(family, id=family.name) for family in FAMILIES]
+EACH_FAMILY = [param(family) for family in FAMILIES]
 
 
-@functools.lru_cache(maxsize=4)
-def reference_model(name: str) -> PreTrainedModel:
-    return build_model(BY_NAME[name], BY_NAME[name].reference)
-
-
-@functools.lru_cache(maxsize=4)
-def flashinfer_model(name: str) -> PreTrainedModel:
-    return build_model(BY_NAME[name], "flashinfer")
-
-
-def require(family: Family) -> None:
-    if not family.is_in_this_transformers:
-        pytest.skip(f"{family.name} is not in transformers {transformers.__version__}")
+@functools.lru_cache(maxsize=8)
+def model_of(name: str, implementation: str = "") -> PreTrainedModel:
+    """A family's model with the implementation, or with the family's reference."""
+    return build_model(BY_NAME[name], implementation or BY_NAME[name].reference)
 
 
 def example_of(family: Family, padding: Padding) -> Example:
     generator = torch.Generator().manual_seed(family.seed + list(Padding).index(padding))
-    return family.make_inputs(reference_model(family.name).config, generator, padding)
+    return family.make_inputs(model_of(family.name).config, generator, padding)
 
 
 @torch.no_grad()
@@ -72,18 +67,21 @@ def valid_part(outputs: dict[str, Tensor], example: Example) -> dict[str, Tensor
 
 
 def largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
-    return max((before[name] - after[name]).abs().max().item() for name in before)
+    return max(largest(before[name] - after[name]) for name in before)
+
+
+def largest(values: Tensor) -> float:
+    return values.abs().max().item()
 
 
 @pytest.mark.parametrize(("family", "padding"), CASES)
 def test_equals_eager(family: Family, padding: Padding) -> None:
-    require(family)
     if not family.takes_any_name:
         refused = r"classes of their own for 'eager'|calls flash-attn itself"
         with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=refused):
             build_model(family, "flashinfer")
         return
-    reference, model = reference_model(family.name), flashinfer_model(family.name)
+    reference, model = model_of(family.name), model_of(family.name, "flashinfer")
     assert implementations_in_use(reference) == {family.reference}
     assert implementations_in_use(model) == {"flashinfer"}
     example = example_of(family, padding)
@@ -97,16 +95,10 @@ def test_equals_eager(family: Family, padding: Padding) -> None:
     with hf_flashinfer_attn.trace() as trace:
         actual = outputs_of(model, family, example)
 
-    if family.is_on_the_interface:
-        assert len(trace.calls) > 0
-    else:
-        assert trace.calls == []
+    assert bool(trace.calls) == family.is_on_the_interface
     expected, actual = valid_part(expected, example), valid_part(actual, example)
     for name, right in expected.items():
-        assert actual[name].shape == right.shape
-        bound = TOLERANCE * max(1.0, right.abs().max().item())
-        difference = (actual[name] - right).abs().max().item()
-        assert difference <= bound, f"{name} is {difference:.1e} off, at most {bound:.1e}: {trace.kernels}"
+        assert_near(actual[name], right, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", EQUAL_TO_SDPA)
@@ -115,23 +107,19 @@ def test_equals_sdpa(name: str, padding: Padding) -> None:
     family = BY_NAME[name]
     if padding in family.paddings:
         example = example_of(family, padding)
-        expected = valid_part(outputs_of(build_model(family, "sdpa"), family, example), example)
-        actual = valid_part(outputs_of(flashinfer_model(name), family, example), example)
-        assert largest_change(expected, actual) <= TOLERANCE * max(
-            1.0, *(part.abs().max() for part in expected.values())
-        )
+        models = build_model(family, "sdpa"), model_of(name, "flashinfer")
+        expected, actual = (valid_part(outputs_of(model, family, example), example) for model in models)
+        assert largest_change(expected, actual) <= TOLERANCE * max(1.0, *map(largest, expected.values()))
 
 
 @pytest.mark.parametrize(("family", "padding"), PADDED_CASES)
 def test_padding_matters(family: Family, padding: Padding) -> None:
     """Without this, a parity test passes with a mask that nobody looks at."""
-    require(family)
     example = example_of(family, padding)
     assert all((mask == 0).any() for mask in example.masks.values())
 
-    with_padding = outputs_of(reference_model(family.name), family, example)
-    without = outputs_of(reference_model(family.name), family, example.without_padding())
-
+    model = model_of(family.name)
+    with_padding, without = (outputs_of(model, family, one) for one in (example, example.without_padding()))
     change = largest_change(valid_part(with_padding, example), valid_part(without, example))
     if padding in family.harmless:
         assert change <= TOLERANCE * 10
@@ -142,12 +130,11 @@ def test_padding_matters(family: Family, padding: Padding) -> None:
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_attention_matters(family: Family) -> None:
     """Attention is far from uniform: an average over all values in its place changes the outputs."""
-    require(family)
     if not family.is_on_the_interface or not family.takes_any_name:
         return
     AttentionInterface.register("average_of_values", average_of_values)
     example = example_of(family, Padding.NO_MASK)
-    expected = outputs_of(reference_model(family.name), family, example)
+    expected = outputs_of(model_of(family.name), family, example)
 
     model = build_model(family, family.reference)
     for module in model.modules():
@@ -166,10 +153,9 @@ def average_of_values(
 
 @pytest.mark.parametrize("family", EACH_FAMILY)
 def test_both_models_have_the_same_weights(family: Family) -> None:
-    require(family)
     if not family.takes_any_name:
         return
-    weights, others = reference_model(family.name).state_dict(), flashinfer_model(family.name).state_dict()
+    weights, others = (model_of(family.name, one).state_dict() for one in ("", "flashinfer"))
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 

@@ -1,3 +1,5 @@
+"""What importing the package registers with transformers, and which models take the name, and which are refused."""
+
 from __future__ import annotations
 
 import copy
@@ -10,35 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AttentionInterface,
-    AutoModel,
-    BarkSemanticConfig,
-    BarkSemanticModel,
-    BertConfig,
-    BertModel,
-    CLIPConfig,
-    CLIPModel,
-    DebertaV2Config,
-    DPRConfig,
-    FalconConfig,
-    FalconModel,
-    GitConfig,
-    GitModel,
-    GPTJConfig,
-    GPTJModel,
-    GPTNeoConfig,
-    GPTNeoModel,
-    GptOssConfig,
-    GptOssModel,
-    MPNetConfig,
-    PreTrainedConfig,
-)
+import transformers
+from paired_models import assert_near, build_model, decoder_config
+from transformers import AttentionInterface, AutoModel, BertConfig, BertModel, MPNetConfig, PreTrainedConfig
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.gptj import modeling_gptj
 
 import hf_flashinfer_attn
+from hf_flashinfer_attn import UnsupportedAttentionError
 from hf_flashinfer_attn.integration.functions import attention_forward, attention_mask
 from hf_flashinfer_attn.integration.transformers_patches import weights_are_collected
 from model_families import FAMILIES, find_class
@@ -46,6 +28,23 @@ from model_families import FAMILIES, find_class
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIG = BertConfig(**TINY, vocab_size=50)
 IDS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[0, 4:] = 0
+
+
+def bert(implementation: str | None = "flashinfer") -> BertModel:
+    return BertModel._from_config(copy.deepcopy(CONFIG), attn_implementation=implementation).eval()
+
+
+@torch.no_grad()
+def hidden_of(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    return model(IDS, **inputs).last_hidden_state
+
+
+def run_python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_both_functions_are_registered_under_the_name() -> None:
@@ -80,42 +79,37 @@ def test_an_unknown_loader_is_refused_by_version(monkeypatch: pytest.MonkeyPatch
 
 
 def test_models_with_classes_of_their_own_are_refused_by_name() -> None:
-    config = GitConfig(**TINY, vocab_size=50, vision_config={**TINY, "image_size": 32, "patch_size": 16})
-    with pytest.raises(
-        hf_flashinfer_attn.UnsupportedAttentionError, match=r"^git, .* classes of their own for 'eager'"
-    ):
-        GitModel._from_config(config, attn_implementation="flashinfer")
-    with pytest.raises(
-        hf_flashinfer_attn.UnsupportedAttentionError, match=r"^git, .* classes of their own for 'eager'"
-    ):
-        type("Derived", (GitModel,), {"__module__": __name__})._from_config(config, attn_implementation="flashinfer")
-    model = GitModel._from_config(config, attn_implementation={"": "eager", "vision_config": "flashinfer"})
+    model_class, vision = transformers.GitModel, {**TINY, "image_size": 32, "patch_size": 16}
+    config = transformers.GitConfig(**TINY, vocab_size=50, vision_config=vision)
+    for refused in (model_class, type("Derived", (model_class,), {"__module__": __name__})):
+        with pytest.raises(UnsupportedAttentionError, match=r"^git, .* classes of their own for 'eager'"):
+            refused._from_config(config, attn_implementation="flashinfer")
+    model = model_class._from_config(config, attn_implementation={"": "eager", "vision_config": "flashinfer"})
     assert model.config._attn_implementation == "eager"
-    with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
-        model(IDS, pixel_values=torch.randn(2, 3, 32, 32))
+    with hf_flashinfer_attn.trace() as trace:
+        hidden_of(model, pixel_values=torch.randn(2, 3, 32, 32))
     assert len(trace.calls) == 2  # of the vision tower
 
 
 def test_set_attn_implementation() -> None:
-    model = BertModel(copy.deepcopy(CONFIG)).eval()
-    with torch.no_grad():
-        expected = model(IDS).last_hidden_state
-        model.set_attn_implementation("flashinfer")
-        with hf_flashinfer_attn.trace() as trace:
-            result = model(IDS).last_hidden_state
-        model.set_attn_implementation("eager")
-        with hf_flashinfer_attn.trace() as untouched:
-            model(IDS)
-    assert len(trace.calls) == 2
-    assert len(untouched.calls) == 0
+    model = bert(None)
+    expected = hidden_of(model)
+    model.set_attn_implementation("flashinfer")
+    with hf_flashinfer_attn.trace() as trace:
+        result = hidden_of(model)
+    model.set_attn_implementation("eager")
+    with hf_flashinfer_attn.trace() as untouched:
+        hidden_of(model)
+    assert (len(trace.calls), len(untouched.calls)) == (2, 0)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
 def test_one_sub_config_alone() -> None:
-    text = {**TINY, "vocab_size": 50, "max_position_embeddings": 16}
-    vision = {**TINY, "image_size": 8, "patch_size": 4}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    model = CLIPModel._from_config(config, attn_implementation={"vision_config": "flashinfer"}).eval()
+    config = transformers.CLIPConfig(
+        text_config={**TINY, "vocab_size": 50, "max_position_embeddings": 16}, projection_dim=8,
+        vision_config={**TINY, "image_size": 8, "patch_size": 4},
+    )  # fmt: skip
+    model = transformers.CLIPModel._from_config(config, attn_implementation={"vision_config": "flashinfer"}).eval()
     assert model.config.vision_config._attn_implementation == "flashinfer"
     assert model.config.text_config._attn_implementation != "flashinfer"
     with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
@@ -125,95 +119,70 @@ def test_one_sub_config_alone() -> None:
 
 
 def test_saved_and_loaded_again(tmp_path: Path) -> None:
-    model = BertModel._from_config(copy.deepcopy(CONFIG), attn_implementation="flashinfer").eval()
+    model = bert()
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, attn_implementation="flashinfer").eval()
-    plain = AutoModel.from_pretrained(tmp_path).eval()
     assert loaded.config._attn_implementation == "flashinfer"
-    assert plain.config._attn_implementation == "sdpa"
-    with torch.no_grad():
-        assert torch.equal(loaded(IDS).last_hidden_state, model(IDS).last_hidden_state)
+    assert AutoModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    assert torch.equal(hidden_of(loaded), hidden_of(model))
 
 
 def test_a_model_off_the_interface_is_built_and_unchanged() -> None:
     config = MPNetConfig(**TINY, vocab_size=50)
-    mask = torch.ones_like(IDS)
-    mask[0, 4:] = 0
-    outputs = []
-    for implementation in ("eager", "flashinfer"):
-        torch.manual_seed(0)
-        model = AutoModel.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
-        with torch.no_grad():
-            outputs.append(model(IDS, attention_mask=mask).last_hidden_state)
-    assert torch.equal(outputs[0], outputs[1])
+    models = (build_model(transformers.MPNetModel, config, name) for name in ("eager", "flashinfer"))
+    expected, ours = (hidden_of(model, attention_mask=MASK) for model in models)
+    assert torch.equal(expected, ours)
 
 
 @pytest.mark.parametrize("name", ["flashinfer", "paged|flashinfer"])
 def test_paged_attention_is_refused_by_name(name: str) -> None:
     # Continuous batching hands over its paged cache, under a name of its own before 5.23.
     query = torch.ones(1, 2, 3, 8)
-    with pytest.raises(
-        hf_flashinfer_attn.UnsupportedAttentionError, match=r"continuous batching.*Use attn_implementation='sdpa'"
-    ):
+    with pytest.raises(UnsupportedAttentionError, match=r"continuous batching.*Use attn_implementation='sdpa'"):
         AttentionInterface()[name](torch.nn.Module(), query, query, query, None, cache=object())
 
 
 def test_import_needs_neither_flashinfer_nor_triton() -> None:
-    program = (
-        "import sys\n"
-        "sys.modules['flashinfer'] = None\n"
-        "import torch, hf_flashinfer_attn\n"
-        "from transformers import BertConfig, BertModel\n"
-        "loaded = set(sys.modules)\n"
-        "sys.modules['triton'] = None\n"
-        "config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)\n"
-        "model = BertModel._from_config(config, attn_implementation='flashinfer').eval()\n"
-        "mask = torch.tensor([[1, 1, 0]])\n"
-        "with torch.no_grad(): print(model(torch.ones(1, 3, dtype=torch.long), mask).last_hidden_state.shape)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "torch.Size([1, 3, 64])"
+    program = """
+import sys
+sys.modules['flashinfer'] = None
+import torch, hf_flashinfer_attn
+from transformers import BertConfig, BertModel
+sys.modules['triton'] = None
+config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+model = BertModel._from_config(config, attn_implementation='flashinfer').eval()
+mask = torch.tensor([[1, 1, 0]])
+with torch.no_grad(): print(model(torch.ones(1, 3, dtype=torch.long), mask).last_hidden_state.shape)
+"""
+    assert run_python(program) == "torch.Size([1, 3, 64])"
 
 
 def test_import_loads_neither_flashinfer_nor_triton() -> None:
-    program = (
-        "import sys, transformers.modeling_flash_attention_utils, transformers.masking_utils, torch\n"
-        "before = set(sys.modules)\n"
-        "import hf_flashinfer_attn\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "print(sorted(new & {'flashinfer', 'triton'}))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    program = """
+import sys, transformers.modeling_flash_attention_utils, transformers.masking_utils, torch
+before = set(sys.modules)
+import hf_flashinfer_attn
+new = {name.split('.')[0] for name in set(sys.modules) - before}
+print(sorted(new & {'flashinfer', 'triton'}))
+"""
+    assert run_python(program) == "[]"
 
 
 def test_models_that_list_the_kernels_they_work_with_take_ours() -> None:
     # Otherwise transformers would replace the name by a kernel from a hub, which needs a network.
-    config = GptOssConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        intermediate_size=16, num_local_experts=4, vocab_size=50, sliding_window=3,
-    )  # fmt: skip
-    assert "flashinfer" not in (GptOssModel._compatible_flash_implementations or [])
-    mask = torch.ones_like(IDS)
-    mask[0, 4:] = 0
-    outputs = []
-    for implementation in ("eager", "flashinfer"):
-        torch.manual_seed(0)
-        model = GptOssModel._from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
-        assert model.config._attn_implementation == implementation
-        for name, parameter in model.named_parameters():
-            torch.nn.init.normal_(parameter, std=1.0 if "sinks" in name else 0.2)
-        with torch.no_grad(), hf_flashinfer_attn.trace() as trace:
-            outputs.append(model(IDS, attention_mask=mask).last_hidden_state[mask.bool()])
+    model_class = transformers.GptOssModel
+    assert "flashinfer" not in (model_class._compatible_flash_implementations or [])
+    config = decoder_config(transformers.GptOssConfig, num_local_experts=4, sliding_window=3)
+    eager, ours = (build_model(model_class, config, name) for name in ("eager", "flashinfer"))
+    with hf_flashinfer_attn.trace() as trace:
+        actual = hidden_of(ours, attention_mask=MASK)[MASK.bool()]
     assert trace.kernels == ("torch",)
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-5)
+    assert_near(actual, hidden_of(eager, attention_mask=MASK)[MASK.bool()])
 
 
 def test_the_collector_of_weights_is_where_the_hook_looks() -> None:
     assert not weights_are_collected()
-    seen = []
-    model = BertModel._from_config(copy.deepcopy(CONFIG), attn_implementation="flashinfer").eval()
+    seen, model = [], bert()
     model.encoder.layer[0].register_forward_hook(lambda *_: seen.append(weights_are_collected()))
     with torch.no_grad():
         model(IDS)
@@ -221,24 +190,25 @@ def test_the_collector_of_weights_is_where_the_hook_looks() -> None:
     assert seen == [False, True]
 
 
+FALCON = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+BARK = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
+
+
 @pytest.mark.parametrize(
-    ("model_class", "config"),
+    ("model_class", "settings"),
     [
-        (
-            GPTNeoModel,
-            GPTNeoConfig(vocab_size=50, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]),
-        ),
-        (BarkSemanticModel, BarkSemanticConfig(hidden_size=32, num_layers=2, num_heads=2)),
+        (transformers.GPTNeoModel, {**BARK, "vocab_size": 50, "attention_types": [[["global"], 2]]}),
+        (transformers.BarkSemanticModel, BARK),
         pytest.param(
-            GPTJModel,
-            GPTJConfig(n_embd=32, n_layer=1, n_head=2, rotary_dim=8),
+            transformers.GPTJModel, {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8},
             marks=pytest.mark.skipif(hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS"), reason="is on the interface"),
         ),
-        (FalconModel, FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)),
+        (transformers.FalconModel, FALCON),
     ],
-)
-def test_models_that_call_flash_attn_themselves_are_refused_by_name(model_class, config) -> None:
-    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=rf"^{config.model_type}, ") as caught:
+)  # fmt: skip
+def test_models_that_call_flash_attn_themselves_are_refused_by_name(model_class, settings) -> None:
+    config = model_class.config_class(**settings)
+    with pytest.raises(UnsupportedAttentionError, match=rf"^{config.model_type}, ") as caught:
         model_class._from_config(config, attn_implementation="flashinfer")
     others = re.findall(r"'(\w+)'", caught.value.way_out)
     assert "eager" in others
@@ -246,18 +216,18 @@ def test_models_that_call_flash_attn_themselves_are_refused_by_name(model_class,
         assert model_class._from_config(config, attn_implementation=other).config._attn_implementation == other
 
 
+ITS_OWN = "which computes attention in its own code"
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (
-            MPNetConfig(**TINY),
-            "has no effect on mpnet, which computes attention in its own code; unpad(model) replaces it",
-        ),
-        (DebertaV2Config(**TINY), "has no effect on deberta-v2, which computes attention in its own code"),
+        (MPNetConfig(**TINY), f"has no effect on mpnet, {ITS_OWN}; unpad(model) replaces it"),
+        (transformers.DebertaV2Config(**TINY), f"has no effect on deberta-v2, {ITS_OWN}"),
         (BertConfig(**TINY), None),
         # Its backbone is another model's.
-        (DPRConfig(**TINY), None),
-        (CLIPConfig(), None),
+        (transformers.DPRConfig(**TINY), None),
+        (transformers.CLIPConfig(), None),
     ],
 )
 def test_a_model_that_never_calls_us_is_named(
@@ -275,14 +245,11 @@ def test_families_on_the_interface_are_not_said_to_have_attention_of_their_own(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     silent = 0
-    for family in FAMILIES:
-        if family.kind != "text" or not family.is_in_this_transformers or not family.takes_any_name:
-            continue
+    known = (one for one in FAMILIES if one.kind == "text" and one.is_in_this_transformers and one.takes_any_name)
+    for family in known:
         caplog.clear()
         with torch.device("meta"), caplog.at_level(logging.WARNING, logger="hf_flashinfer_attn"):
-            find_class(family.model_class)._from_config(
-                family.make_config(), attn_implementation="flashinfer"
-            )
+            find_class(family.model_class)._from_config(family.make_config(), attn_implementation="flashinfer")
         says = "'flashinfer' has no effect" in caplog.text
         assert not (says and family.is_on_the_interface), family.name
         silent += not says and not family.is_on_the_interface

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from paired_models import VOCAB_SIZE, build_model, left_padded, right_padded
+from paired_models import TRANSFORMERS_VERSION, VOCAB_SIZE, assert_near, build_model, left_padded, right_padded
 from torch import Tensor, nn
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn.integration.functions import attention_forward
+from model_families import find_class
 
-TOLERANCE = 1e-5
 LENGTHS = (24, 17, 9)
 TINY: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0,
@@ -34,20 +34,27 @@ BLOCKS: dict[str, Any] = {
     "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 3, "index_local_blocks": 1,
     "layer_types": ["full_attention", "minimax_m3_sparse"],
 }  # fmt: skip
-# The model, its settings, how many it chooses, what chooses all that there are, and who has it.
-FAMILIES = [
-    pytest.param("GlmMoeDsa", LATENT, "index_topk", 64, "5.5", id="glm-moe-dsa"),
-    pytest.param("DeepseekV32", LATENT, "index_topk", 64, "5.17", id="deepseek-v3.2"),
-    pytest.param("MiniMaxM3VLText", BLOCKS, "index_topk_blocks", 8, "5.17", id="minimax-m3"),
-]
+# Per family its version of transformers, its settings, how many it chooses, and what chooses all that there are.
+FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
+    "glm_moe_dsa.GlmMoeDsa": ("5.5", LATENT, "index_topk", 64),
+    "deepseek_v32.DeepseekV32": ("5.17", LATENT, "index_topk", 64),
+    "minimax_m3_vl.MiniMaxM3VLText": ("5.17", BLOCKS, "index_topk_blocks", 8),
+}
+each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def build(name: str, settings: dict[str, Any], implementation: str, **chosen: int) -> Any:
-    file = {"GlmMoeDsa": "glm_moe_dsa", "DeepseekV32": "deepseek_v32", "MiniMaxM3VLText": "minimax_m3_vl"}[name]
-    modeling = importlib.import_module(f"transformers.models.{file}.modeling_{file}")
-    configuration = importlib.import_module(f"transformers.models.{file}.configuration_{file}")
-    config = getattr(configuration, f"{name}Config")(**TINY, **settings, **chosen)
-    return build_model(getattr(modeling, f"{name}Model"), config, implementation)
+@pytest.fixture
+def build(name: str) -> Callable[..., Any]:
+    since, settings, count, all_of_them = FAMILIES[name]
+    if Version(since) > TRANSFORMERS_VERSION:
+        pytest.skip(f"{name} is not in transformers {TRANSFORMERS_VERSION}")
+    model_class = find_class(f"{name}Model")
+
+    def build(implementation: str, *, chooses_all: bool = False) -> Any:
+        config = find_class(f"{name}Config")(**TINY, **settings, **{count: all_of_them if chooses_all else 3})
+        return build_model(model_class, config, implementation)
+
+    return build
 
 
 @torch.no_grad()
@@ -56,71 +63,61 @@ def hidden_of(model: Any, tokens: Tensor, mask: Tensor | None) -> Tensor:
     return hidden if mask is None else hidden[mask.bool()]
 
 
-@pytest.mark.parametrize(("name", "settings", "count", "all_of_them", "since"), FAMILIES)
+@each_family
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_only_chosen_keys_are_seen(
-    name: str, settings: dict[str, Any], count: str, all_of_them: int, since: str, padding: str
-) -> None:
-    if Version(transformers.__version__) < Version(since):
-        pytest.skip(f"{name} is not in transformers {transformers.__version__}")
+def test_only_chosen_keys_are_seen(build: Callable[..., Any], padding: str) -> None:
     tokens, mask = (left_padded if padding == "left" else right_padded)(LENGTHS)
     given = None if padding == "none" else mask
-    expected = hidden_of(build(name, settings, "eager", **{count: 3}), tokens, given)
+    expected = hidden_of(build("eager"), tokens, given)
     with hf_flashinfer_attn.trace() as trace:
-        actual = hidden_of(build(name, settings, "flashinfer", **{count: 3}), tokens, given)
+        actual = hidden_of(build("flashinfer"), tokens, given)
     assert len(trace.calls) == 2
-    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE * max(1.0, expected.abs().max().item()))
-    without_choice = hidden_of(build(name, settings, "eager", **{count: all_of_them}), tokens, given)
+    assert_near(actual, expected)
+    without_choice = hidden_of(build("eager", chooses_all=True), tokens, given)
     assert (without_choice - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(("name", "settings", "count", "all_of_them", "since"), FAMILIES)
-def test_only_chosen_keys_are_seen_in_a_compiled_model(
-    name: str, settings: dict[str, Any], count: str, all_of_them: int, since: str
-) -> None:
+@each_family
+def test_only_chosen_keys_are_seen_in_a_compiled_model(build: Callable[..., Any]) -> None:
     """There the mask is one of a graph, of which a choice of keys needs the values."""
-    if Version(transformers.__version__) < Version(since):
-        pytest.skip(f"{name} is not in transformers {transformers.__version__}")
-    tokens, mask = right_padded(LENGTHS)
-    expected = hidden_of(build(name, settings, "eager", **{count: 3}), tokens, mask)
+    inputs = right_padded(LENGTHS)
+    expected = hidden_of(build("eager"), *inputs)
     torch.compiler.reset()
-    model = torch.compile(build(name, settings, "flashinfer", **{count: 3}), backend="eager")
-    actual = hidden_of(model, tokens, mask)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE * max(1.0, expected.abs().max().item()))
+    assert_near(hidden_of(torch.compile(build("flashinfer"), backend="eager"), *inputs), expected)
 
 
 def test_all_keys_chosen_leave_attention_ragged() -> None:
-    module = nn.Module()
-    query = key = value = torch.randn(2, 2, 5, 8)
-    indices = torch.arange(5).expand(2, 5, 5)
+    side, indices = torch.randn(2, 2, 5, 8), torch.arange(5).expand(2, 5, 5)
     with hf_flashinfer_attn.trace() as trace:
-        attention_forward(module, query, key, value, None, indices=indices)
-        attention_forward(module, query, key, value, None, indices=indices[..., :4])
+        attention_forward(nn.Module(), side, side, side, None, indices=indices)
+        attention_forward(nn.Module(), side, side, side, None, indices=indices[..., :4])
     assert [call.kernel for call in trace.calls] == ["torch", "dense"]
 
 
 def test_keys_that_causality_hides_stay_hidden() -> None:
     """Of fewer keys than are to be chosen, later ones are chosen as well."""
-    module = nn.Module()
     query, key, value = torch.randn(3, 1, 2, 6, 8, dtype=torch.float64)
     indices = torch.arange(4).expand(1, 6, 4)
-    output, _ = attention_forward(module, query, key, value, None, is_causal=True, indices=indices)
+    output, _ = attention_forward(nn.Module(), query, key, value, None, is_causal=True, indices=indices)
     visible = torch.ones(6, 6, dtype=torch.bool).tril()
     visible[:, 4:] = False
     expected = nn.functional.scaled_dot_product_attention(query, key, value, visible).transpose(1, 2)
     torch.testing.assert_close(output, expected)
 
 
-def test_blocks_that_a_layer_cannot_tell_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        # Blocks that a layer cannot tell, and sinks of each query.
+        ({"block_indices": torch.zeros(1, 1, 3, 1)}, r"chosen by Module, .*build_block_mask"),
+        ({"sinks": torch.zeros(1, 2, 3, 1)}, r"sinks of shape \(1, 2, 3, 1\)"),
+    ],
+    ids=["blocks", "sinks"],
+)
+def test_what_no_layer_can_serve_is_refused(given: dict[str, Tensor], says: str) -> None:
     query = torch.randn(1, 2, 3, 8)
-    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"chosen by Module, .*build_block_mask"):
-        attention_forward(nn.Module(), query, query, query, None, block_indices=torch.zeros(1, 1, 3, 1))
-
-
-def test_sinks_of_each_query_are_refused() -> None:
-    query = torch.randn(1, 2, 3, 8)
-    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=r"sinks of shape \(1, 2, 3, 1\)"):
-        attention_forward(nn.Module(), query, query, query, None, sinks=torch.zeros(1, 2, 3, 1))
+    with pytest.raises(hf_flashinfer_attn.UnsupportedAttentionError, match=says):
+        attention_forward(nn.Module(), query, query, query, None, **given)
 
 
 # What models spell out in calls of the attention function that changes nothing in what we compute.
@@ -131,14 +128,12 @@ def spelled_out() -> dict[str, set[str]]:
     """The keyword arguments that models of the installed transformers name in calls of attention functions."""
     found: dict[str, set[str]] = {}
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        text = path.read_text()
-        if "attention_interface(" not in text:
+        if "attention_interface(" not in (text := path.read_text()):
             continue
         for call in ast.walk(ast.parse(text)):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "attention_interface":
-                for keyword in call.keywords:
-                    if keyword.arg is not None:
-                        found.setdefault(keyword.arg, set()).add(path.parent.name)
+            if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "attention_interface":
+                for name in filter(None, (keyword.arg for keyword in call.keywords)):
+                    found.setdefault(name, set()).add(path.parent.name)
     return found
 
 
