@@ -49,7 +49,7 @@ PLACES = {"cpu": CPU, DEVICE.type: DEVICE}
 ERROR_BOUND = 5e-3
 # By part, where its callers look it up; several functions may make up one.
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "packing": ((hooks, "_packing_of"), (hooks, "_packed_inputs"), (hooks, "cu_seqlens_of")),
+    "packing": ((hooks, "_find_packing"), (hooks, "_pack_inputs"), (hooks, "cu_seqlens_of")),
     "waiting for the GPU": ((torch.cuda.Event, "synchronize"),),
     "moving": ((Packing, "move"),),
     "is the model the captured one": ((model_state.ModelState, "holds"),),

@@ -204,7 +204,7 @@ def test_pooling_ignores_padding() -> None:
 def varlen_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     assert int(cu_seq_q.diff().max()) == max_q
     assert enable_gqa == (query.shape[1] != key.shape[1])
-    layout = RaggedLayout.from_offsets(cu_seq_q, cu_seq_k, (1, len(query)), (1, len(key)))
+    layout = RaggedLayout.from_cu_seqlens(cu_seq_q, cu_seq_k, (1, len(query)), (1, len(key)))
     left, right = (None if side < 0 else side for side in window_size)
     return reference.attend(query, key, value, layout, left=left, right=right, sm_scale=scale)
 

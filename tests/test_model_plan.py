@@ -16,9 +16,10 @@ import transformers
 from packaging.version import Version
 from paired_models import T5_IS_ON_THE_INTERFACE, TRANSFORMERS_VERSION, decoder_config, right_padded, t5_config
 from transformers import AutoModel, BertConfig, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_flashinfer_attn
-from hf_flashinfer_attn.integration import functions as integration
+from hf_flashinfer_attn.integration.functions import attention_forward
 from hf_flashinfer_attn.tools.model_plan import LayerPlan, plan_of_config
 from model_families import FAMILIES
 
@@ -61,14 +62,13 @@ def run_really(
 ) -> tuple[Counter[tuple[Any, ...]], Counter[Asked]]:
     """Runs a model with random weights on a padded batch; returns what a trace says, and what layers asked for."""
     asked: list[Asked] = []
-    attend = integration.attend
 
-    def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, given: Any) -> Any:
-        softcap, s_aux, position_bias = given.softcap, given.s_aux, given.position_bias
-        asked.append(Asked(query.shape[1], key.shape[1], softcap, position_bias is not None, s_aux is not None))
-        return attend(module, query, key, value, mask, given)
+    def spy(module: Any, query: Any, key: Any, value: Any, mask: Any, **given: Any) -> Any:
+        added = [given.get(name) is not None for name in ("position_bias", "s_aux")]
+        asked.append(Asked(query.shape[1], key.shape[1], given.get("softcap"), *added))
+        return attention_forward(module, query, key, value, mask, **given)
 
-    monkeypatch.setattr(integration, "attend", spy)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flashinfer", spy)
     model = AutoModel.from_config(copy.deepcopy(config), attn_implementation="flashinfer", dtype=torch.float32).eval()
     tokens, mask = right_padded((9, 5))
     inputs = {"input_ids": tokens, "attention_mask": mask}
