@@ -202,9 +202,10 @@ def killed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def resume_from(killed: Path, folder: Path) -> tuple[Path, set[int]]:
-    """Copies what is left of a killed run; returns its output to be and the parts that are there."""
-    output = folder / killed.name
+@pytest.fixture
+def resumed(killed: Path, tmp_path: Path) -> tuple[Path, set[int]]:
+    """The output to be of a copy of the killed run, and the parts that are there."""
+    output = tmp_path / killed.name
     shutil.copytree(folder_of(killed), folder_of(output))
     done = {int(name.removeprefix("part-").removesuffix(".parquet")) for name in parts_of(output)}
     assert 2 < len(done) < len(Plan.load(folder_of(output) / "plan.json").parts)
@@ -226,18 +227,14 @@ def check_resumed(corpus: Corpus, output: Path, done: set[int], uninterrupted: b
     assert len({part["worker"] for part in parts} - {killed}) == 2
 
 
-def test_accelerate_goes_on_where_a_worker_was_killed(
-    corpus: Corpus, killed: Path, uninterrupted: bytes, tmp_path: Path
-) -> None:
-    output, done = resume_from(killed, tmp_path)
+def test_accelerate_goes_on_where_a_worker_was_killed(corpus: Corpus, resumed, uninterrupted: bytes) -> None:
+    output, done = resumed
     finished(launch(corpus, output))
     check_resumed(corpus, output, done, uninterrupted)
 
 
-def test_ray_goes_on_and_replaces_a_killed_actor(
-    corpus: Corpus, killed: Path, uninterrupted: bytes, tmp_path: Path
-) -> None:
-    output, done = resume_from(killed, tmp_path)
+def test_ray_goes_on_and_replaces_a_killed_actor(corpus: Corpus, resumed, uninterrupted: bytes) -> None:
+    output, done = resumed
     process = start(str(ROOT / "examples" / "embed_ray.py"), "--actors", "2", *corpus.arguments(output))
     # One that is at a part: Ray writes the running method to the name of the process.
     actor = kill_in_the_middle(process, output, len(done) + 2, lambda child: is_running(child, "MapWorker", ".submit"))
