@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_LENGTH, ROWS = 64, 3_000
 # Above rounding of float32, far below what a wrong row would give.
 TOLERANCE = 2e-6
+LARGE = {"part_megabytes": 1.0, "tokens_per_batch": 4_096}
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,26 @@ class Corpus:
     expected: np.ndarray
 
     def options(self, **changes: Any) -> Options:
-        options = Options(
-            str(self.model), str(self.input), keep=("id",), pooling="mean", tokens_per_batch=512, part_megabytes=0.01
-        )
-        return replace(options, **changes)
+        own = {"pooling": "mean", "tokens_per_batch": 512, "part_megabytes": 0.01}
+        return replace(Options(str(self.model), str(self.input), keep=("id",), **own), **changes)
+
+    def plan(self, output: Path, **changes: Any) -> Plan:
+        plan = Plan.make(self.options(**changes), output)
+        assert plan is not None
+        return plan
 
     def arguments(self, output: Path) -> list[str]:
-        return [
-            "--model", str(self.model), "--input", str(self.input), "--output", str(output), "--keep", "id",
-            "--pooling", "mean", "--tokens-per-batch", "512", "--part-megabytes", "0.01",
-            "--report", str(output.with_suffix(".json")),
-        ]  # fmt: skip
+        paths = ["--model", self.model, "--input", self.input, "--output", output, "--report", report_of(output)]
+        options = ["--keep", "id", "--pooling", "mean", "--tokens-per-batch", "512", "--part-megabytes", "0.01"]
+        return [*map(str, paths), *options]
+
+
+def report_of(output: Path) -> Path:
+    return output.with_suffix(".json")
+
+
+def folder_of(output: Path) -> Path:
+    return output.with_name(output.name + ".parts")
 
 
 def tiny_config() -> BertConfig:
@@ -74,13 +84,11 @@ def embed_directly(model: Path, texts: list[str], pooling: str = "mean", max_len
     for start in range(0, len(texts), 100):
         some = texts[start : start + 100]
         batch = tokenizer(some, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        hidden, valid = network(**batch).last_hidden_state, batch["attention_mask"][:, :, None]
-        pooled = {
-            "mean": (hidden * valid).sum(1) / valid.sum(1),
-            "cls": hidden[:, 0],
-            "last": hidden[torch.arange(len(hidden)), valid[:, :, 0].sum(1) - 1],
-        }[pooling]
-        found.append(torch.nn.functional.normalize(pooled, dim=-1))
+        hidden, valid = network(**batch).last_hidden_state, batch["attention_mask"]
+        weights = valid[:, :, None] / valid.sum(1)[:, None, None]
+        last = valid.sum(1) - 1
+        pooled = {"mean": (hidden * weights).sum(1), "cls": hidden[:, 0], "last": hidden[range(len(last)), last]}
+        found.append(torch.nn.functional.normalize(pooled[pooling], dim=-1))
     return torch.cat(found).numpy()
 
 
@@ -104,35 +112,33 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
 
 
+def start(*command: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, *command], env=environment(), text=True, **pipes)
+
+
 def launch(corpus: Corpus, output: Path) -> subprocess.Popen[str]:
     """Starts `accelerate launch` with two processes on the CPU."""
     command = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    program = [str(ROOT / "examples" / "embed_accelerate.py"), "--cpu", *corpus.arguments(output)]
-    return start([*command, *program])
-
-
-def start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *command], env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return start(*command, str(ROOT / "examples" / "embed_accelerate.py"), "--cpu", *corpus.arguments(output))
 
 
 def parts_of(output: Path) -> set[str]:
-    return {path.name for path in output.with_name(output.name + ".parts").glob("part-*.parquet")}
+    return {path.name for path in folder_of(output).glob("part-*.parquet")}
 
 
 def kill_in_the_middle(
     process: subprocess.Popen[str], output: Path, more_than: int, is_worker: Callable[[psutil.Process], bool]
 ) -> int:
     """Kills a worker of a running program as soon as so many parts are there; returns which."""
+    found: list[psutil.Process] = []
     end = time.monotonic() + 120
-    while len(parts_of(output)) <= more_than:
+    while not found:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.002)
-    while not (found := [one for one in psutil.Process(process.pid).children(recursive=True) if is_worker(one)]):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
+        if len(parts_of(output)) > more_than:
+            found = [one for one in psutil.Process(process.pid).children(recursive=True) if is_worker(one)]
     found[0].send_signal(signal.SIGKILL)
     return int(found[0].pid)
 
@@ -145,13 +151,13 @@ def is_running(process: psutil.Process, *names: str) -> bool:
     return all(name in line for name in names)
 
 
-def finished(process: subprocess.Popen[str]) -> str:
+def finished(process: subprocess.Popen[str]) -> None:
     log = process.communicate(timeout=120)[0]
     assert process.returncode == 0, log
-    return log
+    assert "100%" in log  # of the progress bar
 
 
-def check(corpus: Corpus, output: Path, expected: np.ndarray | None = None) -> pa.Table:
+def check(corpus: Corpus, output: Path, expected: np.ndarray | None = None) -> None:
     """Checks an output against its input and direct calls of the model: all rows, once, in order, and right."""
     table = pq.read_table(output)
     assert table.column_names == ["row", "id", "embedding"]
@@ -160,14 +166,12 @@ def check(corpus: Corpus, output: Path, expected: np.ndarray | None = None) -> p
     assert table.schema.field("embedding").type.value_type == pa.float32()
     found = np.array(table["embedding"].to_pylist())
     np.testing.assert_allclose(found, corpus.expected if expected is None else expected, atol=TOLERANCE)
-    assert not output.with_name(output.name + ".parts").exists()
-    return table
+    assert not folder_of(output).exists()
 
 
-def embed_here(options: Options, output: Path) -> Plan:
+def embed_here(corpus: Corpus, output: Path, **changes: Any) -> Plan:
     """Embeds an input in this process."""
-    plan = Plan.make(options, output)
-    assert plan is not None
+    plan = corpus.plan(output, **changes)
     with Gatherer(plan, progress=False):
         reports = embed_parts(PartEmbedder(plan, torch.device("cpu")), plan.parts)
     assert [report.index for report in reports] == [part.index for part in plan.parts]
@@ -181,7 +185,7 @@ def embed_here(options: Options, output: Path) -> Plan:
 def uninterrupted(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The bytes that one process writes."""
     output = tmp_path_factory.mktemp("whole") / "whole.parquet"
-    embed_here(corpus.options(), output)
+    embed_here(corpus, output)
     check(corpus, output)
     return output.read_bytes()
 
@@ -198,60 +202,48 @@ def killed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def resume_from(killed: Path, folder: Path) -> tuple[Path, set[int]]:
-    """Copies what is left of a killed run; returns its output to be and the parts that are there."""
-    output = folder / killed.name
-    shutil.copytree(killed.with_name(killed.name + ".parts"), output.with_name(output.name + ".parts"))
+@pytest.fixture
+def resumed(killed: Path, tmp_path: Path) -> tuple[Path, set[int]]:
+    """The output to be of a copy of the killed run, and the parts that are there."""
+    output = tmp_path / killed.name
+    shutil.copytree(folder_of(killed), folder_of(output))
     done = {int(name.removeprefix("part-").removesuffix(".parquet")) for name in parts_of(output)}
-    plan = Plan.load(output.with_name(output.name + ".parts") / "plan.json")
-    assert 2 < len(done) < len(plan.parts)
+    assert 2 < len(done) < len(Plan.load(folder_of(output) / "plan.json").parts)
     return output, done
 
 
-def embedded_parts(output: Path) -> tuple[list[int], set[int], int]:
-    """Returns the parts that a run embedded, the processes that did, and the number of all parts."""
-    report = json.loads(output.with_suffix(".json").read_text())
+def check_resumed(corpus: Corpus, output: Path, done: set[int], uninterrupted: bytes, killed: int = 0) -> None:
+    """Checks what two workers wrote, one of which may stand for a killed one: those parts alone that were missing."""
+    check(corpus, output)
+    assert output.read_bytes() == uninterrupted
+    report = json.loads(report_of(output).read_text())
     parts = report["part_reports"]
     assert report["rows"] == ROWS
     assert report["embedded_rows"] == sum(part["rows"] for part in parts)
     seconds = [part["encode_seconds"] for part in parts]
     assert 0 < min(seconds) <= max(seconds) <= report["embedding_seconds"] < report["total_seconds"]
-    return [part["index"] for part in parts], {part["worker"] for part in parts}, report["parts"]
+    assert [part["index"] for part in parts] == [part for part in range(report["parts"]) if part not in done]
+    # The killed one may or may not have finished a part.
+    assert len({part["worker"] for part in parts} - {killed}) == 2
 
 
-def test_accelerate_goes_on_where_a_worker_was_killed(
-    corpus: Corpus, killed: Path, uninterrupted: bytes, tmp_path: Path
-) -> None:
-    output, done = resume_from(killed, tmp_path)
-    log = finished(launch(corpus, output))
-    assert "100%" in log  # of the progress bar
-    check(corpus, output)
-    assert output.read_bytes() == uninterrupted
-    embedded, workers, count = embedded_parts(output)
-    assert len(workers) == 2
-    assert embedded == [part for part in range(count) if part not in done]
+def test_accelerate_goes_on_where_a_worker_was_killed(corpus: Corpus, resumed, uninterrupted: bytes) -> None:
+    output, done = resumed
+    finished(launch(corpus, output))
+    check_resumed(corpus, output, done, uninterrupted)
 
 
-def test_ray_goes_on_and_replaces_a_killed_actor(
-    corpus: Corpus, killed: Path, uninterrupted: bytes, tmp_path: Path
-) -> None:
-    output, done = resume_from(killed, tmp_path)
-    process = start([str(ROOT / "examples" / "embed_ray.py"), "--actors", "2", *corpus.arguments(output)])
+def test_ray_goes_on_and_replaces_a_killed_actor(corpus: Corpus, resumed, uninterrupted: bytes) -> None:
+    output, done = resumed
+    process = start(str(ROOT / "examples" / "embed_ray.py"), "--actors", "2", *corpus.arguments(output))
     # One that is at a part: Ray writes the running method to the name of the process.
     actor = kill_in_the_middle(process, output, len(done) + 2, lambda child: is_running(child, "MapWorker", ".submit"))
-    log = finished(process)
-    assert "100%" in log
-    check(corpus, output)
-    assert output.read_bytes() == uninterrupted
-    embedded, workers, count = embedded_parts(output)
-    # Two that were there, and one in the place of the killed one, which may or may not have finished a part.
-    assert len(workers - {actor}) == 2
-    assert embedded == [part for part in range(count) if part not in done]
+    finished(process)
+    check_resumed(corpus, output, done, uninterrupted, actor)
 
 
 def test_parts_have_as_many_tokens_each(corpus: Corpus, tmp_path: Path) -> None:
-    plan = Plan.make(corpus.options(), tmp_path / "out.parquet")
-    assert plan is not None
+    plan = corpus.plan(tmp_path / "out.parquet")
     # 2, 4 or 8 workers have as many each.
     assert len(plan.parts) % 8 == 0
     tokenizer = AutoTokenizer.from_pretrained(corpus.model)
@@ -262,8 +254,7 @@ def test_parts_have_as_many_tokens_each(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def test_a_part_has_the_same_bytes_each_time(corpus: Corpus, tmp_path: Path) -> None:
-    plan = Plan.make(corpus.options(), tmp_path / "out.parquet")
-    assert plan is not None
+    plan = corpus.plan(tmp_path / "out.parquet")
     parts = [plan.parts[at] for at in np.random.default_rng().choice(len(plan.parts), 6, replace=False)]
     found = []
     for order in (parts, parts[::-1]):
@@ -274,8 +265,7 @@ def test_a_part_has_the_same_bytes_each_time(corpus: Corpus, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("pooling", ["cls", "last"])
 def test_pooling_and_maximum_length(corpus: Corpus, tmp_path: Path, pooling: plans.Pooling) -> None:
-    options = corpus.options(pooling=pooling, max_length=24, part_megabytes=1.0)
-    plan = embed_here(options, tmp_path / "out.parquet")
+    plan = embed_here(corpus, tmp_path / "out.parquet", pooling=pooling, max_length=24, part_megabytes=1.0)
     check(corpus, plan.output, embed_directly(corpus.model, corpus.texts, pooling, max_length=24))
 
 
@@ -283,10 +273,10 @@ def test_a_sentence_transformer_has_its_own_modules(corpus: Corpus, tmp_path: Pa
     layers = [Transformer(str(corpus.model)), Pooling(48, "max"), Dense(48, 20)]
     model = SentenceTransformer(modules=layers, device="cpu")
     model.save(str(tmp_path / "model"))
+    own = {"model": str(tmp_path / "model"), "max_length": 24, "part_megabytes": 1.0}
     with pytest.raises(ValueError, match="has its own pooling; leave out --pooling"):
-        Plan.make(corpus.options(model=str(tmp_path / "model")), tmp_path / "out.parquet")
-    options = corpus.options(model=str(tmp_path / "model"), pooling=None, max_length=24, part_megabytes=1.0)
-    plan = embed_here(options, tmp_path / "out.parquet")
+        corpus.plan(tmp_path / "out.parquet", **own)
+    plan = embed_here(corpus, tmp_path / "out.parquet", pooling=None, **own)
     model.max_seq_length = 24
     expected = model.encode(corpus.texts, normalize_embeddings=True)
     assert expected.shape == (ROWS, 20)
@@ -295,16 +285,13 @@ def test_a_sentence_transformer_has_its_own_modules(corpus: Corpus, tmp_path: Pa
 
 def test_a_run_of_other_options_is_not_mixed_in(corpus: Corpus, tmp_path: Path) -> None:
     output = tmp_path / "out.parquet"
-    plan = Plan.make(corpus.options(), output)
-    assert plan is not None
+    plan = corpus.plan(output)
     with pytest.raises(ValueError, match=r"tokens_per_batch was 512.*remove the folder"):
-        Plan.make(corpus.options(tokens_per_batch=256), output)
+        corpus.plan(output, tokens_per_batch=256)
     first = PartEmbedder(plan, torch.device("cpu")).embed(plan.parts[0])
     assert [part.index for part in plan.remaining()] == [part.index for part in plan.parts[1:]]
     assert first.rows == plan.parts[0].stop
-    again = Plan.make(corpus.options(), output)
-    assert again is not None
-    assert again.parts == plan.parts
+    assert corpus.plan(output).parts == plan.parts
     for part in plan.parts[1:]:
         shutil.copy(plan.folder / plan.parts[0].name, plan.folder / part.name)
     with pytest.raises(RuntimeError, match="does not have rows"), Gatherer(plan, progress=False):
@@ -313,9 +300,7 @@ def test_a_run_of_other_options_is_not_mixed_in(corpus: Corpus, tmp_path: Path) 
 
 
 def test_a_part_that_is_written_again_late_does_no_harm(corpus: Corpus, tmp_path: Path) -> None:
-    options = corpus.options(part_megabytes=1.0, tokens_per_batch=4_096)
-    plan = Plan.make(options, tmp_path / "out.parquet")
-    assert plan is not None
+    plan = corpus.plan(tmp_path / "out.parquet", **LARGE)
     with Gatherer(plan, progress=False):
         embed_parts(PartEmbedder(plan, torch.device("cpu")), plan.parts)
         end = time.monotonic() + 60
@@ -329,12 +314,12 @@ def test_a_part_that_is_written_again_late_does_no_harm(corpus: Corpus, tmp_path
 
 
 def test_an_output_that_is_there_is_kept(corpus: Corpus, tmp_path: Path) -> None:
-    output, options = tmp_path / "out.parquet", corpus.options(part_megabytes=1.0, tokens_per_batch=4_096)
-    embed_here(options, output)
+    output = tmp_path / "out.parquet"
+    embed_here(corpus, output, **LARGE)
     check(corpus, output)
-    assert Plan.make(options, output) is None
+    assert Plan.make(corpus.options(**LARGE), output) is None
     with pytest.raises(ValueError, match="there already, of another input or other options"):
-        Plan.make(corpus.options(pooling="cls"), output)
+        corpus.plan(output, pooling="cls")
 
 
 @pytest.mark.parametrize(
@@ -349,19 +334,18 @@ def test_an_output_that_is_there_is_kept(corpus: Corpus, tmp_path: Path) -> None
 )
 def test_wrong_options_are_errors(corpus: Corpus, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Plan.make(corpus.options(**changes), tmp_path / "out.parquet")
+        corpus.plan(tmp_path / "out.parquet", **changes)
 
 
 def test_null_texts_are_errors(corpus: Corpus, tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": ["a", "b"], "text": ["a text", None]}), tmp_path / "in.parquet")
     with pytest.raises(ValueError, match="1 rows without a text"):
-        Plan.make(corpus.options(input=str(tmp_path / "in.parquet")), tmp_path / "out.parquet")
+        corpus.plan(tmp_path / "out.parquet", input=str(tmp_path / "in.parquet"))
 
 
 @pytest.mark.gpu
 def test_bulk_embedding_on_a_gpu_replays_graphs(corpus: Corpus, tmp_path: Path) -> None:
-    plan = Plan.make(corpus.options(), tmp_path / "out.parquet")
-    assert plan is not None
+    plan = corpus.plan(tmp_path / "out.parquet")
     embedder = PartEmbedder(plan, torch.device("cuda", torch.cuda.device_count() - 1))
     with Gatherer(plan, progress=False):
         embed_parts(embedder, plan.parts)

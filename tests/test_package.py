@@ -23,6 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(hf_flashinfer_attn.__file__).parent
 
 
+def run_python(*arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **variables}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
 def test_tests_run_on_the_package_that_is_meant() -> None:
     source = ROOT / "hf_flashinfer_attn"
     # Where the tests were taken away from the source it is the installed one that they are about.
@@ -54,10 +60,7 @@ def test_help_and_wrong_usage_import_nothing_heavy(
     script = tmp_path / "hf-flashinfer-attn"
     script.write_text("import sys\nfrom hf_flashinfer_attn.tools.cli import main\nsys.exit(main())\n")
     run = ["-m", "hf_flashinfer_attn"] if program == "-m" else [str(script)]
-    ran = subprocess.run(
-        [sys.executable, "-X", "importtime", *run, *arguments],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ran = run_python("-X", "importtime", *run, *arguments, folder=tmp_path)
     assert ran.returncode == status
     imported = set(re.findall(r"^import time: .*\| +(\S+)$", ran.stderr, re.MULTILINE))
     assert "hf_flashinfer_attn.tools.cli" in imported
@@ -69,9 +72,7 @@ def test_other_programs_of_python_register_on_import(tmp_path: Path) -> None:
         "import hf_flashinfer_attn, transformers\n"
         "assert 'flashinfer' in transformers.AttentionInterface().valid_keys()\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    command = [sys.executable, "-m", "mine", "--help"]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    ran = run_python("-m", "mine", "--help", folder=tmp_path)
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
@@ -95,9 +96,7 @@ def test_user_program_type_checks_against_the_installed_package(tmp_path: Path) 
     program = shutil.copy(ROOT / "tests" / "user_program.py", tmp_path)
     # Not all of transformers has types.
     options = ["--strict", "--config-file=", "--untyped-calls-exclude=transformers", f"--python-executable={python}"]
-    command = [sys.executable, "-m", "mypy", *options, str(program)]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
     # With the repository's own, which holds other modules; libraries are the slow part, and stay the same.
-    environment["MYPY_CACHE_DIR"] = str(ROOT / ".mypy_cache" / "user_program")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    apart = {"PYTHONPATH": "", "MYPYPATH": "", "MYPY_CACHE_DIR": str(ROOT / ".mypy_cache" / "user_program")}
+    done = run_python("-m", "mypy", *options, str(program), folder=tmp_path, **apart)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,21 +5,16 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    sliding_window_bidirectional_mask_function,
-    sliding_window_causal_mask_function,
-)
+from transformers import masking_utils as masks
 
 from hf_flashinfer_attn.integration.functions import attention_forward, attention_mask
 from hf_flashinfer_attn.ragged.lazy_mask import RaggedMask
 
 PATTERNS = {
-    "full": bidirectional_mask_function,
-    "causal": causal_mask_function,
-    "window": sliding_window_causal_mask_function(3),
-    "two-sided window": sliding_window_bidirectional_mask_function(2),
+    "full": masks.bidirectional_mask_function,
+    "causal": masks.causal_mask_function,
+    "window": masks.sliding_window_causal_mask_function(3),
+    "two-sided window": masks.sliding_window_bidirectional_mask_function(2),
 }
 WIDTH = 9
 
@@ -38,22 +33,22 @@ def rows_of(side: str) -> st.SearchStrategy[list[bool]]:
 BATCHES = st.sampled_from(["right", "left", "holes"]).flatmap(
     lambda side: st.lists(rows_of(side), min_size=1, max_size=4)
 )
+EACH_PATTERN = st.sampled_from(list(PATTERNS))
 HEADS = st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)])
 DIMS = st.sampled_from([(8, 8), (26, 26), (12, 5)])
 
 
-def draw(rows: int, width: int, heads: tuple[int, int], dims: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+def draw(valid: torch.Tensor, heads=(4, 2), dims=(8, 8)) -> tuple[torch.Tensor, ...]:
+    rows, width = valid.shape
     shapes = ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]))
     return tuple(torch.randn(rows, count, width, dim, dtype=torch.float64) for count, dim in shapes)
 
 
 def mask_of(valid: torch.Tensor, pattern: str) -> RaggedMask:
-    mask = attention_mask(
-        batch_size=valid.shape[0], q_length=valid.shape[1], kv_length=valid.shape[1],
-        mask_function=PATTERNS[pattern], attention_mask=valid, dtype=torch.float64,
-    )  # fmt: skip
-    assert mask is not None
-    return mask
+    rows, width = valid.shape
+    return attention_mask(
+        rows, width, width, mask_function=PATTERNS[pattern], attention_mask=valid, dtype=torch.float64
+    )
 
 
 def attend(tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None, **options: object) -> torch.Tensor:
@@ -71,10 +66,10 @@ def naive(tensors: tuple[torch.Tensor, ...], valid: torch.Tensor, pattern: str) 
 
 
 @settings(max_examples=60)
-@given(BATCHES, st.sampled_from(list(PATTERNS)), HEADS, DIMS)
+@given(BATCHES, EACH_PATTERN, HEADS, DIMS)
 def test_attention_is_attention_and_padding_is_zero(rows, pattern, heads, dims) -> None:
     valid = torch.tensor(rows)
-    tensors = draw(*valid.shape, heads, dims)
+    tensors = draw(valid, heads, dims)
     poisoned = tuple(tensor.masked_fill(~valid[:, None, :, None], float("nan")) for tensor in tensors)
     mask = mask_of(valid, pattern)
     output = attend(tensors if mask.state.has_holes else poisoned, mask)
@@ -84,10 +79,10 @@ def test_attention_is_attention_and_padding_is_zero(rows, pattern, heads, dims) 
 
 
 @settings(max_examples=40)
-@given(BATCHES, st.sampled_from(list(PATTERNS)), st.randoms(use_true_random=False))
+@given(BATCHES, EACH_PATTERN, st.randoms(use_true_random=False))
 def test_permuting_the_batch_permutes_the_output(rows, pattern, random) -> None:
     valid = torch.tensor(rows)
-    tensors = draw(*valid.shape, (4, 2), (8, 8))
+    tensors = draw(valid)
     order = list(range(len(rows)))
     random.shuffle(order)
     output = attend(tensors, mask_of(valid, pattern))
@@ -96,10 +91,10 @@ def test_permuting_the_batch_permutes_the_output(rows, pattern, random) -> None:
 
 
 @settings(max_examples=40)
-@given(BATCHES, st.sampled_from(list(PATTERNS)), st.integers(1, 4), st.booleans())
+@given(BATCHES, EACH_PATTERN, st.integers(1, 4), st.booleans())
 def test_more_padding_changes_nothing(rows, pattern, extra: int, on_the_left: bool) -> None:
     valid = torch.tensor(rows)
-    tensors = draw(*valid.shape, (4, 2), (8, 8))
+    tensors = draw(valid)
     sides = (extra, 0) if on_the_left else (0, extra)
     padded = tuple(torch.nn.functional.pad(tensor, (0, 0, *sides), value=5.0) for tensor in tensors)
     wider = torch.nn.functional.pad(valid, sides)
@@ -108,10 +103,10 @@ def test_more_padding_changes_nothing(rows, pattern, extra: int, on_the_left: bo
 
 
 @settings(max_examples=40)
-@given(st.lists(st.integers(1, WIDTH), min_size=1, max_size=5), st.sampled_from(list(PATTERNS)))
+@given(st.lists(st.integers(1, WIDTH), min_size=1, max_size=5), EACH_PATTERN)
 def test_packed_equals_padded(lengths: list[int], pattern: str) -> None:
     valid = torch.arange(WIDTH) < torch.tensor(lengths)[:, None]
-    tensors = draw(*valid.shape, (4, 2), (8, 8))
+    tensors = draw(valid)
     packed = tuple(tensor.transpose(1, 2)[valid].transpose(0, 1)[None] for tensor in tensors)
     offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     everywhere = torch.ones(1, sum(lengths), dtype=torch.bool)

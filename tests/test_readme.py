@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import snippets
@@ -16,6 +17,14 @@ from hf_flashinfer_attn.unpadding.families import FAMILIES
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BLOCKS = snippets.python_blocks(README)
+
+
+def text_of(page: Path) -> str:
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
+def results_of(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -41,11 +50,11 @@ def test_readme_has_its_two_commands_and_stays_short() -> None:
 
 
 def test_tested_versions_are_those_of_the_code() -> None:
-    assert f"Tested with {versions_tested()}." in " ".join(README.read_text(encoding="utf-8").split())
+    assert f"Tested with {versions_tested()}." in text_of(README)
 
 
 def test_limits_are_those_of_the_code() -> None:
-    limits = " ".join(README.read_text().partition("## Limits")[2].split())
+    limits = text_of(README).partition("## Limits")[2]
     assert f"head_dim up to {flashinfer.MAX_HEAD_DIM}" in limits
     major, minor = min(flashinfer._MIN_CAPABILITY.values())
     assert f"compute capability {major}.{minor} or newer" in limits
@@ -53,37 +62,32 @@ def test_limits_are_those_of_the_code() -> None:
 
 
 def test_what_new_shapes_cost_is_what_was_measured() -> None:
-    cells = json.loads((ROOT / "benchmarks/results/new_shapes.json").read_text())["forwards"]
-
-    def more(model: str) -> str:
-        found = [cell["first_ms"] - cell["second_ms"] for cell in cells if cell["model"] == model]
-        return f"{min(found):.0f} to {max(found):.0f} ms"
-
-    text = " ".join(README.read_text(encoding="utf-8").split())
-    assert f"sdpa pays {more('sdpa')} extra the first time it sees a shape" in text
-    assert f'`attn_implementation="flashinfer"` pays {more("flashinfer")}' in text
+    cells = results_of("new_shapes")["forwards"]
+    said = "sdpa pays {} extra the first time it sees a shape", '`attn_implementation="flashinfer"` pays {}'
+    for model, sentence in zip(("sdpa", "flashinfer"), said):
+        more = [cell["first_ms"] - cell["second_ms"] for cell in cells if cell["model"] == model]
+        assert sentence.format(f"{min(more):.0f} to {max(more):.0f} ms") in text_of(README)
 
 
 def test_what_examples_are_said_to_do_is_what_was_measured() -> None:
-    text = " ".join((ROOT / "examples/README.md").read_text(encoding="utf-8").split())
-    cells = json.loads((ROOT / "benchmarks/results/serving.json").read_text())["cells"]
+    text, cells = text_of(ROOT / "examples" / "README.md"), results_of("serving")["cells"]
     assert [cell["attention"] for cell in cells] == ["flashinfer", "sdpa"] * (len(cells) // 2)
     figures = [f"{one['requests_per_second']:,.0f}, {one['p50_ms']:,.0f} ms, {one['p99_ms']:,.0f} ms" for one in cells]
     for at in range(0, len(cells), 2):
         load = f"{cells[at]['clients']}, {cells[at]['texts_per_request']}"
         assert f"| {load} | {figures[at]} | {figures[at + 1]} |" in text
-    found = json.loads((ROOT / "benchmarks/results/two_gpus.json").read_text())
+    found = results_of("two_gpus")
     one, two = (run["embedding_seconds"] for run in found["runs"])
     said = f"bge-base took {one:.1f} s for {found['rows']:,} texts on an H200, {two:.1f} s on two ({one / two:.2f}x)"
     assert said in text
 
 
 def test_what_encode_takes_is_what_was_measured() -> None:
-    cells = json.loads((ROOT / "benchmarks/results/encode_h200.json").read_text())["cells"]
+    cells = results_of("encode_h200")["cells"]
     for shape in ("12x768", "6x384"):
         cell = cells[shape]
-        rivals = [f"{min(passes[1:]):.2f} ({passes[0]:.1f})"
-                  for passes in (cell["sdpa_32_seconds"], cell["sdpa_256_seconds"])]  # fmt: skip
+        passes = cell["sdpa_32_seconds"], cell["sdpa_256_seconds"]
+        rivals = [f"{min(others):.2f} ({first:.1f})" for first, *others in passes]
         ours = f"**{min(cell['warm_seconds']):.2f}** ({cell['cold_seconds'][0]:.1f})"
         queries = f"{cell['sdpa_query_ms']:.1f} | **{cell['query_ms']:.1f}** |"
         row = " | ".join([f"| {shape.replace('x', ' x ')}", *rivals, ours, queries])

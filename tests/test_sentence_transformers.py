@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import UnsupportedAttentionError, repad, unpad
-from hf_flashinfer_attn.attention import plan as prepared_module
+from hf_flashinfer_attn.attention import select
 from hf_flashinfer_attn.tools import demo
 
 from sentence_transformers.sentence_transformer.modules import Transformer  # isort: skip
@@ -311,7 +311,7 @@ def test_python_block_of_the_docs(block: str, capsys: pytest.CaptureFixture[str]
 def test_on_a_gpu_as_exact_as_sdpa(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float16, against float64, with one wait for lengths per forward."""
     # Kernels take small batches, too.
-    monkeypatch.setattr(prepared_module, "SMALL_LOGITS", 0)
+    monkeypatch.setattr(select, "SMALL_LOGITS", 0)
     texts = demo.load_passages(256)
     pairs = [(query, text) for query in QUERIES for text in texts[:128]]
     classifier = torch.randn(16, 384, generator=torch.Generator().manual_seed(0))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import load_test
@@ -24,14 +22,11 @@ import serve
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from test_examples import TOLERANCE, environment, tiny_config
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 from random_model import save_random_model
 
-ROOT = Path(__file__).resolve().parents[1]
-MAX_LENGTH, DIMENSIONS = 64, 48
-# Above rounding of float32, far below the difference of another text's vector.
-TOLERANCE = 2e-6
 PROMPT = "a b "
 EAGER = {"attn_implementation": "eager"}
 LIMITS = {
@@ -40,39 +35,32 @@ LIMITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Models:
-    """Folders of models, and random texts."""
+class Models(NamedTuple):
+    """A folder of models, and random texts."""
 
-    encoder: Path
-    sentence_transformer: Path
-    reranker: Path
-    classifier: Path
+    folder: Path
     texts: list[str]
 
     def vectors(self, texts: list[str], prompt: str | None = "") -> np.ndarray:
-        model = SentenceTransformer(str(self.sentence_transformer), device="cpu", model_kwargs=EAGER)
+        model = SentenceTransformer(str(self.folder / "sentence_transformer"), device="cpu", model_kwargs=EAGER)
         return model.encode(texts, prompt=prompt, normalize_embeddings=True)
 
     def scores(self, query: str, texts: list[str], **arguments: Any) -> np.ndarray:
-        model = CrossEncoder(str(self.reranker), device="cpu", model_kwargs=EAGER)
+        model = CrossEncoder(str(self.folder / "reranker"), device="cpu", model_kwargs=EAGER)
         return model.predict([(query, text) for text in texts], **arguments)
+
+    def count_tokens(self, texts: list[str]) -> int:
+        return sum(map(len, AutoTokenizer.from_pretrained(self.folder / "encoder")(texts)["input_ids"]))
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    folder = tmp_path_factory.mktemp("models")
-    config = BertConfig(
-        vocab_size=400, hidden_size=DIMENSIONS, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96,
-        max_position_embeddings=MAX_LENGTH, initializer_range=0.2,
-    )  # fmt: skip
+    folder, config = tmp_path_factory.mktemp("models"), tiny_config()
     save_random_model(folder / "encoder", config)
     tokenizer = AutoTokenizer.from_pretrained(folder / "encoder")
-    modules = [Transformer(str(folder / "encoder")), Pooling(DIMENSIONS, "mean")]
-    model = SentenceTransformer(
-        modules=modules, device="cpu", prompts={"document": PROMPT}, default_prompt_name="document"
-    )
-    model.save(str(folder / "sentence_transformer"))
+    modules = [Transformer(str(folder / "encoder")), Pooling(config.hidden_size, "mean")]
+    prompts = {"prompts": {"document": PROMPT}, "default_prompt_name": "document"}
+    SentenceTransformer(modules=modules, device="cpu", **prompts).save(str(folder / "sentence_transformer"))
     for name, labels in (("reranker", 1), ("classifier", 3)):
         config.num_labels = labels
         BertForSequenceClassification(config).save_pretrained(folder / name)
@@ -81,18 +69,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     print(f"texts of seed {seed}")
     generator = np.random.default_rng(seed)
     words = np.array([word for word in tokenizer.get_vocab() if len(word) > 2 and word.isalpha()], dtype=object)
-    texts = [" ".join(generator.choice(words, length)) for length in generator.integers(1, 25, 40)]
-    return Models(
-        folder / "encoder", folder / "sentence_transformer", folder / "reranker", folder / "classifier", texts
-    )  # fmt: skip
+    return Models(folder, [" ".join(generator.choice(words, length)) for length in generator.integers(1, 25, 40)])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _environment() -> Iterator[None]:
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-        patch.setenv("OMP_NUM_THREADS", "1")
+        for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
+            patch.setenv(name, environment()[name])
         yield
 
 
@@ -105,7 +89,8 @@ def start(*arguments: object, **limits: object) -> AbstractContextManager[str]:
 @pytest.fixture(scope="module")
 def server(models: Models) -> Iterator[str]:
     """A server of an encoder with `--pooling`, and of a reranker."""
-    with start("--model", models.encoder, "--pooling", "mean", "--reranker", models.reranker) as url:
+    paths = models.folder / "encoder", models.folder / "reranker"
+    with start("--model", paths[0], "--pooling", "mean", "--reranker", paths[1]) as url:
         yield url
 
 
@@ -125,18 +110,14 @@ def embed(client: openai.OpenAI, texts: str | list[str], **arguments: Any) -> np
     return np.array([row.embedding for row in answer.data])
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"encoding_format": "float"}, {"encoding_format": "float", "user": "someone"}]
-)
-def test_openai_client_gets_the_vectors_of_the_model(
-    models: Models, client: openai.OpenAI, arguments: dict[str, str]
-) -> None:
-    # By default, the client asks for base64.
-    np.testing.assert_allclose(embed(client, models.texts, **arguments), models.vectors(models.texts), atol=TOLERANCE)
+# By default, the client asks for base64.
+@pytest.mark.parametrize("given", [{}, {"encoding_format": "float"}, {"encoding_format": "float", "user": "someone"}])
+def test_openai_client_gets_the_vectors_of_the_model(models: Models, client: openai.OpenAI, given: Any) -> None:
+    np.testing.assert_allclose(embed(client, models.texts, **given), models.vectors(models.texts), atol=TOLERANCE)
 
 
 def test_usage_counts_tokens(models: Models, client: openai.OpenAI) -> None:
-    tokens = sum(map(len, AutoTokenizer.from_pretrained(models.encoder)(models.texts)["input_ids"]))
+    tokens = models.count_tokens(models.texts)
     answer = client.embeddings.create(model="tiny", input=models.texts)
     assert (answer.object, answer.model) == ("list", "tiny")
     assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (tokens, tokens)
@@ -145,9 +126,8 @@ def test_usage_counts_tokens(models: Models, client: openai.OpenAI) -> None:
 def test_fewer_dimensions_have_length_one(models: Models, client: openai.OpenAI) -> None:
     expected = models.vectors(models.texts[:1])[:, :7]
     expected /= np.linalg.norm(expected)
-    found = embed(client, models.texts[0], dimensions=7, encoding_format="float")
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
-    np.testing.assert_allclose(embed(client, models.texts[0], dimensions=7), expected, atol=TOLERANCE)
+    for encoding in ({}, {"encoding_format": "float"}):
+        np.testing.assert_allclose(embed(client, models.texts[0], dimensions=7, **encoding), expected, atol=TOLERANCE)
 
 
 def test_openai_client_lists_the_model(client: openai.OpenAI) -> None:
@@ -185,11 +165,10 @@ def test_rerank_sorts_by_the_scores_of_the_model(models: Models, server: str, ra
     expected = models.scores(query, texts, activation_fn=torch.nn.Identity() if raw else torch.nn.Sigmoid())
     ranks = rerank(server, query, texts, raw_scores=raw, return_text=True).json()
     assert sorted(rank["index"] for rank in ranks) == list(range(len(texts)))
-    assert [rank["score"] for rank in ranks] == sorted((rank["score"] for rank in ranks), reverse=True)
+    assert ranks == sorted(ranks, key=lambda rank: -rank["score"])
     assert all(rank["text"] == texts[rank["index"]] for rank in ranks)
-    np.testing.assert_allclose(
-        [rank["score"] for rank in ranks], expected[[rank["index"] for rank in ranks]], atol=1e-5
-    )
+    for rank in ranks:
+        assert rank["score"] == pytest.approx(expected[rank["index"]], abs=1e-5)
 
 
 def test_rerank_truncates_only_if_asked_to(models: Models, server: str) -> None:
@@ -201,32 +180,29 @@ def test_rerank_truncates_only_if_asked_to(models: Models, server: str) -> None:
     assert rank == {"index": 0, "score": pytest.approx(models.scores(query, [text])[0], abs=1e-5)}
 
 
+BAD = openai.BadRequestError
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "param", "message"),
     [
-        ({"input": []}, openai.BadRequestError, "input", "at least 1 item"),
-        ({"input": ""}, openai.BadRequestError, "input", "input.0: .* at least 1 character"),
-        ({"input": ["a", ""]}, openai.BadRequestError, "input", "input.1: .* at least 1 character"),
-        ({"input": ["a"] * 41}, openai.BadRequestError, "input", "41 texts; expected at most 40"),
-        ({"input": ["a", "b" * 601]}, openai.BadRequestError, "input", "text 1 has 601 characters; .* at most 600"),
-        ({"input": "a " * 70}, openai.BadRequestError, "input", "text 0 has 72 tokens; expected 1 to 64"),
-        ({"input": [1, 2]}, openai.BadRequestError, "input", "token ids are not supported"),
-        ({"input": [[1], [2]]}, openai.BadRequestError, "input", "token ids are not supported"),
-        ({"input": "a", "dimensions": 49}, openai.BadRequestError, "dimensions", "49; expected at most 48"),
-        ({"input": "a", "dimensions": 0}, openai.BadRequestError, "dimensions", "greater than or equal to 1"),
-        ({"input": "a", "encoding_format": "hex"}, openai.BadRequestError, "encoding_format", "'float' or 'base64'"),
-        ({"input": "a", "extra_body": {"task": "query"}}, openai.BadRequestError, "task", "not permitted"),
+        ({"input": []}, BAD, "input", "at least 1 item"),
+        ({"input": ""}, BAD, "input", "input.0: .* at least 1 character"),
+        ({"input": ["a", ""]}, BAD, "input", "input.1: .* at least 1 character"),
+        ({"input": ["a"] * 41}, BAD, "input", "41 texts; expected at most 40"),
+        ({"input": ["a", "b" * 601]}, BAD, "input", "text 1 has 601 characters; .* at most 600"),
+        ({"input": "a " * 70}, BAD, "input", "text 0 has 72 tokens; expected 1 to 64"),
+        ({"input": [1, 2]}, BAD, "input", "token ids are not supported"),
+        ({"input": [[1], [2]]}, BAD, "input", "token ids are not supported"),
+        ({"input": "a", "dimensions": 49}, BAD, "dimensions", "49; expected at most 48"),
+        ({"input": "a", "dimensions": 0}, BAD, "dimensions", "greater than or equal to 1"),
+        ({"input": "a", "encoding_format": "hex"}, BAD, "encoding_format", "'float' or 'base64'"),
+        ({"input": "a", "extra_body": {"task": "query"}}, BAD, "task", "not permitted"),
         ({"input": "a", "model": "other"}, openai.NotFoundError, "model", "'other'; expected 'tiny'"),
         ({"input": "a" * 50_000}, openai.APIStatusError, None, "bytes or more; expected at most 40000"),
     ],
 )
-def test_openai_client_raises_its_own_errors(
-    client: openai.OpenAI,
-    arguments: dict[str, Any],
-    error: type[openai.APIStatusError],
-    param: str | None,
-    message: str,
-) -> None:
+def test_openai_client_raises_its_own_errors(client: openai.OpenAI, arguments, error, param, message) -> None:
     with pytest.raises(error, match=message) as caught:
         client.embeddings.create(**{"model": "tiny", **arguments})
     assert (caught.value.type, caught.value.param) == ("invalid_request_error", param)
@@ -236,11 +212,6 @@ def test_too_many_tokens_have_openais_code(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         embed(client, "a " * 70)
     assert caught.value.code == "context_length_exceeded"
-
-
-def _pieces() -> Iterator[bytes]:
-    for _ in range(60):
-        yield b" " * 1_000
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/rerank"])
@@ -255,16 +226,13 @@ def _pieces() -> Iterator[bytes]:
         (b"[" * 30_000, 400, "body"),
         (b'{"query": "a", "texts": [1], "input": [null], "model": "tiny"}', 400, "valid string"),
         (b" " * 40_001, 413, "40001 bytes or more; expected at most 40000"),
-        (_pieces, 413, "expected at most 40000"),
+        # In pieces.
+        ([b" " * 1_000] * 60, 413, "expected at most 40000"),
     ],
 )
-def test_bodies_that_cannot_be_read_are_named(
-    server: str, path: str, content: bytes | Callable[[], Iterator[bytes]], status: int, message: str
-) -> None:
-    answer = httpx.post(
-        server + path, content=content() if callable(content) else content, timeout=60, trust_env=False,
-        headers={"content-type": "application/json"},
-    )  # fmt: skip
+def test_bodies_that_cannot_be_read_are_named(server: str, path: str, content, status: int, message: str) -> None:
+    body, headers = content if isinstance(content, bytes) else iter(content), {"content-type": "application/json"}
+    answer = httpx.post(server + path, content=body, timeout=60, trust_env=False, headers=headers)
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"
@@ -354,14 +322,14 @@ def test_clients_that_send_slowly_do_not_hold_up_others(models: Models, server: 
 def test_sigterm_answers_what_is_under_way(models: Models) -> None:
     limits = {"max-texts": 10_000, "max-waiting": 20_000, "max-body-bytes": 100_000, "rows-per-batch": 1_024}
     own = {"max-length": 32, "wait-ms": 1_000, "client-seconds": 3}
-    tokenizer = AutoTokenizer.from_pretrained(models.encoder)
     texts = models.texts[:3]
     expected = models.vectors(texts, prompt=None)
-    with start("--model", models.sentence_transformer, **limits, **own) as url, connect(url) as client:
+    path = models.folder / "sentence_transformer"
+    with start("--model", path, **limits, **own) as url, connect(url) as client:
         (process,) = [child for child in psutil.Process().children() if url.rpartition(":")[2] in child.cmdline()]
         answer = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
         np.testing.assert_allclose([row.embedding for row in answer.data], expected, atol=TOLERANCE)
-        assert answer.usage.total_tokens == sum(len(tokenizer(PROMPT + text)["input_ids"]) for text in texts)
+        assert answer.usage.total_tokens == models.count_tokens([PROMPT + text for text in texts])
         with pytest.raises(openai.BadRequestError, match="text 0 has 42 tokens; expected 1 to 32"):
             embed(client, "a " * 38)
         refused = rerank(url, "a", ["b"])
@@ -396,10 +364,8 @@ def test_sigterm_answers_what_is_under_way(models: Models) -> None:
         (["--model", "encoder", "--pooling", "cls", "--max-length=2000000"], "expected --max-length, such as 512"),
     ],
 )
-def test_wrong_options_are_errors(
-    models: Models, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    paths = [str(getattr(models, one, one)) for one in arguments]
+def test_wrong_options_are_errors(models: Models, capsys, monkeypatch, arguments: list[str], message: str) -> None:
+    monkeypatch.chdir(models.folder)
     with pytest.raises(SystemExit, match="2"):
-        serve.main([*paths, "--device", "cpu"])
+        serve.main([*arguments, "--device", "cpu"])
     assert re.search(message, capsys.readouterr().err)
