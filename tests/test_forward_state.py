@@ -268,6 +268,23 @@ def test_images_start_where_positions_do(positions: list[list[int]], mode: Any) 
         assert states[0].layout().query.lengths == (2, 3)
 
 
+@pytest.mark.parametrize("positions", [[[1, 2, 0, 1, 2]], [[0, 1, 0, 1]]], ids=["no-start", "short"])
+def test_images_that_do_not_fill_the_row_are_refused(positions: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="do not describe 5 packed tokens"):
+        image_state(Layer(), torch.tensor(positions), SHAPES)
+
+
+def test_the_packing_of_a_state_is_not_lost() -> None:
+    cu_seqlens = cu_seqlens_of(RaggedLayout.from_lengths([2, 3]))
+    state = attached_state(cu_seqlens)
+    assert state is not None
+    state.packing = object()
+    # In another shape the lengths are read again.
+    other = packed_state(Layer(), cu_seqlens, cu_seqlens, ((5, 1), (5, 1)))
+    assert other is not state
+    assert attached_state(cu_seqlens) is state
+
+
 def test_layers_of_a_vision_tower_share_the_layout_of_its_images() -> None:
     config = PixtralVisionConfig(
         hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,

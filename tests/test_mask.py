@@ -266,6 +266,14 @@ def test_packed_sequences_in_pieces_are_joined_as_transformers_does(pieces: bool
         assert layout.query.lengths == (2, 3, 1, 4, 2, 1, 1, 1, 1, 1, 1)
 
 
+def test_padding_of_a_mask_that_is_not_recognised() -> None:
+    valid = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    for rows in (valid, valid[1:]):
+        mask = attention_mask(len(rows), 3, 3, mask_function=lambda b, h, q, k: (q + k) % 2 == 0, attention_mask=rows)
+        assert isinstance(mask.spec.pattern, Opaque)
+        assert mask.state.has_padding is (not rows.all())
+
+
 def test_unknown_patterns_are_opaque() -> None:
     assert isinstance(make(lambda b, h, q, k: k % 2 <= q).spec.pattern, Opaque)
 

@@ -260,6 +260,22 @@ def test_input_that_is_cast_is_parsed_again(monkeypatch: pytest.MonkeyPatch, par
     assert {output.dtype for output in outputs} == {torch.bfloat16}
 
 
+def test_a_softcap_that_is_written_to_is_another_plan() -> None:
+    layer, tensors, softcap = Layer(), sides(), torch.tensor(1.0)
+    capped = attention_forward(layer, *tensors, None, softcap=softcap)[0]
+    softcap.fill_(50.0)
+    actual = attention_forward(layer, *tensors, None, softcap=softcap)[0]
+    assert torch.equal(actual, attention_forward(layer, *tensors, None, softcap=50.0)[0])
+    assert not torch.equal(actual, capped)
+
+
+def test_the_plan_of_another_state_is_not_kept() -> None:
+    """Keys of another length than those of a mask that hides nothing: attention runs as without a mask."""
+    mask = mask_of(valid=torch.ones(2, 5, dtype=torch.bool))
+    attention_forward(Layer(), *sides(5, 7), mask)
+    assert not mask.state.recent
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 def test_another_stream_is_another_plan(masked: bool) -> None:
