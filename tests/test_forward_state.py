@@ -141,12 +141,17 @@ def test_cu_seqlens_of_this_package_are_read_by_nobody(mode: Any) -> None:
 
 def test_a_mask_keeps_the_state_of_its_forward_where_nothing_else_can() -> None:
     with torch.inference_mode():
-        cu_seqlens = [torch.tensor([0, 2, 5]) for _ in range(3)]
+        one, same = torch.tensor([0, 2, 5]), torch.tensor([0, 2, 5])
         mask, other = (mask_of(bidirectional_mask_function) for _ in range(2))
-        states = [packed_state(object(), one, one, SHAPES, mask) for one in cu_seqlens]
-        assert len(set(map(id, states))) == 1
-        assert packed_state(object(), cu_seqlens[0], cu_seqlens[0], SHAPES, other) is not states[0]
-        assert packed_state(object(), cu_seqlens[0], cu_seqlens[0], ((5, 1), (5, 1)), mask) is not states[0]
+        # Other tensors of the same values, other shapes and another mask are of another forward.
+        for sides, shapes, some in (
+            ((same, same), SHAPES, mask), ((one, same), SHAPES, mask), ((one, one), ((5, 1), (5, 1)), mask),
+            ((one, one), SHAPES, other),
+        ):  # fmt: skip
+            state = packed_state(object(), one, one, SHAPES, mask)
+            assert packed_state(object(), one, one, SHAPES, mask) is state is attached_state(mask)
+            assert packed_state(object(), *sides, shapes, some) is not state
+        assert attached_state(one) is None
     # Versions know better.
     counted = torch.tensor([0, 2, 5])
     state = packed_state(object(), counted, counted, SHAPES, mask)
@@ -268,8 +273,8 @@ def test_images_start_where_positions_do(positions: list[list[int]], mode: Any) 
         assert states[0].layout().query.lengths == (2, 3)
 
 
-@pytest.mark.parametrize("positions", [[[1, 2, 0, 1, 2]], [[0, 1, 0, 1]]], ids=["no-start", "short"])
-def test_images_that_do_not_fill_the_row_are_refused(positions: list[list[int]]) -> None:
+@pytest.mark.parametrize("positions", [[[0, 1, 0, 1]], [[1, 2, 0, 1, 2]], [[0, 1, 2, 0, 1, 2]]])
+def test_positions_of_other_images_are_an_error(positions: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="do not describe 5 packed tokens"):
         image_state(Layer(), torch.tensor(positions), SHAPES)
 

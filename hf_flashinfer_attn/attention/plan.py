@@ -70,8 +70,7 @@ class FlashInferPlan:
             with torch.cuda.device(device):
                 return self(query, key, value, bias, sinks)
         packed_query, packed_key, packed_value = self.gather(query, key, value)
-        is_new = self.kernels.in_graph or self.scatter.is_view(packed_query.shape[2])
-        output = None if is_new else self.gather.output_buffer
+        output = None if self.scatter.is_view(packed_query.shape[2]) else self.gather.output_buffer
         if output is None:
             # Tokens of no row get no output. They become keys and values of the next layer, of which fa3 reads some
             # with those of the last row: with a weight of zero, which makes NaN of NaN.
