@@ -185,10 +185,11 @@ def packed_state(
         state = attached_state(query_cu_seqlens)
         if state is not None and state.is_of(layer, query_cu_seqlens, key_cu_seqlens, shapes):
             return state
-        state = attached_state(mask)
-        # Generated code has another tensor for the same memory in each layer, so identities are not compared.
-        if state is None or state.shapes != shapes:
-            state = PackedState(read(), None)
+        state, sources = attached_state(mask), (query_cu_seqlens, key_cu_seqlens)
+        known: Any = () if state is None or state.layers is None else state.layers[0]
+        if state is None or state.shapes != shapes or list(map(id, known)) != list(map(id, sources)):
+            # The tensors are held, so that no other tensor gets their ids.
+            state = PackedState(read(), None, layers=(sources, set()))
             state.shapes = shapes
             setattr(mask, _ATTRIBUTE, state)
         return state
