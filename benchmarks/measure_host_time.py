@@ -24,7 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,6 +56,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "planning": ((graphs, "plan_graph"),),
     "replay": ((torch.cuda.CUDAGraph, "replay"),),
     "spreading": ((Packing, "spread"),),
+    "pooler": ((hooks, "_pool"),),
     "graphs: choosing one, copies in and out": ((graphs.GraphedForward, "__call__"),),
 }
 REST = "the rest: hooks and calls of modules"
@@ -105,31 +106,18 @@ class Timers:
         return run
 
     @contextmanager
-    def around_parts(self, backbone: PreTrainedModel) -> Iterator[None]:
-        # Not around the pooler itself: to graphs, its class would be another's.
-        family_of = hooks.required_family
-        family = family_of(backbone)
-        timed = replace(family, pool=self.timed("pooler", family.pool))
-        patches = [
-            mock.patch.object(
-                hooks, "required_family", lambda one: timed if family_of(one) is family else family_of(one)
-            )
-        ]
-        patches += [
-            mock.patch.object(owner, name, self.timed(part, getattr(owner, name)))
-            for part, functions in PARTS.items()
-            for owner, name in functions
-        ]
+    def around_parts(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for patch in patches:
-                stack.enter_context(patch)
+            for part, functions in PARTS.items():
+                for owner, name in functions:
+                    stack.enter_context(mock.patch.object(owner, name, self.timed(part, getattr(owner, name))))
             yield
 
 
 def microseconds_by_part(backbone: PreTrainedModel, inputs: Inputs, repeats: int) -> dict[str, float]:
     timers, forwards = Timers(), []
     whole = timers.timed(REST, backbone)
-    with timers.around_parts(backbone):
+    with timers.around_parts():
         for at in range(repeats + 3):
             timers.seconds.clear()
             wait()
