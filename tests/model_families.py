@@ -58,16 +58,13 @@ class Valid(Enum):
 
 @dataclass(frozen=True)
 class Example:
-    """Random inputs of one forward.
+    """Random inputs of one forward."""
 
-    Args:
-        inputs: Keyword arguments, masks aside.
-        masks: Padding masks, by keyword argument; int64, 1 where a token is.
-        valid: Per output, which of its leading positions are defined; those of an output not named here all are.
-    """
-
+    # Keyword arguments, masks aside.
     inputs: dict[str, Tensor]
+    # Padding masks, by keyword argument; int64, 1 where a token is.
     masks: dict[str, Tensor] = field(default_factory=dict)
+    # Per output, which of its leading positions are defined; those of an output not named here all are.
     valid: dict[str, Tensor] = field(default_factory=dict)
 
     def without_padding(self) -> Example:
@@ -119,40 +116,25 @@ Drawn = tuple[dict[str, Tensor], dict[str, "Tensor | None"], "Tensor | None"]
 
 @dataclass(frozen=True)
 class Family:
-    """One model class with a tiny config.
-
-    Args:
-        name: How tests call it.
-        model_class: Name in transformers.
-        settings: Of its config, or what makes the config.
-        kind: Of input: "text", "pixels", "audio", "encoder-decoder", ...
-        draw: Draws inputs for a padding case.
-        outputs: The outputs to compare, and where they are defined.
-        paddings: The cases that apply.
-        harmless: Cases where padding is out of every valid query's sight even without a mask.
-        uses_interface: Whether attention goes through transformers' attention interface.
-        interface_since: The version of transformers that moved the family to the interface.
-        takes_names_since: The version of transformers before which the family looks implementations up in a dictionary
-            of its own.
-        since: The version of transformers that has the family.
-        reference: The implementation that defines the right answer.
-        weight_scale: What random weights are multiplied with, for families whose activations would explode.
-    """
+    """One model class with a tiny config, made from settings or by a function."""
 
     name: str
-    model_class: str
+    model_class: str  # in transformers
     settings: dict[str, Any] | Callable[[], PreTrainedConfig]
-    kind: str
+    kind: str  # of input: "text", "pixels", "audio", "encoder-decoder", ...
     draw: Callable[[Draw], Drawn]
-    outputs: Mapping[str, Valid]
-    paddings: tuple[Padding, ...] = (Padding.NO_MASK,)
+    outputs: Mapping[str, Valid]  # to compare, and where they are defined
+    paddings: tuple[Padding, ...] = (Padding.NO_MASK,)  # that apply
+    # Cases where padding is out of every valid query's sight even without a mask.
     harmless: frozenset[Padding] = frozenset()
+    # Whether attention goes through transformers' attention interface, and from which version on.
     uses_interface: bool = True
     interface_since: str = "5.5"
+    # Before this version, the family looks implementations up in a dictionary of its own.
     takes_names_since: str = "5.5"
     since: str = "5.5"
-    reference: str = "eager"
-    weight_scale: float = 1.0
+    reference: str = "eager"  # the implementation that defines the right answer
+    weight_scale: float = 1.0  # of random weights, for families whose activations would explode
 
     @property
     def is_in_this_transformers(self) -> bool:
@@ -390,6 +372,7 @@ BOTH_SIDES = {"last_hidden_state": Valid.DECODER, "encoder_last_hidden_state": V
 EMBEDDINGS = {"text_embeds": Valid.ROWS, "image_embeds": Valid.ROWS}
 
 encoder = partial(Family, kind="text", draw=text_inputs, outputs=TOKENS_ONLY, paddings=EVERY_PADDING)
+BOXED = partial(text_inputs, extra=random_boxes)
 pooled = partial(encoder, outputs=TOKENS_AND_FIRST)
 decoder = partial(encoder, draw=partial(text_inputs, causal=True, position_ids=True), harmless=CAUSAL_HARMLESS)
 unnumbered = partial(decoder, draw=partial(text_inputs, causal=True))
@@ -508,7 +491,7 @@ DETR: dict[str, Any] = {
     "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
     "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
 }  # fmt: skip
-DETR_OUTPUTS = {"last_hidden_state": Valid.ROWS, "encoder_last_hidden_state": Valid.TOKENS}
+ENCODER_TOKENS = {"last_hidden_state": Valid.ROWS, "encoder_last_hidden_state": Valid.TOKENS}
 DETR_INPUTS = partial(patch_mask_inputs, name="pixel_mask", pixels_per_entry=8)
 CONFORMER = {"feature_projection_input_dim": 16, "conv_depthwise_kernel_size": 3}
 NEAR = {"left_max_position_embeddings": 4, "right_max_position_embeddings": 3}
@@ -551,8 +534,7 @@ TEXT_ENCODERS = (
     pooled("xlm-roberta-xl", "XLMRobertaXLModel", text(2, 32)),
     pooled("xmod", "XmodModel", text(4, 8, languages=("en_XX", "de_DE"), default_language="en_XX")),
     encoder("bert-generation", "BertGenerationEncoder", text()),
-    pooled("layoutlm", "LayoutLMModel", text(2, 24, max_2d_position_embeddings=32),
-        draw=partial(text_inputs, extra=random_boxes)),
+    pooled("layoutlm", "LayoutLMModel", text(2, 24, max_2d_position_embeddings=32), draw=BOXED),
     pooled("markuplm", "MarkupLMModel", text(max_depth=4, xpath_unit_hidden_size=8)),
     pooled("roc-bert", "RoCBertModel", text(enable_pronunciation=False, enable_shape=False)),
     encoder("splinter", "SplinterModel", text(4, 8)),
@@ -605,14 +587,13 @@ OFF_INTERFACE = all_of((
     encoder("roformer", "RoFormerModel", text(embedding_size=16)),
     pooled("megatron-bert", "MegatronBertModel", text(2, 32)),
     encoder("convbert", "ConvBertModel", text(4, 16, embedding_size=16)),
-    pooled("lilt", "LiltModel", text(2, 24, max_2d_position_embeddings=32, channel_shrink_ratio=2),
-        draw=partial(text_inputs, extra=random_boxes)),
+    pooled("lilt", "LiltModel", text(2, 24, max_2d_position_embeddings=32, channel_shrink_ratio=2), draw=BOXED),
     pooled("big-bird", "BigBirdModel", text(attention_type="block_sparse", block_size=4, num_random_blocks=1)),
     pooled("ibert", "IBertModel", text()),
     pooled("squeezebert", "SqueezeBertModel", text(embedding_size=32, q_groups=2, k_groups=2, v_groups=2,
         post_attention_groups=1, intermediate_groups=2, output_groups=2)),
     encoder("nystromformer", "NystromformerModel", text(num_landmarks=13, segment_means_seq_len=13)),
-    pooled("bros", "BrosModel", text(dim_bbox=4), draw=partial(text_inputs, extra=random_boxes)),
+    pooled("bros", "BrosModel", text(dim_bbox=4), draw=BOXED),
     pooled("visual-bert", "VisualBertModel", text(visual_embedding_dim=16)),
     encoder("xlnet", "XLNetModel", {**TOKEN_IDS, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}),
     encoder("flaubert", "FlaubertModel", {"vocab_size": VOCAB_SIZE, "emb_dim": 32, "n_layers": 2, "n_heads": 2,
@@ -700,8 +681,8 @@ DECODERS = (
     decoder("granite-moe-hybrid", "GraniteMoeHybridModel",
         llama(2, 16, layer_types=["attention", "mamba"], num_local_experts=2, num_experts_per_tok=1,
             shared_intermediate_size=32, mamba_n_heads=4, mamba_d_head=16, **MAMBA), paddings=HYBRID_PADDING),
-    decoder("qwen3-next", "Qwen3NextModel", llama(2, 16, head_dim=16, layer_types=["full_attention",
-        "linear_attention"], num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32,
+    decoder("qwen3-next", "Qwen3NextModel", llama(2, 16, head_dim=16, num_experts=2, num_experts_per_tok=1,
+        layer_types=["full_attention", "linear_attention"], moe_intermediate_size=32,
         shared_expert_intermediate_size=32, linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=16,
         linear_value_head_dim=16), paddings=HYBRID_PADDING),
     unnumbered("blt", "BltModel", blt),
@@ -764,8 +745,8 @@ VISION = (
     vision("aimv2-vision", "Aimv2VisionModel", square()),
     vision("owlvit-vision", "OwlViTVisionModel", square()),
     vision("beit", "BeitModel", square(use_relative_position_bias=True), takes_names_since="5.9"),
-    vision("swin", "SwinModel", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2,
-        4], "window_size": 4}, interface_since="5.9"),
+    vision("swin", "SwinModel", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2],
+        "num_heads": [2, 4], "window_size": 4}, interface_since="5.9"),
     vision("dpt", "DPTModel", square(2, 32, backbone_out_indices=[0, 1])),
     vision("pixio", "PixioModel", square()),
     vision("instructblip-vision", "InstructBlipVisionModel", square()),
@@ -804,15 +785,15 @@ VISION = (
         vision("idefics3-vision", "Idefics3VisionTransformer", square()),
         vision("smolvlm-vision", "SmolVLMVisionTransformer", square()),
     ), outputs=TOKENS_ONLY, draw=patch_mask_inputs, paddings=PREFIX_PADDING),
-    vision("detr", "DetrModel", DETR, outputs=DETR_OUTPUTS, draw=DETR_INPUTS, paddings=PREFIX_PADDING),
-    vision("conditional-detr", "ConditionalDetrModel", DETR, outputs=DETR_OUTPUTS, draw=DETR_INPUTS,
+    vision("detr", "DetrModel", DETR, outputs=ENCODER_TOKENS, draw=DETR_INPUTS, paddings=PREFIX_PADDING),
+    vision("conditional-detr", "ConditionalDetrModel", DETR, outputs=ENCODER_TOKENS, draw=DETR_INPUTS,
         paddings=PREFIX_PADDING),
     vision("pp-doclayout-v2-reading-order", "pp_doclayout_v2.PPDocLayoutV2ReadingOrder",
         lambda: find_class("pp_doclayout_v2.PPDocLayoutV2ReadingOrderConfig")(
             **tiny(coordinate_size=6, shape_size=4, global_pointer_head_size=8)),
         draw=box_inputs, outputs=TOKEN_LOGITS, interface_since="5.24", paddings=(Padding.NO_MASK, Padding.RIGHT)),
     encoder("layoutlmv3", "LayoutLMv3Model", text(2, 36, visual_embed=False, **PAGE), interface_since="5.24",
-        draw=partial(text_inputs, extra=random_boxes)),
+        draw=BOXED),
 )
 
 AUDIO = (
@@ -844,7 +825,7 @@ AUDIO = (
     audio("parakeet", "ParakeetEncoder", tiny(num_mel_bins=16, subsampling_factor=2, subsampling_conv_channels=8,
         conv_kernel_size=3), draw=HALVED, paddings=PARAKEET_PADDING),
     audio("speech-to-text", "Speech2TextModel", bart(input_feat_per_channel=16, max_source_positions=64,
-        max_target_positions=64, conv_channels=16), draw=speech_with_text_inputs, outputs=DETR_OUTPUTS),
+        max_target_positions=64, conv_channels=16), draw=speech_with_text_inputs, outputs=ENCODER_TOKENS),
     audio("moonshine-encoder", "moonshine.MoonshineEncoder",
         {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "encoder_num_hidden_layers": 2,
             "decoder_num_hidden_layers": 2, "encoder_num_attention_heads": 2, "decoder_num_attention_heads": 2},
