@@ -19,8 +19,6 @@ NAME = hf_flashinfer_attn.__name__
 MOST_OF_A_FILE = 500
 MOST_OF_THE_PACKAGE = 14_900
 MOST_WITHOUT_TOOLS = 11_000
-# Files above the limit that must still be split.
-TOO_LONG = {"unpadding/graphs.py"}
 
 
 def lines_of(file: Path) -> int:
@@ -44,7 +42,7 @@ def test_no_files_import_each_other_in_a_circle(graph: grimp.ImportGraph) -> Non
 
 def test_files_and_package_stay_small() -> None:
     lengths = {file.relative_to(PACKAGE).as_posix(): lines_of(file) for file in PACKAGE.rglob("*.py")}
-    assert {name for name, lines in lengths.items() if lines > MOST_OF_A_FILE} == TOO_LONG
+    assert not {name for name, lines in lengths.items() if lines > MOST_OF_A_FILE}
     assert sum(lengths.values()) <= MOST_OF_THE_PACKAGE
     assert sum(lines for name, lines in lengths.items() if not name.startswith("tools/")) <= MOST_WITHOUT_TOOLS
 
