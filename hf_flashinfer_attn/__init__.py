@@ -9,8 +9,8 @@ Importing this package registers an attention implementation:
 
 import sys
 
-# Started as `python -m hf_flashinfer_attn` or by its script: --help and usage errors end here, before the slow imports.
-# While Python locates the module for -m, sys.argv[0] is "-m".
+# The command line prints --help and usage errors before the slow imports below.
+# sys.argv[0] is "-m" while Python locates the module of `python -m`.
 if (sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__) or (
     sys.argv and sys.argv[0].endswith("hf-flashinfer-attn")
 ):

@@ -1,4 +1,4 @@
-"""Errors of this package. Each message has the value, what was expected, and the way out."""
+"""Errors of this package. Each message names the given value, the expected one and a way out."""
 
 from __future__ import annotations
 
@@ -65,5 +65,5 @@ class UnsupportedAttentionError(FlashInferAttentionError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns what an error says in its first line; its class where it says nothing."""
+    """Returns the first line of an error's message; the name of its class if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

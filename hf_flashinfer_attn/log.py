@@ -9,7 +9,7 @@ __all__ = ["log_once", "logged", "logger"]
 
 logger = logging.getLogger("hf_flashinfer_attn")
 
-# Keys of warnings that were logged.
+# Keys of the logged warnings.
 logged: set[str] = set()
 _logged_lock = threading.Lock()
 

@@ -37,11 +37,11 @@ class Settings:
         jit: What to do if a kernel is not compiled. "wait" compiles it during the forward; "background" compiles it in
             a thread while the torch backend runs; "never" runs the torch backend. Where `backend` or `strict` forbid
             the torch backend, "background" waits and "never" raises an error.
-        padded_queries: "drop" skips attention of padding; "keep" computes it as eager attention does, for models and
-            losses that read padded positions.
+        padded_queries: "drop" skips padded queries; "keep" computes them as eager attention does, for models and losses
+            that read padded positions.
 
     Raises:
-        ValueError: If a value is not known.
+        ValueError: If a value is unknown.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -95,7 +95,7 @@ def current_settings() -> Settings:
     """Returns the settings in force, reading the environment on first use.
 
     Raises:
-        ValueError: If an environment variable holds a value that is not known.
+        ValueError: If an environment variable has an unknown value.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -120,16 +120,15 @@ def configure(
     Args:
         backend: "auto", "flashinfer" or "torch". Environment variable: `HF_FLASHINFER_ATTN_BACKEND`.
         strict: Whether fallbacks raise. Environment variable: `HF_FLASHINFER_ATTN_STRICT`.
-        jit: "wait", "background" or "never", while a kernel is not compiled. Environment variable:
+        jit: "wait", "background" or "never": what to do if a kernel is not compiled. Environment variable:
             `HF_FLASHINFER_ATTN_JIT`. Failed compilations are retried after this call.
-        padded_queries: "drop" or "keep" the attention of padded positions. Environment variable:
-            `HF_FLASHINFER_ATTN_PADDED_QUERIES`.
+        padded_queries: "drop" or "keep" padded queries. Environment variable: `HF_FLASHINFER_ATTN_PADDED_QUERIES`.
 
     Returns:
         The settings now in force.
 
     Raises:
-        ValueError: If a value is not known.
+        ValueError: If a value is unknown.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -139,15 +138,15 @@ def configure(
         Settings(backend='auto', strict=False, jit='wait', padded_queries='drop')
     """
     global _settings
-    # A new object each time, so identity checks see the change.
-    chosen = replace(current_settings())
+    # Always a new object, so that identity checks see the change.
+    settings = replace(current_settings())
     if backend is not None:
-        chosen = replace(chosen, backend=backend)
+        settings = replace(settings, backend=backend)
     if strict is not None:
-        chosen = replace(chosen, strict=strict)
+        settings = replace(settings, strict=strict)
     if jit is not None:
-        chosen = replace(chosen, jit=jit)
+        settings = replace(settings, jit=jit)
     if padded_queries is not None:
-        chosen = replace(chosen, padded_queries=padded_queries)
-    _settings = chosen
-    return chosen
+        settings = replace(settings, padded_queries=padded_queries)
+    _settings = settings
+    return settings

@@ -7,12 +7,12 @@ from html import escape
 
 __all__ = ["html_table", "text_table"]
 
-# Inline, as notebooks drop style sheets; colours are the notebook's own, light or dark.
+# Inline, since notebooks drop style sheets; without colours, so that light and dark themes work.
 _STYLE = "text-align:left;padding:2px 10px 2px 0;vertical-align:top"
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None = None) -> str:
-    """Returns a table as text; the longest columns wrap to fit `width`. An empty header is left out.
+    """Returns a table as text; the longest columns wrap to fit `width`. An empty header is omitted.
 
     Examples:
         >>> from hf_flashinfer_attn.tables import text_table
@@ -21,7 +21,7 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, width: i
         0      a long name
                of a kernel
     """
-    # Only what prints a table pays for this import.
+    # A slow import, needed only for printing.
     from rich.console import Console
     from rich.table import Table
 
@@ -37,7 +37,7 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, width: i
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", note: str = "") -> str:
-    """Returns a table as HTML, with a line above it and lines below it. An empty header is left out.
+    """Returns a table as HTML, with a title above and notes below. An empty header is omitted.
 
     Examples:
         >>> from hf_flashinfer_attn.tables import html_table

@@ -19,13 +19,13 @@ class AttentionCall:
 
     Args:
         layer: Class of the attention layer, and its index if it has one.
-        pattern: Which keys a query sees, such as "full" or "causal".
+        pattern: Attention pattern, such as "full" or "causal".
         kernel: Kernel that ran.
         head_dim: The larger head_dim of query and value.
         padded_head_dim: head_dim of the kernel, padding included.
-        reason: Why FlashInfer did not run the call; None if it did, or if another kernel was selected by the settings
-            or is faster.
-        note: Why the call also computed padded queries; None if it did not.
+        reason: Reason of the fallback; None if FlashInfer ran, if the settings selected another kernel, or if another
+            kernel was selected because it is faster.
+        note: Reason why padded queries were computed; None if they were not.
 
     Examples:
         >>> from hf_flashinfer_attn import AttentionCall
@@ -52,7 +52,7 @@ class Trace:
     Args:
         calls: One record per attention call, in the order of the calls.
         layouts: Number of ragged layouts made.
-        host_copies: Number of device-to-host copies that this package waited for.
+        host_copies: Number of device-to-host copies that the host waited for.
         plans: Number of FlashInfer plans made.
 
     Examples:
@@ -75,7 +75,7 @@ class Trace:
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """The distinct reasons of the calls that fell back, in order of first use."""
+        """The distinct reasons of fallbacks, in order of first use."""
         return tuple(dict.fromkeys(call.reason for call in self.calls if call.reason is not None))
 
     @property
@@ -90,9 +90,9 @@ class Trace:
         printer.text(str(self))
 
     def _repr_html_(self) -> str:
-        # A loop of forwards makes thousands, and none of them can be read then.
-        left_out = len(self.calls) - _MOST_ROWS
-        more = f"and {left_out} more calls\n" if left_out > 0 else ""
+        # A loop of forwards makes thousands of rows.
+        omitted = len(self.calls) - _MOST_ROWS
+        more = f"and {omitted} more calls\n" if omitted > 0 else ""
         return html_table(_HEADER, map(_cells, self.calls[:_MOST_ROWS]), note=f"{more}{self._footer}")
 
     @property
@@ -117,7 +117,7 @@ def trace() -> Iterator[Trace]:
     """Records every attention call of this thread inside the block.
 
     Yields:
-        The [`Trace`], filled while the block runs. Graphs of torch.compile and replayed CUDA graphs add what they ran.
+        The [`Trace`], filled while the block runs. Compiled graphs and replayed CUDA graphs add their calls too.
 
     Examples:
         >>> import torch, hf_flashinfer_attn

@@ -1,1 +1,1 @@
-"""Attention of one layer: from its arguments to a spec, a backend and a plan."""
+"""Attention of one layer: parsed arguments (the spec), selection of a backend, plans."""

@@ -1,4 +1,4 @@
-"""Whole masks of dense attention, from lazy, 2D and 4D masks, cu_seqlens, biases and chosen keys."""
+"""Whole masks of dense attention, made from lazy, 2D and 4D masks, cu_seqlens, biases and selected keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def dense_mask_of(
     key: torch.Tensor,
     pattern: Pattern,
 ) -> torch.Tensor | None:
-    """Returns the whole mask of a call, bool or additive, with the bias in it."""
+    """Returns the whole mask of a call, bool or additive, plus the bias."""
     q_length, kv_length = query.shape[2], key.shape[2]
     if isinstance(mask, RaggedMask):
         mask = mask.dense()
@@ -34,22 +34,17 @@ def dense_mask_of(
     if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool:
         mask = mask.to(torch.bool)
     if cu_seqlens is not None:
-        query_owners, key_owners = _owners(query, cu_seqlens[0]), _owners(key, cu_seqlens[1])
-        mask = _intersect(mask, (query_owners[:, :, None] == key_owners[:, None, :])[:, None])
+        of_queries, of_keys = _sequences_of(query, cu_seqlens[0]), _sequences_of(key, cu_seqlens[1])
+        mask = _intersect(mask, (of_queries[:, :, None] == of_keys[:, None, :])[:, None])
     if position_bias is None or mask is None:
         return mask if position_bias is None else position_bias
     return _intersect(position_bias, mask) if mask.dtype == torch.bool else position_bias + mask
 
 
 def bias_of_packed(bias: torch.Tensor, layout: RaggedLayout) -> torch.Tensor:
-    """Returns the bias of packed sequences on all of their tokens, zero between two sequences; differentiable.
+    """Returns the bias of packed sequences by token, zero between two sequences; differentiable.
 
-    Args:
-        bias: Shape `(sequences, heads, longest_query, longest_key)`.
-        layout: Layout of the packed sequences.
-
-    Returns:
-        Shape `(1, heads, total_query_tokens, total_key_tokens)`.
+    From shape `(sequences, heads, longest_query, longest_key)` to `(1, heads, total_query_tokens, total_key_tokens)`.
     """
     whole = bias.new_zeros(1, bias.shape[1], layout.query.total_tokens, layout.key.total_tokens)
     for row, (query, key) in enumerate(zip(layout.query.offsets[:-1], layout.key.offsets[:-1])):
@@ -61,29 +56,25 @@ def bias_of_packed(bias: torch.Tensor, layout: RaggedLayout) -> torch.Tensor:
 def mask_of_chosen(
     mask: torch.Tensor | None, indices: torch.Tensor, query: torch.Tensor, key: torch.Tensor, pattern: Pattern
 ) -> torch.Tensor:
-    """Returns a mask that hides all keys but the chosen ones too, which transformers leaves to flash kernels.
+    """Returns the whole mask of sparse attention; transformers leaves it to flash kernels to hide the other keys.
 
-    Args:
-        mask: As a model gave it.
-        indices: Keys chosen for each query, integers, shape `(batch, q_length, chosen)`.
-        query: Shape `(batch, heads, q_length, head_dim)`.
-        key: Shape `(batch, kv_heads, kv_length, head_dim)`.
-        pattern: Which keys a query may see. Where there are fewer than are chosen, the choice holds others too.
+    `indices` are the keys that the layer selected, shape `(batch, q_length, selected)`. They may include keys that the
+    pattern hides, if a query sees fewer keys than are selected.
     """
     mask = dense_mask_of(mask, None, None, query, key, pattern)
     shape = (query.shape[0], query.shape[2], key.shape[2])
-    chosen = torch.zeros(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), True)
-    return _intersect(mask, chosen.unsqueeze(1))
+    selected = torch.zeros(shape, dtype=torch.bool, device=query.device).scatter(-1, indices.long(), True)
+    return _intersect(mask, selected.unsqueeze(1))
 
 
-def _owners(side: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Returns the packed sequence of each token, counted over all rows, shape `(batch, tokens)`."""
+def _sequences_of(side: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Returns the sequence index of each token, shape `(batch, tokens)`."""
     tokens = torch.arange(side.shape[0] * side.shape[2], device=cu_seqlens.device)
     return torch.bucketize(tokens, cu_seqlens[1:], right=True).view(side.shape[0], side.shape[2]).to(side.device)
 
 
 def _intersect(mask: torch.Tensor | None, allowed: torch.Tensor) -> torch.Tensor:
-    """Returns a mask, bool or additive, that also hides what is not allowed; `allowed` itself where there is none."""
+    """Returns a bool or additive mask that also hides keys where `allowed` is False; `allowed` if there is no mask."""
     if mask is None:
         return allowed
     return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)

@@ -1,4 +1,4 @@
-"""Attention driver: spec, backend, plan, run; for layers, torch.compile's op and flash-attn's functions."""
+"""Attention driver: parses a call into a spec, selects a backend, makes or reuses a plan, and runs it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def attend(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor | None, 
         inputs: Tensors and parsed arguments.
 
     Returns:
-        The output, shape `(batch, q_length, heads, value_head_dim)`; the weights, or None; and the plan that the next
-        layers of the forward may run, or None.
+        The output, shape `(batch, q_length, heads, value_head_dim)`; the weights, or None; and the plan if later layers
+        of the forward may reuse it, or None.
 
     Raises:
-        BackendUnavailableError: If the backend that is set cannot run.
-        UnsupportedAttentionError: If the call is not supported, or needs a fallback that is forbidden.
+        BackendUnavailableError: If the backend of the settings cannot run.
+        UnsupportedAttentionError: If the call is not supported, or the settings forbid its fallback.
     """
     refuse_recording()
     settings, spec = current_settings(), inputs.spec()
@@ -49,7 +49,7 @@ def attend(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor | None, 
             "Make the dtypes of the model and of its cache the same.",
         )
     state = inputs.find_state()
-    # Memory of a captured graph belongs to it, and a recorded forward is not repeated.
+    # A captured graph owns its memory, and a recorded forward runs once: neither plan may be cached.
     is_capturing = spec.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if is_capturing or recorder() is not None:
         plan = make_plan(spec, choice, state, settings)
@@ -104,13 +104,13 @@ def _attend_dense(
 
 
 def is_of_graph(cu_seqlens: torch.Tensor) -> bool:
-    """Whether cu_seqlens are those of a captured graph, whose lengths change with each replay."""
+    """Whether cu_seqlens belong to a captured graph, which is replayed with other lengths."""
     state = attached_state(cu_seqlens)
     return state is not None and state.layout().graph_workspace is not None
 
 
 def _refuse_lengths_in_graph(inputs: AttentionInputs, choice: Choice) -> None:
-    """Raises if lengths are read on the host in a captured graph, whose replays would repeat those of the capture."""
+    """Raises if a captured graph would read lengths on the host: its replays would repeat the captured lengths."""
     if inputs.cu_seqlens is None or not is_of_graph(inputs.cu_seqlens[0]):
         return
     if choice.backend is Backend.FLASHINFER and inputs.position_bias is None:

@@ -1,4 +1,4 @@
-"""Attention plans: everything fixed for the calls of one spec in one forward. A call then only launches kernels."""
+"""Attention plans: host work done once per spec and forward. Running a plan only launches kernels."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ class FlashInferPlan:
             key: Shape `(batch, kv_heads, kv_length, head_dim)`.
             value: Shape `(batch, kv_heads, kv_length, value_head_dim)`.
             bias: Added to the logits by padded position, shape `(rows, heads, q_length, kv_length)`.
-            sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
+            sinks: Attention sinks, one logit per head, shape `(heads,)`.
 
         Returns:
             Shape `(batch, q_length, heads, value_head_dim)`, contiguous, zero in padding.
         """
         device = query.get_device() if query.is_cuda else -1
         if device >= 0 and torch._C._cuda_getDevice() != device:
-            # Kernels run on the current device, whatever device their tensors are on.
+            # Kernels run on the current device, even if their tensors are on another one.
             with torch.cuda.device(device):
                 return self(query, key, value, bias, sinks)
         packed_query, packed_key, packed_value = self.gather(query, key, value)
         output = None if self.scatter.is_view(packed_query.shape[2]) else self.gather.output_buffer
         if output is None:
-            # Tokens of no row get no output. They become keys and values of the next layer, of which fa3 reads some
-            # with those of the last row: with a weight of zero, which makes NaN of NaN.
+            # Tokens of no row get no output, but become keys and values of the next layer. fa3 reads some of them with
+            # the last row, at weight zero: a NaN there would stay NaN.
             make = torch.zeros if self.kernels.in_graph else torch.empty
             output = make(packed_query.shape, dtype=query.dtype, device=query.device)
         self.kernels.run(packed_query, packed_key, packed_value, output, bias, sinks)
@@ -82,13 +82,14 @@ class FlashInferPlan:
 
 @dataclass(frozen=True, slots=True)
 class SdpaPlan:
-    """torch's fused kernels on padded tensors, without bias and sinks; arguments as those of [`FlashInferPlan`].
+    """torch's fused kernels on padded tensors, without bias and sinks; called like [`FlashInferPlan`].
 
     Args:
         is_causal: Whether no query sees a later key.
         sm_scale: Factor of the logits.
         mask: Added to the logits, shape `(batch, 1, 1, kv_length)`; or None.
-        calls_directly: Whether to call a kernel that plans no shapes directly, if `sdpa_kernel` allows it.
+        calls_directly: Whether to call torch's flash or memory-efficient kernel directly, if `sdpa_kernel` allows it:
+            they have no per-shape planning, unlike cuDNN's.
         record: Trace of a call, without its layer.
     """
 
@@ -107,7 +108,7 @@ class SdpaPlan:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         sides, mask = (aligned(query), aligned(key), aligned(value)), self.mask
-        # `sdpa_kernel` may differ from call to call.
+        # `sdpa_kernel` may change between calls.
         if not (self.calls_directly and _may_call_directly(mask)):
             output = F.scaled_dot_product_attention(
                 *sides, mask, is_causal=self.is_causal, scale=self.sm_scale, enable_gqa=query.shape[1] != key.shape[1]
@@ -133,7 +134,7 @@ def _may_call_directly(mask: torch.Tensor | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TorchPlan:
-    """Ragged attention in torch, differentiable; arguments as those of [`FlashInferPlan`]."""
+    """Ragged attention in torch, differentiable; called like [`FlashInferPlan`]."""
 
     layout: RaggedLayout
     spec: AttentionSpec
@@ -168,18 +169,12 @@ AttentionPlan: TypeAlias = FlashInferPlan | SdpaPlan | TorchPlan
 
 
 def make_plan(spec: AttentionSpec, choice: Choice, state: ForwardState, settings: Settings) -> AttentionPlan:
-    """Makes the plan of a spec; the host may wait for row lengths.
-
-    Args:
-        spec: The spec.
-        choice: Backend that was selected for it; not dense attention.
-        state: State of the forward.
-        settings: Settings in force.
+    """Makes the plan of a spec, not for dense attention; the host may wait for row lengths.
 
     Raises:
         UnsupportedAttentionError: If a CUDA graph is being captured and FlashInfer has no plan, or a batch is too large
             for the kernel's addresses.
-        BackendUnavailableError: If a kernel cannot be compiled, or must not be.
+        BackendUnavailableError: If a kernel cannot be compiled, or the settings forbid it.
     """
     if choice.backend is Backend.SDPA:
         assert isinstance(state, MaskState)
@@ -209,15 +204,9 @@ def plan_flashinfer(
     state: ForwardState | None = None,
     note: str | None = None,
 ) -> FlashInferPlan | str:
-    """Plans a kernel of FlashInfer, or returns why torch attention runs while the kernel is not compiled.
+    """Plans a kernel of FlashInfer; returns the reason of a fallback while the kernel is not compiled.
 
-    Args:
-        spec: The spec.
-        layout: Row lengths.
-        kernel: The kernel.
-        settings: Settings in force.
-        state: State of the forward, which leases scratch memory; None to allocate in each call.
-        note: Note for traces.
+    `state` leases scratch memory (without it, each call allocates); `note` is for traces.
     """
     band, device = spec.pattern, spec.device
     size, stream = flashinfer.padded_head_dim(spec.widest_head_dim), _stream_of(device)
@@ -234,7 +223,7 @@ def plan_flashinfer(
     with torch.cuda.device(device):
         queries, tokens, keys = _moves(layout, plan, device, stream)
     scratch = None
-    # A captured graph would hold its lease for good.
+    # A captured graph would never return its lease.
     is_of_graph = layout.graph_workspace is not None or torch.cuda.is_current_stream_capturing()
     if state is not None and not is_of_graph:
         num_queries = spec.rows * spec.q_length if queries is None else len(queries)
@@ -256,7 +245,7 @@ _Moves = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 def _moves(layout: RaggedLayout, plan: KernelPlan, device: torch.device, stream: int) -> _Moves:
-    """Returns the padded positions of packed queries, the token at each padded position, and the positions of keys."""
+    """Returns the padded positions of packed queries, the token at each padded position, and key positions."""
     queries, keys, order = layout.query.token_map(device), layout.key.token_map(device), plan.order
     if order is None:
         return (
@@ -264,13 +253,13 @@ def _moves(layout: RaggedLayout, plan: KernelPlan, device: torch.device, stream:
             None if queries is None else queries.tokens,
             None if keys is None else keys.positions,
         )
-    # The order belongs to the layout, which keeps it alive.
+    # The layout keeps the order alive, so its id is unique.
     name: Hashable = "moves", id(order), device, stream
     moves: _Moves | None = layout.derived.get(name)
     if moves is None:
         query_order, key_order = (side.to(device, non_blocking=True) for side in (order.queries, order.keys))
         positions = query_order.to(torch.int32) if queries is None else queries.positions[query_order]
-        # Padding is no token; the positions of queries get theirs in the new order.
+        # Inverse of `positions`; -1 for padding.
         tokens = positions.new_full((layout.query.padded_shape[0] * layout.query.padded_shape[1],), -1)
         tokens.index_copy_(0, positions.long(), torch.arange(len(positions), dtype=torch.int32, device=device))
         moves = positions, tokens, key_order.to(torch.int32) if keys is None else keys.positions[key_order]
@@ -285,13 +274,13 @@ def _sdpa_plan(spec: AttentionSpec, mask: torch.Tensor | None) -> SdpaPlan:
 
 
 def _additive_mask(spec: AttentionSpec, state: MaskState) -> torch.Tensor:
-    """Returns the additive mask of valid keys, shape `(batch, 1, 1, kv_length)`; no length is read."""
+    """Returns the additive mask of valid keys, shape `(batch, 1, 1, kv_length)`; no row lengths are read."""
     mask, kv_length = state.spec, spec.kv_length
     assert mask.padding_mask is not None
     valid = mask.padding_mask[:, None, None, mask.kv_offset : mask.kv_offset + kv_length].to(spec.device)
-    # A row of padding attends to its padding: any finite result will do, and a masked row may be NaN.
+    # An all-padding row sees all keys: its result is unused but must be finite, and a fully masked row may be NaN.
     valid = valid | ~valid.any(-1, keepdim=True)
-    # Rows of a multiple of 8, or torch copies the mask in every layer.
+    # Row strides are multiples of 8; otherwise torch copies the mask in every layer.
     least = torch.finfo(spec.dtype).min
     values = torch.full((spec.rows, 1, 1, -(-kv_length // 8) * 8), least, dtype=spec.dtype, device=spec.device)
     return values[..., :kv_length].masked_fill_(valid, 0)
@@ -308,7 +297,7 @@ def _stream_of(device: torch.device) -> int:
 
 
 def plan_cache_key(spec: AttentionSpec, state: ForwardState, settings: Settings) -> Hashable:
-    """Returns what a plan depends on besides its forward."""
+    """Returns the key of a plan in the plan cache of its forward."""
     # A forward's scratch memory belongs to one thread.
     thread = 0 if state.is_shared else threading.get_ident()
     return spec, _stream_of(spec.device), thread, settings

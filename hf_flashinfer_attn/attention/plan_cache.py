@@ -1,4 +1,4 @@
-"""Plan reuse: later layers of a forward find the plan of the first one by a guard, without parsing their arguments."""
+"""Per-forward plan cache: later layers reuse the plan of an earlier layer if their guards are equal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Found", "find_plan"]
 
 
 class Found(NamedTuple):
-    """State of a forward and the guard of a call; the plan of a layer with an equal guard, or None."""
+    """Result of a lookup: the state of the forward, the guard of the call, and the cached plan or None."""
 
     state: ForwardState
     pattern: object
@@ -26,7 +26,7 @@ class Found(NamedTuple):
     plan: AttentionPlan | None
 
     def keep(self, plan: AttentionPlan) -> None:
-        """Keeps a plan for the next layers."""
+        """Caches a plan for the next layers."""
         self.state.recent[self.pattern] = self.guard, plan
 
 
@@ -36,26 +36,27 @@ def find_plan(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    given: LayerArguments,
+    arguments: LayerArguments,
 ) -> Found | None:
-    """Finds the plan of an earlier layer of the forward.
+    """Looks up the plan of an earlier layer of the forward, without parsing the arguments of the call.
 
     Returns:
-        None if the plan of the call cannot be reused: it depends on tensors besides query, key and value, needs
-        gradients or weights, is recorded or captured, is on the meta device, or its mask was modified.
+        None if no plan may be reused: the call has other tensors than query, key and value, needs gradients or weights,
+        is recorded or captured, is on the meta device, or its mask was modified.
     """
-    if given.dropout or given.output_attentions or given.position_bias is not None or given.s_aux is not None:
+    has_other_tensors = arguments.position_bias is not None or arguments.s_aux is not None
+    if arguments.dropout or arguments.output_attentions or has_other_tensors:
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
     is_cuda = query.is_cuda
-    # Whether float32 is cast depends on autocast and on the layer. Other devices have no stream to compare.
+    # The cast of float32 depends on autocast and the layer. Other devices have streams that cannot be compared.
     if query.dtype == torch.float32 if is_cuda else query.device.type != "cpu":
         return None
-    # A tensor as factor may be written to between two calls. Forward-mode tangents, tracers and captures need checks.
+    # Tensor factors may change between calls. Tangents, tracers and captures need the driver's checks.
     if (
-        isinstance(given.scaling, torch.Tensor)
-        or isinstance(given.softcap, torch.Tensor)
+        isinstance(arguments.scaling, torch.Tensor)
+        or isinstance(arguments.softcap, torch.Tensor)
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
@@ -64,35 +65,35 @@ def find_plan(
         return None
     state: ForwardState | None
     pattern: object = None
-    cu_seqlens = given.cu_seq_lens_q
+    cu_seqlens = arguments.cu_seq_lens_q
     if isinstance(mask, RaggedMask):
         if mask.was_modified:
             return None
         state, pattern = mask.state, mask.state.spec.pattern
         if cu_seqlens is not None and state.spec.padding_mask is not None:
             return None
-    elif mask is not None or given.sliding_window is not None:
+    elif mask is not None or arguments.sliding_window is not None:
         return None
     else:
         state = None
-    if cu_seqlens is not None and given.cu_seq_lens_k is not None:
+    if cu_seqlens is not None and arguments.cu_seq_lens_k is not None:
         packed = attached_state(cu_seqlens)
         shapes = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
-        if packed is None or not packed.is_of(module, cu_seqlens, given.cu_seq_lens_k, shapes):
+        if packed is None or not packed.is_of(module, cu_seqlens, arguments.cu_seq_lens_k, shapes):
             return None
         state = packed
     elif state is None:
         if query.shape[0] != key.shape[0]:
             return None
-        if given.position_ids is not None and is_one_of(type(module), PACKED_IMAGES):
+        if arguments.position_ids is not None and is_one_of(type(module), PACKED_IMAGES):
             return None
         state = uniform_state(query.shape[0], query.shape[2], key.shape[2])
     device = query.get_device() if is_cuda else -1
     guard = (
-        # A configuration lives longer than a mask. Without one, nothing but causality depends on the module.
+        # The config outlives the mask, so its id is unique. Without one, only causality depends on the module.
         type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", None), query.shape, key.shape,
-        value.shape, query.dtype, key.dtype, value.dtype, given.scaling, given.is_causal, given.softcap, device,
-        torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0, current_settings(),
+        value.shape, query.dtype, key.dtype, value.dtype, arguments.scaling, arguments.is_causal, arguments.softcap,
+        device, torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0, current_settings(),
         0 if state.is_shared else threading.get_ident(),
     )  # fmt: skip
     recent = state.recent.get(pattern)

@@ -19,31 +19,31 @@ __all__ = [
     "padded_queries_reason",
 ]
 
-# Padding included, Blt's bytes become patches, DiffusionGemma's prompt the keys of its canvas, and MiniMax M3's tokens
-# the blocks that it chooses from.
+# Causal layers of models that read padded hidden states: Blt pools bytes into patches, DiffusionGemma's canvas attends
+# to its prompt, and MiniMax M3 selects blocks of tokens.
 CAUSAL_PADDING_IS_READ = frozenset({"BltSelfAttention", "DiffusionGemmaEncoderTextAttention", "MiniMaxM3VLAttention"})
-# SigLIP's text tower pools the last position, padding or not; recurrent layers carry the hidden states of padding on.
-# Without a mask from the user, T5Gemma's encoder masks its pad tokens by itself; its decoder attends to all of them.
+# SigLIP's text tower pools the last position, even if it is padding. Recurrent layers carry padded hidden states on.
+# Without a user mask, T5Gemma's encoder masks pad tokens itself, and its decoder attends to all of them.
 _PADDING_IS_READ = frozenset(
     {
         "SiglipAttention", "Siglip2Attention", "RecurrentGemmaAttention", "RecurrentGemmaSdpaAttention",
         "T5GemmaSelfAttention", *CAUSAL_PADDING_IS_READ,
     }
 )  # fmt: skip
-# Types of models, not layers: adds a mask to scores of another shape, as its encoder does only if it is given one.
+# Model types, not layers: the encoder adds the mask to scores of another shape, and works only without a mask.
 FAILS_ON_MASKS = frozenset({"autoformer"})
-# Say that they are causal where they are not, as in cross-attention; what is causal in these models has a mask.
+# Layers whose `is_causal` is wrong, for example in cross-attention; causal attention of these models has a mask.
 CAUSAL_BY_MASK = frozenset(
     {"BridgeTowerSelfAttention", "IdeficsAttention", "KosmosTextAttention", "LightGlueAttention"}
 )
-# Its embeddings join each token with its neighbours.
+# Embeddings that join each token with its neighbours.
 READS_NEIGHBOURS = frozenset({"MobileBertSelfAttention"})
-# Takes many images as one row, and tells them apart by positions.
+# Layers that take many images as one row; position_ids separate them.
 PACKED_IMAGES = frozenset({"PixtralAttention"})
-# Parts of the names of tensors that belong to a layer's own sequence. Any other tensor may be another sequence.
+# Substrings of parameter names that belong to a layer's own sequence. Any other tensor may be another sequence.
 _OWN_TENSORS = ("attention_mask", "position", "seqlen", "cache", "past", "freqs", "rotary", "value_embeds", "codebook")
 _ANYTHING = frozenset(map(str, (inspect.Parameter.empty, Any, object, "Any", "object")))
-# Encoders whose layers can take a second sequence, which these models never pass.
+# Layers that could take a second sequence, but never get one in these encoders.
 _ENCODER_ONLY_LAYERS = frozenset(
     {
         "EsmSelfAttention", "HubertAttention", "SEWAttention", "UniSpeechAttention", "UniSpeechSatAttention",
@@ -59,13 +59,13 @@ def _names_of(layer: type) -> frozenset[str]:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_one_of(layer: type, names: frozenset[str]) -> bool:
-    """Whether a class or one of its bases has one of these names, which includes copies of transformers' classes."""
+    """Whether a class or one of its bases has one of these names; copies of transformers' classes match too."""
     return not names.isdisjoint(_names_of(layer))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _reads_padding(layer: type) -> bool:
-    # Conformers convolve over the hidden states of padding.
+    # Conformers convolve over padding.
     names = _names_of(layer)
     return not names.isdisjoint(_PADDING_IS_READ) or any("Conformer" in name for name in names)
 
@@ -96,13 +96,9 @@ def _parameter_of_second_sequence(layer: type, is_encoder: bool) -> str | None:
 def padded_queries_reason(module: torch.nn.Module, *, is_causal: bool) -> str | None:
     """Returns why padded queries must be computed; None if no valid output can depend on them.
 
-    A mask function cannot tell cross-attention to a sequence of equal length from self-attention; a layer that takes
-    nothing but its own sequence can only be the latter. And some models read the hidden states of padding later. Where
-    in doubt, padded queries are computed: slower, right.
-
-    Args:
-        module: The attention layer.
-        is_causal: Whether attention is causal: the queries then belong to the sequence of the keys.
+    Mask functions do not distinguish self-attention from cross-attention to a sequence of equal length. A layer that
+    takes only its own sequence, or is causal, does self-attention. Some models read the hidden states of padding later.
+    In doubt, padded queries are computed, which is slower but correct.
     """
     layer = type(module)
     config = getattr(module, "config", None)
@@ -122,6 +118,6 @@ def padded_queries_reason(module: torch.nn.Module, *, is_causal: bool) -> str | 
 
 
 def layer_name(module: torch.nn.Module) -> str:
-    """Returns what to call a layer in a trace: its class, and its number where it has one."""
+    """Returns the name of a layer in traces: its class, and its index if it has one."""
     index = getattr(module, "layer_idx", None)
     return type(module).__name__ if index is None else f"{type(module).__name__}[{index}]"

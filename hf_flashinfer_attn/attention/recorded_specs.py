@@ -18,7 +18,7 @@ _kept: ContextVar[list[SpecOfLayer] | None] = ContextVar("hf_flashinfer_attn_spe
 
 @contextmanager
 def keep_specs() -> Iterator[list[SpecOfLayer]]:
-    """Keeps the specs of this thread's layers on the meta device, which then return outputs without values."""
+    """Records the specs of this thread's layers on the meta device; the layers return meta tensors."""
     specs: list[SpecOfLayer] = []
     token = _kept.set(specs)
     try:
@@ -28,5 +28,5 @@ def keep_specs() -> Iterator[list[SpecOfLayer]]:
 
 
 def specs_kept() -> list[SpecOfLayer] | None:
-    """Returns the list of `keep_specs`; None outside of its block."""
+    """Returns the list that `keep_specs` fills; None outside of its block."""
     return _kept.get()

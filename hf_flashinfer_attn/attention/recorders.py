@@ -1,4 +1,4 @@
-"""Refusal of torch.export, torch.jit.trace and make_fx, which would record the row lengths of their example."""
+"""Refusal of torch.export, torch.jit.trace and make_fx: they would bake in the row lengths of the example."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_exporting() -> bool:
 
 
 def recorder() -> str | None:
-    """Names what records the forward that is under way, if it is not torch.compile, whose graphs ask for lengths."""
+    """Returns the tool that records this forward; None without one, or for torch.compile, whose graphs read lengths."""
     if is_exporting():
         return "torch.export"
     if torch.compiler.is_compiling():
@@ -30,12 +30,7 @@ def recorder() -> str | None:
 
 
 def refuse_recording() -> None:
-    """Raises if a forward is recorded.
-
-    Raises:
-        UnsupportedAttentionError: If it is. What is recorded would take the lengths of its example for those of any
-            batch, without a word.
-    """
+    """Raises `UnsupportedAttentionError` if a tool records this forward: the recording would silently be wrong."""
     if (tool := recorder()) is not None:
         raise UnsupportedAttentionError(
             f"attention recorded by {tool}, which would repeat the row lengths of its example for any other batch",
@@ -43,7 +38,7 @@ def refuse_recording() -> None:
         )
 
 
-# A strict export, which traces through no error of ours, gives this reason.
+# A strict export cannot trace through our error, and shows this reason instead.
 refuse_export: Callable[[], None] = torch.compiler.disable(
     refuse_recording, reason="hf_flashinfer_attn reads row lengths on the host; export with attn_implementation='eager'"
 )

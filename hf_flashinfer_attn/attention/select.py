@@ -1,4 +1,4 @@
-"""Selection of a backend and a kernel for a spec: every rule, threshold and fallback. Needs no GPU."""
+"""Selection of a backend and a kernel for a spec: all rules, thresholds and fallbacks. Runs without a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class Backend(Enum):
-    """What computes attention."""
+    """Implementations of attention."""
 
     FLASHINFER = "flashinfer"
     SDPA = "sdpa"
@@ -45,7 +45,7 @@ class Backend(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A backend, and why FlashInfer does not run; the reason is None if the settings select it or it is faster."""
+    """A backend, and the reason of a fallback; None if the settings select the backend or it is faster."""
 
     backend: Backend
     reason: str | None = None
@@ -57,8 +57,8 @@ class Rule:
 
     Args:
         feature: Name in the support table.
-        backend: What computes it.
-        reason: Returns the feature of a spec that has it, None otherwise.
+        backend: Backend that supports it.
+        reason: Returns the reason of the fallback if a spec has the feature; None otherwise.
     """
 
     feature: str
@@ -74,7 +74,7 @@ def _needs_whole_mask(feature: str) -> Rule:
     return _flag(feature, Backend.DENSE, lambda spec: spec.whole_mask == feature)
 
 
-# In order: what needs the whole mask first, then what only needs another kernel.
+# In order: features that need the whole mask, then features that need another kernel.
 RULES: tuple[Rule, ...] = (
     _flag("output_attentions=True", Backend.DENSE, lambda spec: spec.needs_weights),
     _needs_whole_mask(WHOLE_MASK_FEATURES[0]),
@@ -99,13 +99,13 @@ RULES: tuple[Rule, ...] = (
     Rule("head_dim above 256", Backend.TORCH, lambda spec: flashinfer.head_dim_reason(spec.widest_head_dim)),
 )
 
-# Logits of padded attention in one layer below which torch's kernel with a padding mask costs less than a wait for the
-# lengths, a plan, a gather and a scatter: 0.18 ms on an H200, at any head_dim up to 64
-# (benchmarks/results/attention_alone.json, benchmarks/NOTES.md).
+# Below this number of logits per layer, torch's kernel with a padding mask is faster: it needs no row lengths, plan,
+# gather or scatter, which cost 0.18 ms on an H200 at any head_dim up to 64 (benchmarks/results/attention_alone.json,
+# benchmarks/NOTES.md).
 SMALL_LOGITS = 1 << 26
-# Padded positions of a batch without padding below which cuDNN is not used: it plans each new shape.
+# Below this number of padded positions, cuDNN is not used: it plans each new shape.
 PLANNED_POSITIONS = 8192
-# Below this many keys per query fa2's smaller tiles are faster than fa3: benchmarks/results/attention_alone.json.
+# Below this number of keys per query, fa2's smaller tiles beat fa3 (benchmarks/results/attention_alone.json).
 FA3_KEYS = 256
 
 
@@ -114,7 +114,7 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def fallback_of(spec: AttentionSpec) -> Choice | None:
-    """Returns the backend of a spec that FlashInfer's kernels do not support, and why; None if they do."""
+    """Returns the fallback of a spec and its reason; None if FlashInfer's kernels support the spec."""
     for rule in RULES:
         if (feature := rule.reason(spec)) is not None:
             return Choice(rule.backend, feature)
@@ -130,7 +130,8 @@ def select(spec: AttentionSpec, settings: Settings) -> Choice:
     Raises:
         BackendUnavailableError: If FlashInfer cannot run on the device, and backend="flashinfer" or strict=True forbids
             a fallback.
-        UnsupportedAttentionError: If the spec needs a fallback that backend="flashinfer" or strict=True forbids.
+        UnsupportedAttentionError: If FlashInfer does not support the spec, and backend="flashinfer" or strict=True
+            forbids a fallback.
     """
     unavailable = flashinfer.unavailable_reason(spec.device) if settings.backend != "torch" else None
     if unavailable is not None and settings.backend == "flashinfer":
@@ -162,7 +163,7 @@ def select(spec: AttentionSpec, settings: Settings) -> Choice:
 
 
 def may_run_sdpa(spec: AttentionSpec) -> bool:
-    """Whether torch's fused kernels with a padding mask compute the same as FlashInfer's without it."""
+    """Whether torch's fused kernels with a padding mask support the spec."""
     return (
         spec.is_plain
         and spec.softcap is None
@@ -173,13 +174,7 @@ def may_run_sdpa(spec: AttentionSpec) -> bool:
 
 
 def select_kernel(spec: AttentionSpec, layout: RaggedLayout, settings: Settings) -> tuple[Backend, Kernel]:
-    """Selects torch's fused kernels or a kernel of FlashInfer, for a spec that these support.
-
-    Args:
-        spec: The spec.
-        layout: Row lengths.
-        settings: Settings in force.
-    """
+    """Selects torch's fused kernels or a kernel of FlashInfer, for a spec that FlashInfer supports."""
     capability = torch.cuda.get_device_capability(spec.device)
     if settings.backend == "auto" and _is_faster_on_sdpa(spec, layout, capability):
         return Backend.SDPA, "auto"
@@ -189,10 +184,10 @@ def select_kernel(spec: AttentionSpec, layout: RaggedLayout, settings: Settings)
 
 
 def _is_faster_on_sdpa(spec: AttentionSpec, layout: RaggedLayout, capability: tuple[int, int]) -> bool:
-    """Whether a batch is rows of one length without padding, and torch's fused kernels are faster."""
-    is_known = spec.pattern == FULL or (spec.pattern == CAUSAL and spec.q_length == spec.kv_length)
+    """Whether the batch has no padding and torch's fused kernels are faster."""
+    is_sdpa_pattern = spec.pattern == FULL or (spec.pattern == CAUSAL and spec.q_length == spec.kv_length)
     if not (
-        is_known
+        is_sdpa_pattern
         and spec.is_plain
         and spec.softcap is None
         and spec.head_dim == spec.value_head_dim
@@ -208,14 +203,14 @@ def _is_faster_on_sdpa(spec: AttentionSpec, layout: RaggedLayout, capability: tu
         return False
     if spec.head_dim not in flashinfer.KERNEL_HEAD_DIMS:
         return True
-    # There it is cuDNN's. On an H200 it takes 4% to 33% less time than FlashInfer from 128 to 1,024 tokens, 8% less to
-    # 3% more at 2,048, and mostly more below 128 (benchmarks/results/full_batches.json). Below PLANNED_POSITIONS
-    # torch's flash kernel replaces it, which takes up to 14% more (benchmarks/results/new_shapes.json).
+    # Here sdpa runs cuDNN's kernel. Compared with FlashInfer on an H200, it takes 4% to 33% less time from 128 to 1,024
+    # tokens, 8% less to 3% more at 2,048, and mostly more below 128 (benchmarks/results/full_batches.json). Below
+    # PLANNED_POSITIONS torch's flash kernel replaces it and takes up to 14% more (benchmarks/results/new_shapes.json).
     return spec.head_dim <= 128 and 128 <= spec.q_length <= 1024 and capability == (9, 0)
 
 
 def _keys_per_query(spec: AttentionSpec, layout: RaggedLayout) -> float:
-    """Returns how many keys a query sees on average, causality aside."""
+    """Returns the average number of keys per query, causality aside."""
     total, band = layout.query.total_tokens, spec.pattern
     keys = sum(q * k for q, k in zip(layout.query.lengths, layout.key.lengths)) / total if total else 0.0
     return keys if band.left is None or band.right is None else min(keys, band.left + band.right + 1)
@@ -224,15 +219,9 @@ def _keys_per_query(spec: AttentionSpec, layout: RaggedLayout) -> float:
 def kernel_for(
     capability: tuple[int, int], head_dim: int, keys_per_query: float, *, biased: bool = False, sinks: bool = False
 ) -> Kernel:
-    """Returns FlashInfer's kernel: fa3 on Hopper, or fa2 where queries see few keys; elsewhere fa2, or FlashInfer's own
-    choice on Blackwell.
+    """Returns FlashInfer's kernel: fa2, fa3 on Hopper if queries see enough keys, or "auto" on Blackwell.
 
-    Args:
-        capability: Compute capability of the GPU.
-        head_dim: The larger head_dim of query and value.
-        keys_per_query: How many keys a query sees on average.
-        biased: Whether a bias is added to the logits; variants of fa3 know neither row nor head.
-        sinks: Whether there are attention sinks, which need the logsumexp.
+    A bias needs fa2: custom variants of fa3 have no access to row and head. Sinks need the logsumexp.
     """
     if capability == (9, 0) and not biased:
         return "fa2" if keys_per_query < FA3_KEYS else "fa3"
@@ -241,11 +230,11 @@ def kernel_for(
 
 
 def uses_flash_directly(spec: AttentionSpec, *, masked: bool) -> bool:
-    """Whether to call torch's flash or memory-efficient kernel instead of cuDNN's, which plans each new shape.
+    """Whether to call torch's flash or memory-efficient kernel directly: cuDNN's plans each new shape.
 
-    `sdpa_kernel` would select it for all threads.
+    `sdpa_kernel` would select a kernel for all threads.
     """
-    # torch's choice takes empty tensors, which not every kernel does.
+    # Not every kernel supports empty tensors; sdpa does.
     is_empty = 0 in (spec.rows, spec.q_length, spec.kv_length)
     is_small = spec.rows * spec.q_length < PLANNED_POSITIONS and spec.num_heads == spec.num_kv_heads
     return (masked or is_small) and not is_empty and torch.cuda.get_device_capability(spec.device) == (9, 0)
@@ -258,17 +247,17 @@ class KernelPendingError(UnsupportedAttentionError):
 def compiling_reason(module: KernelModule | None, settings: Settings, *, in_graph: bool) -> str | None:
     """Returns why torch attention runs while a kernel is not compiled; None if FlashInfer runs.
 
-    A kernel that must be waited for is compiled when the call is planned.
+    With jit="wait", the kernel is compiled when the call is planned.
 
     Args:
-        module: Module of the kernel; None if only FlashInfer knows it.
+        module: Module of the kernel; None if FlashInfer selects it.
         settings: Settings in force.
-        in_graph: Whether a graph of the whole model is being captured, which would keep a fallback for good.
+        in_graph: Whether `unpad` is capturing a graph of the whole model, which would make a fallback permanent.
 
     Raises:
-        BackendUnavailableError: If the kernel must not be compiled and backend="flashinfer" is set.
-        KernelPendingError: If a graph must not be captured yet.
-        UnsupportedAttentionError: If strict=True or a graph that is captured forbids a fallback.
+        BackendUnavailableError: If backend="flashinfer" and jit="never".
+        KernelPendingError: If a graph is captured while the kernel is compiling.
+        UnsupportedAttentionError: If strict=True or a captured graph forbids a fallback.
     """
     if module is None or settings.jit == "wait" or jit.is_ready(module):
         return None

@@ -1,4 +1,4 @@
-"""Parsed attention arguments: the tensors of a call, and the hashable `AttentionSpec` that plans are made for."""
+"""Parsed attention arguments: the tensors of a call (`AttentionInputs`) and their hashable spec (`AttentionSpec`)."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _CAUSAL_PADDING = "causal attention over padding that the model reads later"
 _KEEP = "padded_queries='keep' with causal attention, a window, a row of padding only or a 2D mask"
 _OTHER_SHAPE = "a mask of another shape than the call"
 _MODIFIED = "a mask that the model wrote to"
-# Why a call needs the whole mask, besides its pattern.
+# Reasons why a call needs the whole mask, besides its pattern.
 WHOLE_MASK_FEATURES = (_PACKED_BIAS, _HOLES, WINDOW_KEEPS, _CAUSAL_PADDING, _KEEP, _OTHER_SHAPE, _MODIFIED)
 
 
 class LayerArguments(NamedTuple):
-    """Arguments of `attention_forward` besides query, key, value and mask. torch.compile carries it over a break."""
+    """Arguments of `attention_forward` besides query, key, value and mask; a tuple that survives graph breaks."""
 
     dropout: float
     scaling: float | None
@@ -58,10 +58,10 @@ class LayerArguments(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What a plan is made for. Hashable: the key of a plan.
+    """Everything that selects and parametrises a plan, apart from row lengths. Hashable: part of a plan's cache key.
 
     Args:
-        pattern: Which keys a query may see, padding aside.
+        pattern: Attention pattern, padding aside.
         device: Device of the tensors.
         dtype: dtype of query, key and value.
         rows: Rows of the padded batch.
@@ -78,10 +78,10 @@ class AttentionSpec:
         dropout: Probability of dropping an attention weight.
         needs_grad: Whether gradients must flow.
         needs_weights: Whether the attention weights are returned.
-        whole_mask: Why the call needs the whole mask, one of `WHOLE_MASK_FEATURES`; None if its pattern says it all.
+        whole_mask: Why the call needs the whole mask, one of `WHOLE_MASK_FEATURES`; None if the pattern is enough.
         has_lazy_mask: Whether the mask is lazy.
-        sees_all_valid: Whether every query sees all valid keys, by a padding mask whose lengths need not be read.
-        padded_queries: Why padded queries are computed; None if no valid output depends on them.
+        sees_all_valid: Whether every query sees all valid keys, so that a padding mask is enough without row lengths.
+        padded_queries: Why the layer needs padded queries; None if no valid output depends on them.
         keeps_padded_queries: Whether padded queries are computed, for that reason or by the settings.
     """
 
@@ -115,7 +115,7 @@ class AttentionSpec:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is added to the logits, and no sinks take weight."""
+        """Whether there is neither a bias nor sinks."""
         return not self.biased and not self.sinks
 
 
@@ -127,21 +127,21 @@ class AttentionInputs:
         query: Shape `(batch, heads, q_length, head_dim)`.
         key: Shape `(batch, kv_heads, kv_length, head_dim)`.
         value: Shape `(batch, kv_heads, kv_length, value_head_dim)`.
-        pattern: Which keys a query may see, padding aside.
+        pattern: Attention pattern, padding aside.
         sm_scale: Factor of the logits.
         name: Layer name in traces.
         layer: The attention layer; any new object for a single call.
         mask: Lazy mask, 4D mask (bool or additive), 2D padding mask, or None.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
-        cu_seqlens: Of packed queries and keys, integers, shape `(sequences + 1,)`.
-        images: Positions of packed images, which restart at zero; None unless packed so.
-        position_bias: Added to the logits, as it was given.
-        sinks: One logit per head that takes weight and gives nothing.
+        cu_seqlens: cu_seqlens of packed queries and keys, integers, shape `(sequences + 1,)`; None unless packed.
+        images: position_ids of packed images, which restart at zero in each image; None unless packed so.
+        position_bias: Added to the logits, broadcastable as for `attention_forward`.
+        sinks: Attention sinks, one logit per head.
         dropout: Probability of dropping an attention weight.
         output_attentions: Whether to return the weights.
-        padded_queries: Why padded queries are computed; None if no valid output depends on them.
+        padded_queries: Why the layer needs padded queries; None if no valid output depends on them.
         reads_causal_padding: Whether the model reads padded hidden states of causal attention.
-        state: State of the forward, if it was found already.
+        state: State of the forward; None before `find_state`.
     """
 
     query: torch.Tensor
@@ -171,46 +171,37 @@ class AttentionInputs:
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        given: LayerArguments,
+        arguments: LayerArguments,
         *,
         has_values: bool = True,
     ) -> AttentionInputs:
-        """Parses the arguments of `attention_forward`.
-
-        Args:
-            module: The attention layer.
-            query: Shape `(batch, heads, q_length, head_dim)`.
-            key: Shape `(batch, kv_heads, kv_length, head_dim)`.
-            value: Shape `(batch, kv_heads, kv_length, value_head_dim)`.
-            mask: As it was given.
-            given: The other arguments.
-            has_values: Whether tensors can be read; False on the meta device.
+        """Parses the arguments of `attention_forward`; `has_values` is False on the meta device.
 
         Raises:
             UnsupportedAttentionError: If arguments contradict each other, or are not supported by any backend.
         """
-        sm_scale = query.shape[-1] ** -0.5 if given.scaling is None else float(given.scaling)
+        sm_scale = query.shape[-1] ** -0.5 if arguments.scaling is None else float(arguments.scaling)
         if is_cast_as_flash(query) or (query.dtype == torch.float32 and not has_values):
             query, key, value = cast_as_flash(module, query, key, value)
-        is_causal = given.is_causal
+        is_causal = arguments.is_causal
         if isinstance(mask, RaggedMask) and has_values and not mask.spec.fits(query, key) and mask.hides_nothing:
-            # Eager attention gets None then, and some models pass the mask of other queries or keys on.
+            # Some models pass on the mask of another sequence. Eager attention would get None here.
             mask, is_causal = None, False
         cu_seqlens = None
-        if given.cu_seq_lens_q is not None and given.cu_seq_lens_k is not None:
-            cu_seqlens = given.cu_seq_lens_q, given.cu_seq_lens_k
+        if arguments.cu_seq_lens_q is not None and arguments.cu_seq_lens_k is not None:
+            cu_seqlens = arguments.cu_seq_lens_q, arguments.cu_seq_lens_k
         holds_images = mask is None and cu_seqlens is None and has_values and is_one_of(type(module), PACKED_IMAGES)
         pattern = pattern_of(module, mask, is_causal)
-        if mask is None and given.sliding_window is not None and key.shape[2] > given.sliding_window:
+        if mask is None and arguments.sliding_window is not None and key.shape[2] > arguments.sliding_window:
             raise UnsupportedAttentionError(
-                f"sliding_window={given.sliding_window} without a mask over {key.shape[2]} keys",
+                f"sliding_window={arguments.sliding_window} without a mask over {key.shape[2]} keys",
                 "Use attn_implementation='eager' for this model.",
             )
         return cls(
-            query, key, value, pattern, sm_scale, layer_name(module), module, mask, given.softcap, cu_seqlens,
-            given.position_ids if holds_images else None, given.position_bias, given.s_aux, given.dropout,
-            bool(given.output_attentions), padded_queries_reason(module, is_causal=pattern.is_causal),
-            is_one_of(type(module), CAUSAL_PADDING_IS_READ),
+            query, key, value, pattern, sm_scale, layer_name(module), module, mask, arguments.softcap, cu_seqlens,
+            arguments.position_ids if holds_images else None, arguments.position_bias, arguments.s_aux,
+            arguments.dropout, bool(arguments.output_attentions),
+            padded_queries_reason(module, is_causal=pattern.is_causal), is_one_of(type(module), CAUSAL_PADDING_IS_READ),
         )  # fmt: skip
 
     @property
@@ -220,11 +211,11 @@ class AttentionInputs:
 
     @property
     def is_packed(self) -> bool:
-        """Whether rows hold packed sequences that cu_seqlens or positions tell apart."""
+        """Whether rows hold packed sequences, separated by cu_seqlens or image positions."""
         return self.cu_seqlens is not None or self.images is not None
 
     def find_state(self) -> ForwardState:
-        """Returns the state of the forward, which has its layout.
+        """Returns the state of the forward.
 
         Raises:
             UnsupportedAttentionError: If packed sequences come with a padding mask, or a 2D mask does not fit.
@@ -247,7 +238,7 @@ class AttentionInputs:
         elif self.mask is None:
             self.state = uniform_state(query.shape[0], query.shape[2], key.shape[2])
         else:
-            # A few models pass the 2D mask itself to every layer.
+            # A few models pass the 2D mask to every layer.
             require_2d_mask_fits(self.mask, query, key)
             if query.shape[2] != key.shape[2]:
                 raise UnsupportedAttentionError(
@@ -260,7 +251,7 @@ class AttentionInputs:
     def bias(self) -> torch.Tensor | None:
         """Returns the bias by padded position, shape `(rows, heads, q_length, kv_length)`; None if it does not fit.
 
-        Packed sequences have no padding: a token's position is its place in its sequence.
+        For packed sequences, rows are sequences and positions count in the sequence.
         """
         bias, query, key = self.position_bias, self.query, self.key
         if bias is None:
@@ -276,7 +267,7 @@ class AttentionInputs:
         return bias.expand(shape)
 
     def spec(self, *, has_values: bool = True) -> AttentionSpec:
-        """Returns the spec of the call. Tensors without values are taken for a batch with padding on the right."""
+        """Returns the spec of the call; tensors without values are assumed to be padded on the right."""
         query, key, value, lazy, pattern = self.query, self.key, self.value, self.lazy, self.pattern
         keeps_on_request = current_settings().padded_queries == "keep"
         return AttentionSpec(
@@ -312,7 +303,7 @@ class AttentionInputs:
         if isinstance(pattern, Opaque):
             return None
         if lazy is not None:
-            # cu_seqlens tell packed sequences apart, too; their positions need not be read.
+            # With cu_seqlens, the packed sequences of the mask need not be read.
             if has_values and not (self.cu_seqlens is not None and packed) and lazy.state.has_holes:
                 return _HOLES
             keeps = pattern.is_window and self.padded_queries is not None
@@ -321,7 +312,7 @@ class AttentionInputs:
                 return WINDOW_KEEPS if keeps else _CAUSAL_PADDING
         if keeps_on_request and self.mask is not None:
             if lazy is None:
-                # A 2D mask does not tell which queries are padding.
+                # A 2D mask covers keys only: padded queries are unknown.
                 needs_mask = self.mask.ndim == 2
             elif has_values:
                 needs_mask = lazy.state.padded_queries_need_mask
@@ -338,16 +329,16 @@ def _sees_all_valid(mask: RaggedMask) -> bool:
     spec = mask.spec
     if spec.padding_mask is None or spec.packed is not None:
         return False
-    # One query that sees all keys so far is not bounded by causality.
+    # Causality does not limit a single query at the last position.
     is_last = spec.q_length == 1 and spec.q_offset + 1 == spec.kv_offset + spec.kv_length
     return spec.pattern == FULL or (spec.pattern == CAUSAL and is_last)
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd expects a gradient through a call with these inputs.
+    """Whether autograd needs gradients of these inputs.
 
     Raises:
-        UnsupportedAttentionError: If it expects a tangent, which the kernel would silently drop.
+        UnsupportedAttentionError: If an input has a forward-mode tangent, which the kernel would silently drop.
     """
     if forward_ad._current_level >= 0 and any(
         tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
@@ -360,15 +351,15 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 
 def pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bool | None) -> Pattern:
-    """Returns which keys a query may see, padding aside.
+    """Returns the attention pattern of a call, padding aside.
 
     Raises:
-        UnsupportedAttentionError: If the mask has another number of dimensions than 2 or 4.
+        UnsupportedAttentionError: If the mask has neither 2 nor 4 dimensions.
     """
     if isinstance(mask, RaggedMask):
         return mask.spec.pattern
     if mask is None or mask.ndim == 2:
-        # Only if no mask helper was called: a mask knows better than a module (UMT5's decoder says False).
+        # Only without a lazy mask: its pattern is more reliable than `module.is_causal` (False in UMT5's decoder).
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         if is_causal is None and mask is None and is_one_of(type(module), CAUSAL_BY_MASK):
             causal = False
@@ -382,7 +373,7 @@ def pattern_of(module: torch.nn.Module, mask: torch.Tensor | None, is_causal: bo
 
 
 def require_2d_mask_fits(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
-    """Raises an `UnsupportedAttentionError` if a 2D mask is not of shape `(batch, kv_length)`."""
+    """Raises `UnsupportedAttentionError` if a 2D mask is not of shape `(batch, kv_length)`."""
     expected = (key.shape[0], key.shape[2])
     if tuple(mask.shape) != expected:
         raise UnsupportedAttentionError(
@@ -392,16 +383,16 @@ def require_2d_mask_fits(mask: torch.Tensor, query: torch.Tensor, key: torch.Ten
 
 
 def is_cast_as_flash(query: torch.Tensor) -> bool:
-    """Whether transformers would look for a half-precision dtype for the input of a flash kernel."""
+    """Whether transformers would cast the input of a flash kernel to half precision."""
     return query.is_cuda and query.dtype == torch.float32
 
 
 def cast_as_flash(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Casts float32 input as transformers does for flash kernels: to autocast's dtype, or to that of the layer.
+    """Casts float32 input as transformers does for flash kernels: to the dtype of autocast or of the layer.
 
-    Layer norms kept in float32, as PEFT keeps them, give float32 to attention in a half-precision model.
+    Attention of a half-precision model gets float32 if its layer norms are in float32, as with PEFT.
     """
     device_type = query.device.type
     if not query.is_meta and torch.is_autocast_enabled(device_type):

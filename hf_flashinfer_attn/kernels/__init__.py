@@ -1,1 +1,1 @@
-"""Kernels of FlashInfer and torch, their compilation, and head-dim padding."""
+"""Kernels of FlashInfer and torch, their compilation and plans, and head-dim padding."""

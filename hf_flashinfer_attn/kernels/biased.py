@@ -1,4 +1,4 @@
-"""FlashInfer's kernel with a bias on the logits: its source and its build arguments."""
+"""FlashInfer kernel that adds a bias to the logits: source and build arguments."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 __all__ = ["biased_module_arguments"]
 
-# Adds a bias to the logits, read from where the model left it: by slot of the padded batch, through its own strides.
-# The module has kernels over paged keys too, whose parameters know no kv_indptr; those are compiled and never run.
+# Reads the bias in place: by padded position (slot), through the strides of the model's tensor. The module also has
+# paged kernels, whose parameters lack kv_indptr; they are compiled but never run.
 _BIASED_VARIANT = """
 DEFINE_HAS_MEMBER(kv_indptr)
 
@@ -51,10 +51,10 @@ _CPP_NAMES = {torch.float16: "half", torch.bfloat16: "nv_bfloat16"}
 
 
 def biased_module_arguments(dtype: torch.dtype, head_dim: int) -> list[Any]:
-    """Returns what FlashInfer's `jit_args` takes to build the kernel that adds a bias to the logits."""
+    """Returns the `jit_args` with which FlashInfer builds the kernel."""
     strides = ("bias_stride_row", "bias_stride_head", "bias_stride_query", "bias_stride_key")
     return [
-        # Names the compiled file: whatever changes the code must change it.
+        # Name of the compiled file: a change of the source must change it.
         f"hf_flashinfer_attn_bias_1_{str(dtype).removeprefix('torch.')}_{head_dim}",
         dtype, dtype, dtype, torch.int32, head_dim, head_dim,
         ["bias", "maybe_query_slots", "maybe_key_slots"], [_CPP_NAMES[dtype], "int32_t", "int32_t"],

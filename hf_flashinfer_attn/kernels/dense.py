@@ -1,4 +1,4 @@
-"""Dense attention with a whole mask, for what ragged kernels cannot express; differentiable."""
+"""Dense attention with a whole mask, for calls that ragged kernels do not support; differentiable."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def attend(
     dropout: float = 0.0,
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Computes padded attention as transformers' eager functions do, through sdpa where sdpa can express it.
+    """Computes padded attention as transformers' eager functions do, through sdpa where possible.
 
     Args:
         query: Shape `(batch, heads, q_length, head_dim)`.
         key: Shape `(batch, kv_heads, kv_length, head_dim)`.
         value: Shape `(batch, kv_heads, kv_length, value_head_dim)`.
-        mask: Added to the logits, float, or True where a query sees a key, bool; broadcastable to
+        mask: Float, added to the logits; or bool, True where a query sees a key. Broadcastable to
             `(batch, heads, q_length, kv_length)`.
-        sm_scale: What logits are multiplied with.
+        sm_scale: Factor of the logits.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`, before the mask.
-        sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
+        sinks: Attention sinks, one logit per head, shape `(heads,)`.
         dropout: Probability of dropping an attention weight.
         return_weights: Whether to return the attention weights too.
 
@@ -38,7 +38,7 @@ def attend(
         The output, shape `(batch, q_length, heads, value_head_dim)`, and the weights, shape
         `(batch, heads, q_length, kv_length)`, or None.
     """
-    # Learned queries may come once for all rows.
+    # Learned queries may have one row for the whole batch.
     rows = max(query.shape[0], key.shape[0])
     query, key, value = (side.expand(rows, -1, -1, -1) for side in (query, key, value))
     groups = query.shape[1] // key.shape[1]
@@ -61,7 +61,7 @@ def attend(
     if sinks is not None:
         column = sinks.to(logits.dtype).reshape(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)
         logits = torch.cat([logits, column], dim=-1)
-    # Half precision is not enough for a sum of exponentials.
+    # Half precision is too coarse for a sum of exponentials.
     weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(value.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
@@ -71,10 +71,10 @@ def attend(
 
 
 def _average_where_blind(query: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Makes queries that see no key average all values, as eager attention does, and some models rely on it.
+    """Makes queries that see no key average all values, as in eager attention; some models rely on it.
 
-    There the mask is as large as numbers get, and swallows the logits it is added to. Kernels add it in float32, where
-    the logits survive half precision's largest number: such queries would attend to padding as if there were no mask.
+    Eager attention adds the dtype's minimum, which absorbs the logits. Kernels add half precision's minimum in float32,
+    where the logits survive: such queries would attend to padding as if there were no mask.
     """
     if mask is None or (mask.is_floating_point() and query.dtype.itemsize > 2):
         return query, mask

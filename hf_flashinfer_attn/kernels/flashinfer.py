@@ -1,6 +1,6 @@
-"""FlashInfer's ragged prefill kernels: what they support, and plans for the lengths of a batch.
+"""FlashInfer's ragged prefill kernels: supported features, and plans for the row lengths of a batch.
 
-FlashInfer is imported on first use, never on import of this module. Facts about it were checked on 0.7.2 and 0.7.4.
+FlashInfer is imported on first use. Its behaviour was checked on versions 0.7.2 and 0.7.4.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ __all__ = [
     "unavailable_reason",
 ]
 
-# Sizes that the kernels support. Others fail to build, raise, or silently compute garbage (upstream #4299); fa2 at 192
-# raises when its plan uses the larger query tile.
+# Supported sizes. Others fail to build, raise, or silently compute garbage (upstream #4299); fa2 at 192 raises if its
+# plan uses the larger query tile.
 KERNEL_HEAD_DIMS = (64, 128, 256)
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16)
@@ -56,7 +56,7 @@ def unavailable_reason(device: torch.device) -> tuple[str, str] | None:
         return "the package flashinfer is not installed", "Install it: pip install flashinfer-python (Linux)."
     if (reason := capability_reason(torch.cuda.get_device_capability(device))) is not None:
         return reason, "Use hf_flashinfer_attn.configure(backend='torch')."
-    # The package of compiled kernels needs none.
+    # flashinfer-jit-cache has compiled kernels and needs no nvcc.
     if importlib.util.find_spec("flashinfer_jit_cache") is None and jit.nvcc_path() is None:
         return jit.NO_NVCC, jit.GET_NVCC
     return None
@@ -105,7 +105,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One kernel call: a run of the packed queries over a run of the packed keys."""
+    """One kernel call over a slice of the packed queries and keys."""
 
     wrapper: Wrapper
     queries: slice
@@ -117,9 +117,9 @@ class KernelPlan:
     """A planned kernel.
 
     Args:
-        key: Arguments of the plan; `head_dim` is the size that query, key and value must be padded to.
-        order: How queries and keys must be packed; None for the order of the layout.
-        in_graph: Whether a captured graph runs it, whose last tokens belong to no row.
+        key: Arguments of the plan; query, key and value must be padded to its `head_dim`.
+        order: Order in which queries and keys must be packed; None for the order of the layout.
+        in_graph: Whether a captured graph runs the plan; its last tokens may belong to no row.
     """
 
     key: PlanKey
@@ -143,9 +143,9 @@ class KernelPlan:
             query: Shape `(query_tokens, heads, head_dim)`.
             key: Shape `(key_tokens, kv_heads, head_dim)`.
             value: Shape `(key_tokens, kv_heads, head_dim)`.
-            output: The shape of `query`, contiguous; in a graph zero, since tokens of no row get no output.
+            output: Shape of `query`, contiguous; zeros in a graph, since tokens of no row get no output.
             bias: Added to the logits by padded position, shape `(rows, heads, q_length, kv_length)`.
-            sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
+            sinks: Attention sinks, one logit per head, shape `(heads,)`.
         """
         if not self._parts:
             output.zero_()
@@ -159,36 +159,34 @@ class KernelPlan:
             return
         extras = () if bias is None else self._bias_arguments(bias)
         for part in self._parts:
-            prefill, some = part.wrapper.prefill, output[part.queries]
+            prefill, out = part.wrapper.prefill, output[part.queries]
             sides = query[part.queries], key[part.keys], value[part.keys]
             if sinks is None:
-                prefill.run(*sides, *extras, out=some)
+                prefill.run(*sides, *extras, out=out)
                 continue
-            _, logsumexp = prefill.run(*sides, *extras, out=some, return_lse=True, lse_base="ln")
-            # A sink adds to the softmax's denominator, which the logsumexp gives.
+            _, logsumexp = prefill.run(*sides, *extras, out=out, return_lse=True, lse_base="ln")
+            # A sink adds to the denominator of the softmax, whose logarithm is the logsumexp.
             share = torch.sigmoid(logsumexp.nan_to_num(nan=-math.inf) - sinks.float())
-            some.mul_(share[..., None])
+            out.mul_(share[..., None])
 
     def _bias_arguments(self, bias: torch.Tensor) -> tuple[Any, ...]:
-        """Returns the arguments of the kernel with a bias after query, key and value."""
+        """Returns the arguments that the biased kernel takes after query, key and value."""
         values = bias.to(self.key.dtype)
         if values.stride(-1) != 1:
-            # Neighbouring threads read neighbouring keys; expanded rows and heads stay expanded.
+            # Contiguous keys, since neighbouring threads read neighbouring keys; expanded rows and heads stay expanded.
             values = values[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in values.stride())]
             values = values.contiguous().expand(bias.shape)
         return values, *self._positions, self.key.sm_scale, *values.stride()
 
 
 def _left_bound(left: int | None, layout: RaggedLayout) -> int | None:
-    """Returns a bound, or None if no row reaches it: windows need other kernels."""
+    """Returns a bound, or None if no row is long enough to need it: windows need other kernels."""
     return None if left is not None and left >= layout.key.max_length - 1 else left
 
 
 def module_of(layout: RaggedLayout, key: PlanKey, left: int | None) -> KernelModule | None:
-    """Returns the compiled module of a plan; arguments are those of [`make_plan`].
-
-    Returns:
-        None if there is nothing to compute, or only FlashInfer's plan knows, as with kernel "auto".
+    """Returns the compiled module of a plan; None if there is nothing to compute, or if FlashInfer selects the module
+    in its plan (kernel "auto"). Arguments as for [`make_plan`].
     """
     if key.kernel == "auto" or not (layout.query.total_tokens and layout.key.total_tokens):
         return None
@@ -197,9 +195,9 @@ def module_of(layout: RaggedLayout, key: PlanKey, left: int | None) -> KernelMod
 
 
 def make_plan(layout: RaggedLayout, key: PlanKey, left: int | None = None, right: int | None = None) -> KernelPlan:
-    """Plans attention on the current stream, or returns the plan that the layout has.
+    """Plans attention on the current stream, or returns the cached plan of the layout.
 
-    Query i of a row stands at the row's key position `i + key_length - query_length`: the last query at the last key.
+    Query i of a row is at key position `i + key_length - query_length`, so the last query is aligned with the last key.
     The first plan of a kernel compiles it.
 
     Args:
@@ -211,7 +209,7 @@ def make_plan(layout: RaggedLayout, key: PlanKey, left: int | None = None, right
     Raises:
         UnsupportedAttentionError: If a CUDA graph is being captured and there is no plan, or a batch is too large for
             the kernel's addresses.
-        BackendUnavailableError: If the kernel cannot be compiled, or must not be.
+        BackendUnavailableError: If the kernel cannot be compiled, or the settings forbid it.
         ValueError: If a bias comes with another kernel than "fa2", a window or softcap.
     """
     left = _left_bound(left, layout)
@@ -256,26 +254,26 @@ class PackOrder:
 
 
 def _split(layout: RaggedLayout, left: int | None, right: int) -> tuple[RaggedLayout, RaggedLayout, PackOrder]:
-    """Returns layouts of each row's queries that are bounded by keys ahead, and of its last ones that are not."""
-    heads = [max(0, length - right) for length in layout.query.lengths]
-    tails = [length - head for length, head in zip(layout.query.lengths, heads)]
-    seen = [keys if left is None else min(keys, tail + left) for keys, tail in zip(layout.key.lengths, tails)]
+    """Splits each row into its first queries, bounded on the right, and its last `right` queries, which are not."""
+    firsts = [max(0, length - right) for length in layout.query.lengths]
+    lasts = [length - first for length, first in zip(layout.query.lengths, firsts)]
+    seen = [keys if left is None else min(keys, last + left) for keys, last in zip(layout.key.lengths, lasts)]
     starts, ends = layout.query.offsets[:-1], layout.query.offsets[1:]
-    queries = _ranges([*starts, *(end - tail for end, tail in zip(ends, tails))], [*heads, *tails])
-    tail_keys = _ranges([end - length for end, length in zip(layout.key.offsets[1:], seen)], seen)
-    keys = torch.cat([torch.arange(layout.key.total_tokens, device="cpu"), tail_keys])
+    queries = _ranges([*starts, *(end - last for end, last in zip(ends, lasts))], [*firsts, *lasts])
+    last_keys = _ranges([end - length for end, length in zip(layout.key.offsets[1:], seen)], seen)
+    keys = torch.cat([torch.arange(layout.key.total_tokens, device="cpu"), last_keys])
     return (
-        RaggedLayout.from_lengths(heads, layout.key.lengths), RaggedLayout.from_lengths(tails, seen),
+        RaggedLayout.from_lengths(firsts, layout.key.lengths), RaggedLayout.from_lengths(lasts, seen),
         PackOrder(queries, keys),
     )  # fmt: skip
 
 
 def _plan_ahead(layout: RaggedLayout, key: PlanKey, left: int | None, right: int) -> tuple[PackOrder, list[_Part]]:
-    """Plans attention with a bound on later keys, which the kernels lack, as two kernel calls.
+    """Plans a window with a right bound, which the kernels lack, as two kernel calls.
 
-    Causal attention aligns the last query with the last key. Without its last `right` queries a row is therefore causal
-    attention shifted by `right`: query i sees keys up to `i + right`, and `left + right` before that. The last `right`
-    queries have no bound ahead of them; they see the last `right + left` keys.
+    Causal attention aligns the last query with the last key. A row without its last `right` queries is therefore causal
+    attention shifted by `right`: query i sees keys up to `i + right`, and `left + right` keys before that one. The last
+    `right` queries have no right bound; they see the last `right + left` keys.
     """
     if layout.graph_workspace is not None:
         raise UnsupportedAttentionError(
@@ -283,26 +281,26 @@ def _plan_ahead(layout: RaggedLayout, key: PlanKey, left: int | None, right: int
             "Use unpad without cuda_graphs for this model.",
         )
     if torch.cuda.is_current_stream_capturing():
-        # The graph reads the positions that the layout owns, besides the plans of its parts.
+        # The graph reads positions that the layout owns.
         keep_captured(layout)
     name = "ahead", left, right
     if name not in layout.derived:
         with layout.lock:
             if name not in layout.derived:
                 layout.derived[name] = _split(layout, left, right)
-    head, tail, order = layout.derived[name]
+    first, last, order = layout.derived[name]
     bounded = replace(key, causal=True, window_left=-1 if left is None else left + right)
-    num_heads, num_keys = head.query.total_tokens, head.key.total_tokens
+    num_queries, num_keys = first.query.total_tokens, first.key.total_tokens
     parts = []
-    if num_heads:
-        parts.append(_Part(planned(head, bounded), slice(0, num_heads), slice(0, num_keys)))
-    if tail.query.total_tokens:
-        parts.append(_Part(planned(tail, key), slice(num_heads, None), slice(num_keys, None)))
+    if num_queries:
+        parts.append(_Part(planned(first, bounded), slice(0, num_queries), slice(0, num_keys)))
+    if last.query.total_tokens:
+        parts.append(_Part(planned(last, key), slice(num_queries, None), slice(num_keys, None)))
     return order, parts
 
 
 def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-    """Returns the positions of consecutive ranges, int64 on the host."""
+    """Returns concatenated ranges, int64 on the host."""
     counts = torch.tensor(lengths, device="cpu")
     first = torch.tensor(starts, device="cpu") - (counts.cumsum(0) - counts)
     return torch.arange(int(counts.sum()), device="cpu") + first.repeat_interleave(counts)
@@ -322,26 +320,26 @@ def attend(
     sinks: torch.Tensor | None = None,
     kernel: Kernel = "fa2",
 ) -> torch.Tensor:
-    """Computes attention on ragged tensors with one kernel, to check it; forward only.
+    """Computes attention on ragged tensors with one kernel, for accuracy checks; forward only.
 
     Args:
         query: Shape `(total_query_tokens, heads, head_dim)`, float16 or bfloat16, on a CUDA device.
         key: Shape `(total_key_tokens, kv_heads, head_dim)`; `heads` must be a multiple of `kv_heads`.
         value: Shape `(total_key_tokens, kv_heads, value_head_dim)`.
         layout: Row lengths.
-        left: As in [`make_plan`].
-        right: As in [`make_plan`].
+        left: As for [`make_plan`].
+        right: As for [`make_plan`].
         sm_scale: Factor of the logits.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
-        bias: As in [`KernelPlan.run`].
-        sinks: As in [`KernelPlan.run`].
+        bias: As for [`KernelPlan.run`].
+        sinks: As for [`KernelPlan.run`].
         kernel: The kernel.
 
     Returns:
         Shape `(total_query_tokens, heads, value_head_dim)`, the dtype of `query`. Rows without keys are zero.
 
     Raises:
-        ValueError: If a head_dim is above 256, or a bias comes with what its kernel lacks.
+        ValueError: If a head_dim is above 256, or the kernel does not support the bias.
     """
     size, value_head_dim = padded_head_dim(max(query.shape[-1], value.shape[-1])), value.shape[-1]
     stream = torch.cuda.current_stream(query.device).cuda_stream

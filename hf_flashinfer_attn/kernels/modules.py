@@ -1,7 +1,7 @@
-"""FlashInfer's compiled modules: names, folders and build specs. Nothing is compiled here.
+"""FlashInfer's compiled modules: names, folders and build specs. `jit` compiles them.
 
-FlashInfer compiles one module per kernel, dtype and head_dim, with and without a window and softcap, and keeps it on
-disk. It is imported by the functions of this module, never on import.
+FlashInfer compiles one module per kernel, dtype and head_dim, with and without a window and softcap, and caches it on
+disk. Functions of this module import FlashInfer on first use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class KernelModule:
-    """One compiled module of FlashInfer, as this package asks for them.
+    """A compiled module of FlashInfer.
 
     Examples:
         >>> import torch
@@ -45,7 +45,7 @@ class KernelModule:
     head_dim: int
     window: bool
     softcap: bool
-    # Adds a bias to the logits; with "fa2" alone, and neither a window nor softcap.
+    # Adds a bias to the logits; only "fa2", without window and softcap.
     biased: bool = False
 
     def __post_init__(self) -> None:
@@ -58,12 +58,12 @@ class KernelModule:
 
     @property
     def name(self) -> str:
-        """FlashInfer's name of the module, its folder and its shared library."""
+        """FlashInfer's name of the module, also that of its folder and shared library."""
         if self.biased:
             return str(biased_module_arguments(self.dtype, self.head_dim)[0])
         modules = _flashinfer("attention.modules")
         uri: str = modules.get_batch_prefill_uri(self.kernel, *self.arguments)
-        # FlashInfer's own wrappers load a variant of fa2 of another name.
+        # FlashInfer's wrappers load a variant of fa2 with another name.
         rename = getattr(modules, "_get_batch_prefill_module_uri", None)
         return uri if rename is None or self.kernel != "fa2" else str(rename(uri, self.kernel, "equal", "full"))
 
@@ -77,7 +77,7 @@ class KernelModule:
         )  # fmt: skip
 
     def spec(self) -> Any:
-        """Returns FlashInfer's `JitSpec` of the module, its sources written."""
+        """Returns FlashInfer's `JitSpec` of the module, and writes its sources."""
         modules = _flashinfer("attention.modules")
         if self.biased:
             arguments = biased_module_arguments(self.dtype, self.head_dim)
@@ -97,7 +97,7 @@ def _flashinfer(module: str) -> Any:
     try:
         return importlib.import_module(f"flashinfer.jit.{module}")
     except OSError as error:
-        # FlashInfer makes its folder when it is imported.
+        # FlashInfer creates its folder on import.
         raise BackendUnavailableError(
             "flashinfer",
             f"flashinfer cannot be imported: {error}",
@@ -106,29 +106,29 @@ def _flashinfer(module: str) -> Any:
 
 
 def cache_directory() -> Path:
-    """Returns the folder, which may not exist yet, of modules compiled here, for FlashInfer's version and the GPUs."""
+    """Returns the folder of modules compiled on this machine, for this FlashInfer and GPU; it may not exist."""
     return Path(_flashinfer("env").FLASHINFER_JIT_DIR)
 
 
 def aot_directories() -> tuple[Path, ...]:
-    """Returns the folders of modules that came compiled, with FlashInfer or with the package flashinfer-jit-cache."""
+    """Returns the folders of prebuilt modules, of FlashInfer and of the package flashinfer-jit-cache."""
     return tuple(map(Path, _flashinfer("env").FLASHINFER_AOT_DIRS))
 
 
 def compiled_library(module: KernelModule) -> Path | None:
-    """Returns the shared library of a module; None if it is neither compiled here nor came compiled."""
-    # FlashInfer chooses among the packages that are for these GPUs.
-    came = Path(_flashinfer("env").get_aot_path(module.name))
+    """Returns the shared library of a module, prebuilt or compiled on this machine; None if there is none."""
+    # FlashInfer selects the package for these GPUs.
+    prebuilt = Path(_flashinfer("env").get_aot_path(module.name))
     built = cache_directory() / module.name / f"{module.name}.so"
-    return next((path for path in (came, built) if path.is_file()), None)
+    return next((path for path in (prebuilt, built) if path.is_file()), None)
 
 
 def is_compiled(module: KernelModule) -> bool:
-    """Whether a module can be loaded without compiling it, unless FlashInfer, CUDA or flags changed since."""
+    """Whether a module has a shared library, which may be stale if FlashInfer, CUDA or flags changed."""
     return compiled_library(module) is not None
 
 
 def compiled_modules() -> tuple[str, ...]:
-    """Returns the sorted names of all compiled modules of FlashInfer, not only of this package's."""
+    """Returns the sorted names of all compiled modules of FlashInfer, not only of those that this package uses."""
     libraries = (path for folder in (cache_directory(), *aot_directories()) for path in folder.glob("*/*.so"))
     return tuple(sorted({path.stem for path in libraries if path.parent.name == path.stem}))

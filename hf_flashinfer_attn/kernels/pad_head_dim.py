@@ -1,6 +1,6 @@
-"""Head-dim padding: gathers query, key and value to ragged tensors of a supported size, and scatters the output.
+"""Head-dim padding: gathers query, key and value to ragged tensors of a supported head_dim, and scatters the output.
 
-Triton kernels move the data where Triton runs, torch elsewhere.
+Triton kernels move the data if Triton can run, torch otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class GatherQkv:
         query_positions: Padded positions to gather, int32, shape `(query_tokens,)`; None for all.
         key_positions: The same for keys and values.
         size: head_dim of the result, a power of two.
-        scratch: Memory for the packed tensors, uint8, of `scratch_bytes`; None to allocate for each call.
+        scratch: Memory for the packed tensors, uint8, `scratch_bytes` long; None to allocate in each call.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class GatherQkv:
         self._positions = query_positions, key_positions
         self._size = size
         self._scratch = scratch
-        self._known: _KnownGather | None = None
+        self._cached: _CachedGather | None = None
         self._buffers: tuple[torch.Tensor, ...] | None = None
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Qkv:
-        """Packs tensors; all calls take the same shapes and dtypes, on the current device if that is a GPU.
+        """Packs tensors; all calls must have the same shapes and dtypes, and GPU tensors be on the current device.
 
         Args:
             query: Shape `(batch, heads, q_length, head_dim)`, any strides.
@@ -52,26 +52,28 @@ class GatherQkv:
             value: Shape `(batch, kv_heads, kv_length, value_head_dim)`, any strides.
 
         Returns:
-            Query, key and value, shape `(tokens, heads, size)`. Values of a smaller head_dim may overlap: a head is
-            followed by the next head of its token, the last head by zeros.
+            Query, key and value, shape `(tokens, heads, size)`. Heads of values may overlap: the padding of a head is
+            then the next head of its token, and zeros after the last head.
         """
         pointers = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        known = self._known
+        cached = self._cached
         if (
-            known is None
+            cached is None
             or (pointers[0] | pointers[1] | pointers[2]) & 15
-            or (query.stride(), key.stride(), value.stride()) != known.strides
+            or (query.stride(), key.stride(), value.stride()) != cached.strides
         ):
             return self._gather(query, key, value)
-        if known.launch is None:
-            one, two, three = known.views
+        if cached.launch is None:
+            one, two, three = cached.views
             return query.as_strided(*one), key.as_strided(*two), value.as_strided(*three)
         buffers = self._buffers
         if buffers is not None:
-            known.launch(*pointers, *known.pointers)
+            cached.launch(*pointers, *cached.pointers)
             return buffers[0], buffers[1], buffers[2]
         made = self._make_buffers(query, key, value)
-        known.launch(*pointers, *(buffer.data_ptr() for buffer in made), *(at or pointers[0] for at in known.pointers))
+        cached.launch(
+            *pointers, *(buffer.data_ptr() for buffer in made), *(at or pointers[0] for at in cached.pointers)
+        )
         return made[0], made[1], made[2]
 
     @property
@@ -86,7 +88,7 @@ class GatherQkv:
         if takes_all and all(map(_is_one_run, sides)):
             flat = _flat(query), _flat(key), _flat(value)
             views = tuple((tuple(view.shape), view.stride()) for view in flat)
-            self._known = _KnownGather((query.stride(), key.stride(), value.stride()), None, views, ())
+            self._cached = _CachedGather((query.stride(), key.stride(), value.stride()), None, views, ())
             return flat
         if not use_triton(query):
             return _gather_one(query, queries, size), _gather_one(key, keys, size), _gather_one(value, keys, size)
@@ -98,18 +100,18 @@ class GatherQkv:
         buffers = self._make_buffers(query, key, value)
         launch = triton_pad.gather_qkv(sides, buffers[:3], self._positions, size)
         if launch.can_repeat and not any(side.data_ptr() & 15 for side in sides):
-            # A pointer that is not read stands for positions that are None: of scratch memory, or 0 for the query's.
+            # Positions that are None need a pointer that is not read: to scratch memory, or 0 for the query's.
             spare = buffers[0].data_ptr() if self._scratch is not None else 0
-            places = tuple(spare if side is None else side.data_ptr() for side in self._positions)
+            fixed = tuple(spare if side is None else side.data_ptr() for side in self._positions)
             if self._scratch is not None:
-                places = (*(buffer.data_ptr() for buffer in buffers[:3]), *places)
+                fixed = (*(buffer.data_ptr() for buffer in buffers[:3]), *fixed)
             strides = query.stride(), key.stride(), value.stride()
-            self._known = _KnownGather(strides, launch, (), places)
+            self._cached = _CachedGather(strides, launch, (), fixed)
         self._buffers = buffers if self._scratch is not None else None
         return buffers[0], buffers[1], buffers[2]
 
     def _make_buffers(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Returns memory for query, key and value, and for the output if it is scratch memory."""
+        """Returns memory for packed query, key and value, and for the output if there is scratch memory."""
         batch, heads, q_length, _ = query.shape
         _, kv_heads, kv_length, value_head_dim = value.shape
         size, (queries, keys) = self._size, self._positions
@@ -144,10 +146,10 @@ def scratch_bytes(
 
 
 def _value_width(value_head_dim: int, size: int, itemsize: int) -> int:
-    """Returns the distance of heads of packed values.
+    """Returns the head stride of packed values.
 
-    Output beyond head_dim is cropped, so values may overlap if each head starts at a multiple of 16 bytes. Keys need
-    zeros there: an infinity of the next head times the zeros of the query is NaN.
+    Output columns beyond head_dim are cropped, so heads of values may overlap if each starts at a multiple of 16 bytes.
+    Keys must be padded with zeros: an infinity of the next head times the zeros of the query would be NaN.
     """
     return value_head_dim if value_head_dim % (16 // itemsize) == 0 else size
 
@@ -163,14 +165,14 @@ def _rounded(num_bytes: int) -> int:
     return -(-num_bytes // 256) * 256
 
 
-class _KnownGather(NamedTuple):
-    """The first call of a gather, which later ones of the same strides repeat; read and replaced as a whole.
+class _CachedGather(NamedTuple):
+    """Cached launch or views of the last gather, for calls with the same strides; immutable, for threads.
 
     Args:
-        strides: Of query, key and value.
+        strides: Strides of query, key and value.
         launch: The launch; None for views.
         views: Shape and strides of the views.
-        pointers: Arguments of the launch after query, key and value: of scratch memory and positions, or of positions.
+        pointers: Launch arguments after query, key and value: pointers to scratch memory, if any, and to positions.
     """
 
     strides: tuple[tuple[int, ...], ...]
@@ -180,12 +182,12 @@ class _KnownGather(NamedTuple):
 
 
 class ScatterOutput:
-    """Scatters packed output over a padded batch and crops its head_dim; zeros in padding.
+    """Scatters packed output to a padded batch and crops its head_dim; zeros in padding.
 
     Args:
         tokens: Token at each padded position, -1 for padding, int32; None without padding.
         shape: Rows and length of the padded batch.
-        head_dim: Number of columns to keep.
+        head_dim: head_dim of the result.
     """
 
     def __init__(self, tokens: torch.Tensor | None, shape: tuple[int, int], head_dim: int) -> None:
@@ -195,17 +197,13 @@ class ScatterOutput:
         self._launch: Launch | None = None
 
     def is_view(self, size: int) -> bool:
-        """Whether packed output of head_dim `size` is returned as it is."""
+        """Whether packed output of head_dim `size` is returned as a view."""
         return self._tokens is None and self._head_dim == size
 
     def __call__(self, packed: torch.Tensor) -> torch.Tensor:
-        """Unpacks; all calls take the same shape, on the current device if that is a GPU.
+        """Unpacks `(total_tokens, heads, size)` to `(*shape, heads, head_dim)`, both contiguous.
 
-        Args:
-            packed: Shape `(total_tokens, heads, size)`, contiguous.
-
-        Returns:
-            Shape `(*shape, heads, head_dim)`, contiguous.
+        All calls must have the same shape. GPU tensors must be on the current device.
         """
         count, heads, size = packed.shape
         tokens, head_dim = self._tokens, self._head_dim
@@ -231,27 +229,25 @@ class ScatterOutput:
 
 
 def aligned(side: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor as it is, or a copy if kernels that read 16 bytes at once could not read it.
+    """Returns a tensor, or a copy if kernels that read 16 bytes at once could not read it.
 
-    torch's own attention does not refuse such views in half precision; torch 2.11 returned wrong numbers for them.
-
-    Args:
-        side: Shape `(batch, heads, length, head_dim)`, head_dim a multiple of 16 bytes.
+    torch's attention accepts unaligned views in half precision, and torch 2.11 returned wrong numbers for them. The
+    shape is `(batch, heads, length, head_dim)`, and head_dim a multiple of 16 bytes.
     """
-    row, head, slot, last = side.stride()
+    row, head, position, last = side.stride()
     size = side.element_size()
-    fits = last == 1 and not (side.data_ptr() | row * size | head * size | slot * size) & 15
-    # Not `contiguous`, which returns a tensor without gaps wherever it starts.
+    fits = last == 1 and not (side.data_ptr() | row * size | head * size | position * size) & 15
+    # Not `contiguous`, which ignores the alignment of the pointer.
     return side if fits else side.clone(memory_format=torch.contiguous_format)
 
 
 def _is_one_run(side: torch.Tensor) -> bool:
-    """Whether rows follow each other at the distance of positions, so that batch and length are one dimension."""
-    row, head, slot, last = side.stride()
-    is_run = last == 1 and (row == slot * side.shape[2] or side.shape[0] == 1)
+    """Whether batch and length can be flattened to one dimension of a view that kernels can read."""
+    row, head, position, last = side.stride()
+    is_run = last == 1 and (row == position * side.shape[2] or side.shape[0] == 1)
     # Kernels read 16 bytes at once, and some count elements in 32 bits.
-    fits = not (side.data_ptr() | head * side.element_size() | slot * side.element_size()) & 15
-    return is_run and fits and side.shape[0] * side.shape[2] * slot < 2**32
+    fits = not (side.data_ptr() | head * side.element_size() | position * side.element_size()) & 15
+    return is_run and fits and side.shape[0] * side.shape[2] * position < 2**32
 
 
 def _flat(side: torch.Tensor) -> torch.Tensor:

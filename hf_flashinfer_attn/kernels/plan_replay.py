@@ -1,9 +1,9 @@
-"""Recorded calls of FlashInfer's compiled modules. Only this file uses private names of FlashInfer's wrapper.
+"""Records and repeats calls of FlashInfer's compiled modules. Only this file uses private names of its wrapper.
 
-`plan()` and `run()` of FlashInfer's wrapper check and assemble two dozen arguments per call, 0.2 ms and 30 us of host
-time, before they call a compiled module. Forwards of one kind differ only in row lengths, and layers of one forward
-only in tensors. So the module's calls are recorded once and repeated with these arguments replaced. If an argument is
-not recognised, the public methods are called instead, which is slower but correct.
+`plan()` and `run()` of FlashInfer's wrapper spend 0.2 ms and 30 us of host time on two dozen arguments before they call
+a compiled module. Most arguments are constant: forwards of one kind differ in row lengths, layers of one forward in
+tensors. Calls of the module are therefore recorded once and repeated with these arguments replaced. If an argument is
+not recognised, the public methods run instead, which are slower but correct.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Lengths(NamedTuple):
     """Arguments of a plan that differ between batches.
 
     Args:
-        query_offsets: Offsets of the rows (cu_seqlens), int32 on the host, shape `(rows + 1,)`.
+        query_offsets: cu_seqlens of the queries, int32 on the host, shape `(rows + 1,)`.
         key_offsets: The same for the keys.
         key_lengths: Keys of each row, int32 on the host, shape `(rows,)`.
         query_lengths: The same for the queries.
@@ -55,7 +55,7 @@ class Lengths(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: int, lengths: Sequence[int], key_lengths: Sequence[int] | None = None) -> Lengths:
-        """Returns those of a number of rows; rows without a length are empty, and keys are as long by default."""
+        """Returns the arguments for `rows` rows; missing lengths are zero, and key lengths default to `lengths`."""
         queries, query_offsets = _filled(lengths, rows)
         keys, key_offsets = (queries, query_offsets) if key_lengths is None else _filled(key_lengths, rows)
         key_lengths = lengths if key_lengths is None else key_lengths
@@ -66,7 +66,7 @@ class Lengths(NamedTuple):
 
 
 class CallRecorder:
-    """Forwards to a compiled module and records the arguments of the last `plan` and the last `ragged_run`."""
+    """Proxy of a compiled module that records the arguments of the last `plan` and the last `ragged_run`."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -91,12 +91,12 @@ class CallRecorder:
 def recording(base: type[Any]) -> type[Any]:
     """Returns a subclass of FlashInfer's wrapper that calls its compiled module through `recorder`, a `CallRecorder`.
 
-    If a release of FlashInfer renames the attribute of its module, `recorder` stays None and calls are not repeated.
+    If a release of FlashInfer renames the attribute `_cached_module`, `recorder` stays None and calls are not repeated.
     """
 
     class RecordingWrapper(base):  # type: ignore[misc]
         recorder: CallRecorder | None = None
-        # Results of `learn_planner`, by kernel, whether it adds a bias, and whether it plans for captured graphs.
+        # Results of `learn_planner`; keys are the kernel, whether it adds a bias, and whether for captured graphs.
         planners: ClassVar[dict[tuple[str, bool, bool], tuple[str | None, ...] | str]] = {}
 
         @property
@@ -113,12 +113,12 @@ def recording(base: type[Any]) -> type[Any]:
 
 
 def device_offsets_of(prefill: Any) -> tuple[Any, Any]:
-    """Returns the device copies of the last plan's offsets, which the wrapper's `run` passes on."""
+    """Returns the device copies of the last plan's cu_seqlens, arguments of the wrapper's `run`."""
     return getattr(prefill, "_qo_indptr_buf", None), getattr(prefill, "_kv_indptr_buf", None)
 
 
 def share_workspace(prefill: Any, float_buffer: torch.Tensor, buffer: torch.Tensor, pinned: torch.Tensor) -> None:
-    """Makes a wrapper plan into shared buffers instead of 16 MiB of its own."""
+    """Replaces a wrapper's own 16 MiB of plan buffers by shared ones."""
     prefill.reset_workspace_buffer(float_buffer, buffer)
     if hasattr(prefill, "_pin_memory_int_workspace_buffer"):
         prefill._pin_memory_int_workspace_buffer = pinned
@@ -126,16 +126,16 @@ def share_workspace(prefill: Any, float_buffer: torch.Tensor, buffer: torch.Tens
 
 def find(arguments: Sequence[Any], wanted: Sequence[Any]) -> tuple[int, ...] | None:
     """Returns the index of each wanted object among arguments; None unless all are found at distinct indices."""
-    places = [next((at for at, found in enumerate(arguments) if found is one), -1) for one in wanted]
-    return None if -1 in places or len(set(places)) < len(places) else tuple(places)
+    indices = [next((i for i, argument in enumerate(arguments) if argument is one), -1) for one in wanted]
+    return None if -1 in indices or len(set(indices)) < len(indices) else tuple(indices)
 
 
 def _filled(lengths: Sequence[int], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the lengths and offsets of rows, the last of which may be empty, int32."""
-    counts, offsets = np.zeros(rows, dtype=np.int32), np.zeros(rows + 1, dtype=np.int32)
+    """Returns row lengths and cu_seqlens, int32; missing lengths are zero."""
+    counts, cu_seqlens = np.zeros(rows, dtype=np.int32), np.zeros(rows + 1, dtype=np.int32)
     counts[: len(lengths)] = lengths
-    np.cumsum(counts, out=offsets[1:])
-    return torch.from_numpy(counts), torch.from_numpy(offsets)
+    np.cumsum(counts, out=cu_seqlens[1:])
+    return torch.from_numpy(counts), torch.from_numpy(cu_seqlens)
 
 
 def learn_planner(
@@ -144,13 +144,13 @@ def learn_planner(
     """Finds which arguments of a module's `plan` depend on lengths, by planning for different lengths.
 
     Args:
-        plan: Plans through the public method, and returns the recorder.
-        fixed_rows: Number of rows of each plan, at least 4, for at least 64 tokens; any number by default.
+        plan: Plans through the public method and returns the recorder.
+        fixed_rows: Number of rows of every plan, at least 4, for at least 64 tokens; None if rows may vary.
 
     Returns:
-        For each argument the name of its field in `Lengths`, None for a constant; or a string, the reason of a failure.
+        The name of its field in `Lengths` for each argument, None for a constant; or a string, the reason of a failure.
     """
-    # No two fields of a probe are equal. Long rows do not fit a graph's tokens.
+    # All fields of a probe differ. The long rows exceed the tokens of a captured graph.
     rows = [((3, 11, 5), (4, 12, 9)), ((7, 2, 13, 9), (8, 3, 14, 17)), ((1, 23), (6, 25))]
     if fixed_rows is None:
         rows.append(((4_000, 300), (5_000, 400)))
@@ -164,20 +164,20 @@ def learn_planner(
     if len(set(map(len, recorded))) > 1:
         return "the number of its planner's arguments varies"
     fields: list[str | None] = []
-    for place, values in enumerate(zip(*recorded)):
+    for index, values in enumerate(zip(*recorded)):
         first = values[0]
         is_tensor = isinstance(first, torch.Tensor)
         if all(value is first or (not is_tensor and _is_equal(value, first)) for value in values):
             fields.append(None)
             continue
         # Tensors are compared by value: FlashInfer may pass on a copy.
-        alike = (
+        matches = (
             field
             for field in Lengths._fields
             if all(_is_equal(value, getattr(probe, field)) for value, probe in zip(values, probes))
         )
-        if (field := next(alike, None)) is None:
-            return f"argument {place} of its planner depends on lengths in an unknown way"
+        if (field := next(matches, None)) is None:
+            return f"argument {index} of its planner depends on lengths in an unknown way"
         fields.append(field)
     return tuple(fields)
 
@@ -187,6 +187,6 @@ def _is_equal(value: Any, other: Any) -> bool:
         return False
     if not isinstance(value, torch.Tensor):
         return bool(value == other)
-    # Comparing a GPU tensor would synchronise.
+    # Comparing GPU tensors would make the host wait.
     on_host = value.device.type == other.device.type == "cpu"
     return on_host and value.dtype == other.dtype and torch.equal(value, other)

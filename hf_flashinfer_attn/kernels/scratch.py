@@ -1,7 +1,7 @@
 """Scratch memory for packed tensors, leased by a forward from a pool per device and stream.
 
-A lease ends when the state of the forward dies. The next lease on the stream is ordered after the kernels of the last
-one. Two threads have two forwards, hence two leases.
+A lease ends when the state of the forward is freed. The next lease is on the same stream, so its kernels run after
+those of the last lease. Forwards of two threads have two leases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..ragged.forward_state import ForwardState
 
 __all__ = ["scratch_of"]
 
-# Larger tensors are allocated for each call: the GPU hides the host's time there, and memory is freed at once.
+# Larger tensors are allocated in each call: their kernels hide the host's time, and their memory is freed at once.
 _MOST_BYTES = 64 << 20
 _MOST_FREE, _MOST_STREAMS = 4, 16
 _Stream = tuple[torch.device, int]
@@ -27,23 +27,18 @@ _lock = threading.Lock()
 
 
 def scratch_of(state: ForwardState, device: torch.device, stream: int, num_bytes: int) -> torch.Tensor | None:
-    """Returns at least `num_bytes` of scratch memory, uint8; None if the forward must allocate for each call.
+    """Returns at least `num_bytes` of scratch memory, uint8; None if the forward must allocate in each call.
 
-    All plans of a forward on one stream and thread share it, since their kernels run one after another.
-
-    Args:
-        state: State of the forward, which keeps the lease.
-        device: A CUDA device.
-        stream: Handle of the current stream on it.
-        num_bytes: Number of bytes.
+    All plans of a forward on one stream and thread share it, since their kernels run one after another. The state
+    keeps the lease.
     """
     if state.is_shared or num_bytes > _MOST_BYTES:
         return None
     key = device, stream, threading.get_ident()
-    held: torch.Tensor | None = state.scratch.get(key)
-    if held is None or held.numel() < num_bytes:
-        held = state.scratch[key] = _lease(state, (device, stream), num_bytes)
-    return held
+    memory: torch.Tensor | None = state.scratch.get(key)
+    if memory is None or memory.numel() < num_bytes:
+        memory = state.scratch[key] = _lease(state, (device, stream), num_bytes)
+    return memory
 
 
 def _lease(state: ForwardState, stream: _Stream, num_bytes: int) -> torch.Tensor:
@@ -56,15 +51,15 @@ def _lease(state: ForwardState, stream: _Stream, num_bytes: int) -> torch.Tensor
     # Finalizers return memory at any time, so the pool is used without a lock.
     for _ in range(len(pool)):
         try:
-            found = pool.popleft()
+            free = pool.popleft()
         except IndexError:
             break
-        if found.numel() >= num_bytes:
-            memory = found
+        if free.numel() >= num_bytes:
+            memory = free
             break
-        pool.append(found)
+        pool.append(free)
     if memory is None:
-        # Powers of two, so that batches of other sizes find it large enough.
+        # A power of two, so that other batches can reuse it.
         size = max(1 << 20, 1 << (num_bytes - 1).bit_length())
         with torch.inference_mode(False):
             memory = torch.empty(size, dtype=torch.uint8, device=stream[0])

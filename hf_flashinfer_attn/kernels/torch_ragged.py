@@ -1,4 +1,4 @@
-"""Ragged attention in torch: any device and dtype, differentiable; the reference of the GPU tests."""
+"""Ragged attention in torch, for any device and dtype; differentiable. The GPU tests use it as reference."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def attend(
 ) -> torch.Tensor:
     """Computes attention row by row, without any padding.
 
-    Query i of a row stands at the row's key position `i + key_length - query_length`: the last query at the last key.
+    Query i of a row is at key position `i + key_length - query_length`, so the last query is aligned with the last key.
 
     Args:
         query: Shape `(total_query_tokens, heads, head_dim)`, any dtype and device.
         key: Shape `(total_key_tokens, kv_heads, head_dim)`; `heads` must be a multiple of `kv_heads`.
         value: Shape `(total_key_tokens, kv_heads, value_head_dim)`.
-        layout: Which tokens belong to which row.
-        left: How many keys before its own position a query sees; None for all.
-        right: How many keys after its own position a query sees; None for all, 0 for causal attention.
-        sm_scale: What logits are multiplied with.
+        layout: Row lengths.
+        left: Number of keys before its own position that a query sees; None for all.
+        right: Number of keys after its own position that a query sees; None for all, 0 for causal attention.
+        sm_scale: Factor of the logits.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
         bias: Added to the logits by padded position, shape `(rows, heads, q_length, kv_length)`.
-        sinks: One logit per head that takes weight and gives nothing, shape `(heads,)`.
+        sinks: Attention sinks, one logit per head, shape `(heads,)`.
         dropout: Probability of dropping an attention weight.
 
     Returns:
@@ -52,7 +52,7 @@ def attend(
     rows = zip(layout.query.lengths, layout.key.lengths)
     outputs: list[torch.Tensor] = []
     row = query_start = key_start = 0
-    # Neighbours of equal lengths go in one call: all of a batch without padding, most of one sorted by length.
+    # Consecutive rows of equal lengths are one call: a whole batch without padding, most of a batch sorted by length.
     for (query_length, key_length), run in itertools.groupby(rows):
         count = sum(1 for _ in run)
         query_end, key_end = query_start + count * query_length, key_start + count * key_length
@@ -105,7 +105,7 @@ def _attend_equal(
     sinks: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Attention of rows of equal lengths, `(rows, heads, tokens, dim)` in, `(rows * tokens, heads, dim)` out."""
+    """Attention of rows of equal lengths: from `(rows, heads, tokens, dim)` to `(rows * tokens, heads, dim)`."""
     query_length, key_length = query.shape[2], key.shape[2]
     if key_length == 0:
         return query.new_zeros(query.shape[0] * query_length, query.shape[1], value.shape[3])
@@ -127,7 +127,7 @@ def _attend_equal(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=plain_causal, scale=sm_scale
         )
     else:
-        # As in fused kernels: rounding logits and weights to half precision would triple the error of the output.
+        # float32, as in fused kernels: half-precision logits and weights would triple the error of the output.
         exact = torch.promote_types(query.dtype, torch.float32)
         logits = torch.matmul(query.to(exact), key.to(exact).transpose(2, 3)) * sm_scale
         if softcap is not None:

@@ -1,6 +1,6 @@
 """Triton kernels that gather query, key and value, and scatter the output, on the current device and stream.
 
-A slot is a padded position, counted through all rows; a token is a place in a ragged tensor.
+A padded position counts through all rows; `row_position` counts in one row. A token is an index of a ragged tensor.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ..ragged.triton_tokens import Launch
 
 __all__ = ["gather_qkv", "scatter_output"]
 
-# Bytes that one program moves for one tensor: enough in flight for the memory, enough programs for a small batch.
+# Bytes per program and tensor: enough to saturate the memory, and few enough for many programs in a small batch.
 _TILE_BYTES = 8192
 
 
 @triton.jit
 def _copy_heads(
-    source, stride_row, stride_slot, stride_head, target, row, place, token, inside, first_head,
+    source, stride_row, stride_position, stride_head, target, row, row_position, token, inside, first_head,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TAIL: tl.constexpr,
     HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -29,9 +29,9 @@ def _copy_heads(
     head = first_head + column // COLUMNS
     dim = column % COLUMNS
     kept = (head < NUM_HEADS) & (dim < WIDTH)
-    address = row * stride_row + place * stride_slot
+    address = row * stride_row + row_position * stride_position
     offset = head.to(tl.int64) * stride_head + dim
-    # Zeros beyond head_dim, not whatever is there: a NaN in a padded column would reach every logit.
+    # Zeros beyond head_dim: a NaN in a padded column would reach every logit.
     read = inside[:, None] & (kept & (dim < HEAD_DIM))[None, :]
     values = tl.load(source + address[:, None] + offset[None, :], mask=read, other=0.0)
     start = token.to(tl.int64)[:, None] * (NUM_HEADS * WIDTH + TAIL)
@@ -47,12 +47,12 @@ def _copy_heads(
 
 @triton.jit(do_not_specialize=["num_queries", "query_width", "num_keys", "key_width"])
 def _pack_kernel(
-    query, key, value, packed_query, packed_key, packed_value, query_slots, key_slots,
-    query_row, query_slot, query_head, key_row, key_slot, key_head, value_row, value_slot, value_head,
-    num_queries, query_width, num_keys, key_width, QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr,
-    HAS_QUERY_SLOTS: tl.constexpr, HAS_KEY_SLOTS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_HEAD_DIM: tl.constexpr,
-    SIZE: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUE_COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
+    query, key, value, packed_query, packed_key, packed_value, query_positions, key_positions,
+    query_stride_row, query_stride_position, query_stride_head, key_stride_row, key_stride_position, key_stride_head,
+    value_stride_row, value_stride_position, value_stride_head, num_queries, query_width, num_keys, key_width,
+    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HAS_QUERY_POSITIONS: tl.constexpr,
+    HAS_KEY_POSITIONS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_HEAD_DIM: tl.constexpr, SIZE: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, VALUE_COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     query_parts = (QUERY_HEADS + HEADS - 1) // HEADS
@@ -60,52 +60,53 @@ def _pack_kernel(
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     if part < query_parts:
         inside = token < num_queries
-        slot = token
-        if HAS_QUERY_SLOTS:
-            slot = tl.load(query_slots + token, mask=inside, other=0)
-        row = (slot // query_width).to(tl.int64)
-        place = (slot % query_width).to(tl.int64)
-        _copy_heads(query, query_row, query_slot, query_head, packed_query, row, place, token, inside, part * HEADS,
-                    QUERY_HEADS, HEAD_DIM, SIZE, SIZE, 0, HEADS)  # fmt: skip
+        position = token
+        if HAS_QUERY_POSITIONS:
+            position = tl.load(query_positions + token, mask=inside, other=0)
+        row = (position // query_width).to(tl.int64)
+        row_position = (position % query_width).to(tl.int64)
+        _copy_heads(query, query_stride_row, query_stride_position, query_stride_head, packed_query, row, row_position,
+                    token, inside, part * HEADS, QUERY_HEADS, HEAD_DIM, SIZE, SIZE, 0, HEADS)  # fmt: skip
     else:
         inside = token < num_keys
-        slot = token
-        if HAS_KEY_SLOTS:
-            slot = tl.load(key_slots + token, mask=inside, other=0)
-        row = (slot // key_width).to(tl.int64)
-        place = (slot % key_width).to(tl.int64)
+        position = token
+        if HAS_KEY_POSITIONS:
+            position = tl.load(key_positions + token, mask=inside, other=0)
+        row = (position // key_width).to(tl.int64)
+        row_position = (position % key_width).to(tl.int64)
         if part < query_parts + key_parts:
-            _copy_heads(key, key_row, key_slot, key_head, packed_key, row, place, token, inside,
-                        (part - query_parts) * HEADS, KEY_HEADS, HEAD_DIM, SIZE, SIZE, 0, HEADS)  # fmt: skip
+            _copy_heads(key, key_stride_row, key_stride_position, key_stride_head, packed_key, row, row_position, token,
+                        inside, (part - query_parts) * HEADS, KEY_HEADS, HEAD_DIM, SIZE, SIZE, 0,
+                        HEADS)  # fmt: skip
         else:
-            _copy_heads(value, value_row, value_slot, value_head, packed_value, row, place, token, inside,
-                        (part - query_parts - key_parts) * HEADS, KEY_HEADS, VALUE_HEAD_DIM, VALUE_WIDTH,
-                        VALUE_COLUMNS, SIZE - VALUE_WIDTH, HEADS)  # fmt: skip
+            _copy_heads(value, value_stride_row, value_stride_position, value_stride_head, packed_value, row,
+                        row_position, token, inside, (part - query_parts - key_parts) * HEADS, KEY_HEADS,
+                        VALUE_HEAD_DIM, VALUE_WIDTH, VALUE_COLUMNS, SIZE - VALUE_WIDTH, HEADS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_positions"])
 def _unpack_kernel(
-    packed, tokens, padded, num_slots, num_heads: tl.constexpr, HAS_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr, HEADS: tl.constexpr,
+    packed, tokens, padded, num_positions, num_heads: tl.constexpr, HAS_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-    inside = slot < num_slots
-    token = slot
+    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    inside = position < num_positions
+    token = position
     if HAS_TOKENS:
-        token = tl.load(tokens + slot, mask=inside, other=-1)
+        token = tl.load(tokens + position, mask=inside, other=-1)
     column = tl.arange(0, HEADS * COLUMNS)
     head = tl.program_id(1) * HEADS + column // COLUMNS
     dim = column % COLUMNS
     kept = ((head < num_heads) & (dim < HEAD_DIM))[None, :]
     source = token.to(tl.int64)[:, None] * (num_heads * SIZE) + (head * SIZE + dim)[None, :]
     values = tl.load(packed + source, mask=kept & (inside & (token >= 0))[:, None], other=0.0)
-    target = slot.to(tl.int64)[:, None] * (num_heads * HEAD_DIM) + (head * HEAD_DIM + dim)[None, :]
+    target = position.to(tl.int64)[:, None] * (num_heads * HEAD_DIM) + (head * HEAD_DIM + dim)[None, :]
     tl.store(padded + target, values, mask=kept & inside[:, None])
 
 
 @functools.lru_cache(maxsize=64)
 def _tile(columns: int, num_heads: int, itemsize: int) -> tuple[int, int]:
-    """Returns how many tokens and heads one program moves."""
+    """Returns the number of tokens and heads per program."""
     heads = min(triton.next_power_of_2(num_heads), max(1, 512 // columns))
     return max(1, _TILE_BYTES // (heads * columns * itemsize)), heads
 
@@ -120,9 +121,9 @@ def gather_qkv(
 
     Args:
         sides: Query, key and value, shape `(batch, heads, length, head_dim)`, the last stride 1.
-        packed: Where to write, shape `(tokens, heads, size)`; head stride of values: their head_dim, or `size`.
+        packed: The results, shape `(tokens, heads, size)`; the head stride of values is their head_dim or `size`.
         positions: Padded positions of queries and of keys, int32, shape `(tokens,)`; None for all.
-        size: head_dim to write, with zeros beyond that of the input.
+        size: head_dim of the results.
     """
     query = sides[0]
     _, query_heads, q_length, head_dim = query.shape
@@ -134,7 +135,7 @@ def gather_qkv(
     return Launch(
         _pack_kernel,
         (-(-max(num_queries, num_keys) // tokens), parts, 1),
-        # A pointer that is not read stands for positions that are None.
+        # Positions that are None need a pointer that is not read.
         (*sides, *packed, *(query if side is None else side for side in positions)),
         (*strides[0], *strides[1], *strides[2]),
         (num_queries, q_length, num_keys, kv_length),
@@ -146,22 +147,22 @@ def gather_qkv(
 
 
 def scatter_output(packed: torch.Tensor, tokens: torch.Tensor | None, padded: torch.Tensor) -> Launch:
-    """Scatters packed output over a padded batch, cropped, with zeros in padding, and returns the launch.
+    """Scatters packed output to a padded batch, cropped, with zeros in padding, and returns the launch.
 
     Args:
         packed: Shape `(total_tokens, heads, size)`, contiguous.
         tokens: Token at each padded position, -1 for padding, int32; None without padding.
-        padded: Where to write, shape `(rows, length, heads, head_dim)`, contiguous.
+        padded: The result, shape `(rows, length, heads, head_dim)`, contiguous.
     """
     _, num_heads, size = packed.shape
     rows, length, _, head_dim = padded.shape
     columns = triton.next_power_of_2(head_dim)
-    slots, heads = _tile(columns, num_heads, packed.element_size())
+    positions, heads = _tile(columns, num_heads, packed.element_size())
     return Launch(
         _unpack_kernel,
-        (-(-rows * length // slots), -(-num_heads // heads), 1),
+        (-(-rows * length // positions), -(-num_heads // heads), 1),
         (packed, packed if tokens is None else tokens, padded),
         (),
         (rows * length,),
-        (num_heads, tokens is not None, head_dim, columns, size, slots, heads),
+        (num_heads, tokens is not None, head_dim, columns, size, positions, heads),
     )

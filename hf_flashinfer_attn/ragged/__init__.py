@@ -1,1 +1,1 @@
-"""Ragged layouts, lazy masks and the state of a forward."""
+"""Ragged layouts, lazy masks and per-forward state."""

@@ -1,4 +1,4 @@
-"""Attention patterns, padding aside: `Band`, which keys around its position a query sees, or `Opaque`."""
+"""Attention patterns, padding aside: `Band` (full, causal or sliding window) or `Opaque` (any other mask)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Band:
 
     @property
     def name(self) -> str:
-        """What messages and traces call it."""
+        """Name in messages and traces."""
         if self.left is None and self.right in (None, 0):
             return "full" if self.right is None else "causal"
         left, right = ("all" if bound is None else bound for bound in (self.left, self.right))
@@ -39,7 +39,7 @@ class Band:
 
     @property
     def is_window(self) -> bool:
-        """Whether distances matter, beyond before and after."""
+        """Whether attention is limited to a window, other than causality."""
         return self.left is not None or self.right not in (None, 0)
 
     @property
@@ -50,11 +50,7 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """Attention that is not known to be a band, and needs the whole mask.
-
-    Args:
-        name: What messages and traces call it.
-    """
+    """Attention that is not a recognised band and needs the whole mask; `name` is for messages and traces."""
 
     name: str
     left: ClassVar[None] = None
@@ -68,14 +64,11 @@ FULL, CAUSAL = Band(), Band(right=0)
 
 
 def recognise(mask_function: MaskFunction) -> tuple[Pattern, torch.Tensor | None, torch.Tensor | None]:
-    """Recognises a mask function exactly; a function that is not known for certain is `Opaque`.
-
-    Args:
-        mask_function: As transformers' mask helpers pass it to a mask interface.
+    """Recognises a mask function exactly; any uncertainty makes it `Opaque`.
 
     Returns:
-        The pattern; for packed sequences, the sequence index of each position, shape `(batch, tokens)`; and the
-        positions that the band is measured in, of the same shape, if these are not the indices.
+        The pattern; the sequence index of each token for packed sequences, shape `(batch, tokens)`, or None; and the
+        positions that the band counts in, of the same shape, or None if the band counts token indices.
     """
     if mask_function is bidirectional_mask_function:
         return FULL, None, None

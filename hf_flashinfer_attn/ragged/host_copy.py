@@ -15,14 +15,11 @@ __all__ = ["HostCopy", "to_device_async"]
 
 
 class HostCopy:
-    """Asynchronous device-to-host copy of a few numbers; the first use of `values` waits for it.
+    """Asynchronous device-to-host copy of a few numbers (integers or bools); the first use of `values` waits for it.
 
-    The copy goes to pinned memory while the first projections of a model are launched, so the wait is short. The host
-    also waits to learn the position of a static cache, when its mask is made, and before it fills a plan buffer again
-    that is still being copied from.
-
-    Args:
-        numbers: Integers or bools of any shape, on any device.
+    The copy to pinned memory overlaps with the launches of the first projections, so the wait is short. The host also
+    waits when `lazy_mask` reads the position of a static cache, and when a FlashInfer wrapper plans again before its
+    last plan was copied from pinned memory.
 
     Raises:
         UnsupportedAttentionError: If a CUDA graph is being captured.
@@ -55,18 +52,18 @@ class HostCopy:
 
 
 def to_device_async(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a tensor to a device; the host does not wait for earlier work there. Differentiable."""
+    """Copies a tensor to a device without waiting for earlier work of the device; differentiable."""
     if device.type != "cuda":
-        # The host reads the copy at once, and torch would not wait until it is there.
+        # Blocking: torch would not wait for a non-blocking copy before the host reads it.
         return value.to(device)
     if value.device.type == "cpu":
-        # From unpinned memory the driver may wait for the GPU. The caller's own memory may be written to before the
-        # copy is over.
+        # The driver may wait for the GPU to copy unpinned memory. A pinned tensor of the caller could be written to
+        # before the copy has finished.
         pinned = torch.empty_like(value, pin_memory=True)
         if value.is_floating_point() or value.is_complex():
             value = pinned.copy_(value)
         else:
-            # torch's copy of many elements wakes all threads, which takes milliseconds on a busy host.
+            # torch's copy uses all threads, which takes milliseconds on a busy host.
             np.copyto(pinned.numpy(), value.numpy())
             value = pinned
     return value.to(device, non_blocking=True)

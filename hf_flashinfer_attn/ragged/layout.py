@@ -28,9 +28,9 @@ class RaggedSide:
     """Queries or keys of a batch.
 
     Args:
-        lengths: Number of tokens of each row, on the host.
-        padded_shape: Rows and padded length of the padded tensor; `(1, total_tokens)` for packed input.
-        valid: Which padded positions hold a token, bool, shape `padded_shape`; None if all do.
+        lengths: Number of tokens of each row.
+        padded_shape: Rows and length of the padded tensor; `(1, total_tokens)` for packed input.
+        valid: True where a padded position holds a token, shape `padded_shape`; None without padding.
 
     Raises:
         ValueError: If there is padding and `valid` is None.
@@ -62,7 +62,7 @@ class RaggedSide:
         return torch.tensor(self.lengths, dtype=torch.int32, device="cpu")
 
     def _once_per_stream(self, name: str, device: torch.device, make: Callable[[], T]) -> T:
-        # Another stream would not wait for the work that makes the value.
+        # Streams do not wait for each other, so each one makes its own value.
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = name, device, stream
         if key not in self._on_device:
@@ -75,7 +75,7 @@ class RaggedSide:
         return self._once_per_stream("cu_seqlens", device, lambda: self.cu_seqlens_host.to(device, non_blocking=True))
 
     def token_map(self, device: torch.device) -> TokenMap | None:
-        """Returns where the tokens are, on `device`; None if there is no padding."""
+        """Returns the token map on `device`; None without padding."""
         valid = self._valid
         if valid is None:
             return None
@@ -85,32 +85,30 @@ class RaggedSide:
 
     def positions_in_row(self, device: torch.device) -> torch.Tensor | None:
         """Returns each token's padded position in its row, int32, shape `(total_tokens,)`; None without padding."""
-        found = self.token_map(device)
-        if found is None:
+        token_map = self.token_map(device)
+        if token_map is None:
             return None
-        return self._once_per_stream("in row", device, lambda: found.positions % self.padded_shape[1])
+        return self._once_per_stream("in row", device, lambda: token_map.positions % self.padded_shape[1])
 
     def gather(self, padded: torch.Tensor) -> torch.Tensor:
         """Drops padding: `(*padded_shape, heads, dim)` to `(total_tokens, heads, dim)`; differentiable."""
         flat = padded.reshape(-1, *padded.shape[2:])
-        found = self.token_map(padded.device)
-        return flat if found is None else flat.index_select(0, found.positions)
+        token_map = self.token_map(padded.device)
+        return flat if token_map is None else flat.index_select(0, token_map.positions)
 
     def scatter(self, ragged: torch.Tensor) -> torch.Tensor:
         """Undoes `gather`, with zeros in padding; differentiable."""
         shape = (*self.padded_shape, *ragged.shape[1:])
-        found = self.token_map(ragged.device)
-        if found is None:
-            # A cropped head_dim leaves gaps, and models call `view` on the output.
+        token_map = self.token_map(ragged.device)
+        if token_map is None:
+            # Models call `view` on the output, which fails on a cropped head_dim.
             return ragged.reshape(shape).contiguous()
         padded = ragged.new_zeros(self.padded_shape[0] * self.padded_shape[1], *ragged.shape[1:])
-        return padded.index_copy_(0, found.positions.long(), ragged).reshape(shape)
+        return padded.index_copy_(0, token_map.positions.long(), ragged).reshape(shape)
 
 
 class RaggedLayout:
-    """Queries and keys of a batch, and the kernel plans that were made for these lengths.
-
-    In self-attention both sides are one object.
+    """Queries and keys of a batch, and the kernel plans for their lengths. In self-attention both sides are one object.
 
     Args:
         query: The queries.
@@ -130,11 +128,11 @@ class RaggedLayout:
     def __init__(self, query: RaggedSide, key: RaggedSide | None = None) -> None:
         self.query = query
         self.key = query if key is None else key
-        # Values that kernels derive from the lengths; they live as long as the layout.
+        # Kernel plans, and other values that kernels derive from the lengths.
         self.plans: dict[Hashable, Any] = {}
         self.derived: dict[Hashable, Any] = {}
         self.lock = threading.Lock()
-        # Memory for the plans of captured graphs, which are updated before each replay.
+        # Memory for plans of captured graphs; each replay plans again.
         self.graph_workspace: Any = None
         record_layout()
 
@@ -163,17 +161,13 @@ class RaggedLayout:
 
     @classmethod
     def for_graph(cls, lengths: Sequence[int], rows: int, tokens: int, workspace: Any) -> RaggedLayout:
-        """Makes the layout of packed input that is filled up to the size of a captured graph.
+        """Makes the layout of a captured graph: packed input with empty rows up to `rows`, and `tokens` tokens.
 
-        Args:
-            lengths: Row lengths; rows of length 0 follow.
-            rows: Rows of the graph.
-            tokens: Tokens of the graph; those after the last row belong to no row.
-            workspace: Memory for plans.
+        Tokens after the last row belong to no row. `workspace` is memory for plans.
         """
         side = RaggedSide([*lengths, *(0,) * (rows - len(lengths))], (1, sum(lengths)), None)
         side.padded_shape = (1, tokens)
-        # A replay may have one row of all tokens, which reaches bounds that no row reaches now.
+        # A replay may have one row of all tokens, so no bound may be dropped.
         side.max_length = tokens
         layout = cls(side)
         layout.graph_workspace = workspace
@@ -189,12 +183,12 @@ class RaggedLayout:
     ) -> RaggedLayout:
         """Makes a layout of packed input; the host waits for one copy if cu_seqlens are on a GPU.
 
-        cu_seqlens of the same values make a self-attention layout, be they one tensor or two.
+        Two tensors of equal values make a self-attention layout, as one tensor does.
 
         Args:
             query_cu_seqlens: Integers, shape `(sequences + 1,)`.
             key_cu_seqlens: The same for the keys; may be the same tensor.
-            query_shape: Rows and length of the packed queries, usually `(1, total_tokens)`.
+            query_shape: Shape of the packed queries, `(rows, length)`, usually `(1, total_tokens)`.
             key_shape: The same for the keys.
 
         Raises:
@@ -207,7 +201,7 @@ class RaggedLayout:
 
 
 def lengths_of(offsets: Sequence[int], shape: tuple[int, int]) -> list[int]:
-    """Returns row lengths from cumulative ones; raises a `ValueError` if they do not describe tokens of `shape`."""
+    """Returns row lengths from cu_seqlens; raises `ValueError` if they do not describe tokens of `shape`."""
     lengths = [end - start for start, end in itertools.pairwise(offsets)]
     if offsets[0] != 0 or offsets[-1] != shape[0] * shape[1] or min(lengths, default=0) < 0:
         raise ValueError(

@@ -1,8 +1,7 @@
-"""Lazy mask: the tensor without memory that the mask function returns and every layer receives.
+"""Lazy mask: a tensor without memory, returned by the mask function and passed to every layer.
 
-It has the shape, dtype and device of the additive mask that eager attention would get, but no memory. Our attention
-function takes the ragged layout from it. A model that does its own attention, or any other tensor arithmetic, gets the
-real values: the mask is made dense on first use, by transformers' own function for eager attention.
+It has the shape, dtype and device of eager attention's additive mask. The attention function takes the ragged layout
+from it. Any other operation gets the real values: transformers' own `eager_mask` makes them on first use.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .mask_state import MaskSpec, MaskState, is_mask_of_ones
 
 __all__ = ["RaggedMask", "lazy_mask"]
 
-# Tensor methods that only read metadata, so that the mask may stay lazy.
+# Methods that only read metadata; the mask stays lazy.
 _METADATA_METHODS = frozenset(
     {
         "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
@@ -31,7 +30,7 @@ _METADATA_METHODS = frozenset(
 )  # fmt: skip
 _DATA_PROPERTIES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
 _NO_OP_METHODS = frozenset({"detach", "contiguous"})
-# Hand out memory that may be written to without a trace.
+# Methods that return memory; writes to it are not counted as versions.
 _MEMORY_METHODS = frozenset({"numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage"})
 _MOVE_METHODS = frozenset({"to", "cuda", "cpu", "half", "bfloat16", "float", "double", "type_as"})
 
@@ -50,10 +49,10 @@ def _property_of(function: Callable[..., Any]) -> str | None:
 
 
 class RaggedMask(torch.Tensor):
-    """An additive attention mask `(batch, 1, q_length, kv_length)` that knows its ragged layout.
+    """Lazy additive attention mask, shape `(batch, 1, q_length, kv_length)`, with the state of its forward.
 
-    Values are 0 where a query sees a key and the dtype's minimum elsewhere, as in eager attention, and exist only once
-    somebody computes with them. In-place changes are kept: they turn the mask into a dense one for good.
+    Values are 0 where a query sees a key and the dtype's minimum elsewhere, as in eager attention. They are made when
+    an operation needs them. An in-place write makes the mask dense for good.
     """
 
     state: MaskState
@@ -81,12 +80,12 @@ class RaggedMask(torch.Tensor):
 
     @property
     def was_modified(self) -> bool:
-        """Whether somebody wrote to the dense values, so that the layout no longer holds."""
+        """Whether the dense values were written to, which makes the layout invalid."""
         return self._dense is not None and self._dense._version != self._dense_version
 
     @property
     def hides_nothing(self) -> bool:
-        """Whether every query sees every key, so that eager attention would get no mask; reads lengths."""
+        """Whether every query sees every key, so that eager attention would need no mask; reads row lengths."""
         pattern, length = self.spec.pattern, self.spec.kv_length
         if isinstance(pattern, Opaque) or pattern.is_causal or self.spec.packed is not None:
             return False
@@ -133,7 +132,7 @@ class RaggedMask(torch.Tensor):
         if mask is not None and name in _MEMORY_METHODS:
             torch.autograd.graph.increment_version(mask.dense())
         if mask is not None and not mask.was_modified:
-            # `data` as well: of a plain tensor it would be an alias whose writes are not counted.
+            # `data` too: writes to the alias that a plain tensor returns are not counted.
             if name in _NO_OP_METHODS or _property_of(func) == "data":
                 return mask
             if name in _MOVE_METHODS and (moved := _move(mask, func, args, kwargs)) is not None:
@@ -146,7 +145,7 @@ class RaggedMask(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Reached by calls that bypass __torch_function__, such as those made from C++.
+        # Calls from C++ bypass __torch_function__.
         return func(*tree_map(_to_dense, args), **tree_map(_to_dense, kwargs or {}))
 
 
@@ -157,12 +156,12 @@ def _to_dense(value: Any) -> Any:
 def _move(
     mask: RaggedMask, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> RaggedMask | None:
-    """Returns the mask on the dtype and device that a call such as `mask.to(...)` asks for; None if not a float one."""
+    """Returns the lazy mask with the dtype and device of a call such as `mask.to(...)`; None if it cannot stay lazy."""
     if kwargs.get("copy"):
         return None
     with torch._C.DisableTorchFunctionSubclass():
         dtype, device = mask.dtype, mask.device
-        # An empty tensor answers what the many spellings of these calls mean.
+        # An empty tensor resolves the many signatures of these calls.
         probe: torch.Tensor = func(torch.empty(0, dtype=dtype, device=device), *args[1:], **kwargs)
     if not probe.dtype.is_floating_point:
         return None
@@ -170,7 +169,7 @@ def _move(
 
 
 def _keeps_everything(mask: RaggedMask, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a slice such as `mask[:, :, :, :kv_length]`, or an expand, is the whole mask again."""
+    """Whether a slice such as `mask[:, :, :, :kv_length]`, or an expand, returns the whole mask."""
     spec = mask.spec
     shape = (spec.batch_size, 1, spec.q_length, spec.kv_length)
     if name == "expand":
@@ -203,22 +202,10 @@ def lazy_mask(
     device: torch.device | str,
     use_vmap: bool,
 ) -> RaggedMask:
-    """Makes the lazy mask of one forward from what transformers' mask helpers hand to a mask interface.
-
-    Args:
-        batch_size: Rows.
-        q_length: Query slots per row.
-        kv_length: Key slots per row.
-        q_offset: Position of the first query.
-        kv_offset: Position of the first key.
-        mask_function: Which keys a query may see, padding aside.
-        attention_mask: Valid positions, bool, shape `(batch, tokens seen so far)`.
-        dtype: Of the additive mask.
-        device: Of the additive mask.
-        use_vmap: Whether the mask function needs vmap to be evaluated.
+    """Makes the lazy mask of one forward; the arguments are those of transformers' mask interfaces.
 
     Raises:
-        UnsupportedAttentionError: If the attention mask and the batch differ in their number of rows.
+        UnsupportedAttentionError: If `attention_mask` has another number of rows than the batch.
     """
     if attention_mask is not None and attention_mask.shape[0] != batch_size:
         raise UnsupportedAttentionError(
@@ -228,11 +215,11 @@ def lazy_mask(
         )
     if isinstance(q_offset, torch.Tensor) and q_offset.is_cuda:
         record_host_copy()
-    # A static cache counts its tokens on the device, and counts on in place before a layer asks for the dense mask.
+    # A static cache counts its tokens on the device, in place: a later read would return a later position.
     first_query = int(q_offset)
     padding_mask = None
     if attention_mask is not None:
-        # Without values there is no padding to be found.
+        # A meta tensor has no values, hence no padding.
         is_ones = is_mask_of_ones(attention_mask) or attention_mask.is_meta
         attention_mask = attention_mask.to(torch.bool)
         padding_mask = None if is_ones else attention_mask
@@ -259,10 +246,10 @@ def lazy_mask(
         pattern, packed = Opaque("packed sequences with padding"), None
     tables = [table for table in (packed, positions) if table is not None]
     # Other dtypes may overflow or hold NaN.
-    counts = {torch.bool, torch.int32, torch.int64}
-    if any(table.shape != (batch_size, q_length) or table.dtype not in counts for table in tables):
+    dtypes = {torch.bool, torch.int32, torch.int64}
+    if any(table.shape != (batch_size, q_length) or table.dtype not in dtypes for table in tables):
         pattern, packed = Opaque("packed sequences of another shape than the batch"), None
-    # Ragged attention aligns the last query with the last key; keys after a causal query are cut off before.
+    # Ragged attention aligns the last query with the last key. If causal, `MaskState` drops later keys.
     aligned = first_query + q_length == kv_offset + kv_length
     if pattern.is_window and not pattern.is_causal and not aligned:
         pattern = Opaque("a window over keys of another sequence")

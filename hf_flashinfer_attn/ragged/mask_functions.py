@@ -1,8 +1,8 @@
 """Exact recognition of mask functions, by calling them with symbolic positions.
 
-A comparison of two symbolic positions returns the band that it stands for; bands of the same packed sequences can be
-joined and intersected. Any other operation on a symbol makes the result unknown. Closures, globals and helper functions
-need no inspection, so this also works while torch.compile traces.
+A comparison of two symbolic positions returns a band. Bands of the same packed sequences can be joined and intersected.
+Any other operation on a symbol makes the result unknown. Closures, globals and helper functions need no inspection, so
+this also works while torch.compile traces.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ __all__ = ["TensorLikePosition", "Visible", "interpret"]
 
 
 class _Symbol:
-    """A tensor that a mask function computes with; results of its operators are unknown unless a subclass says more."""
+    """A symbolic tensor; its operators return unknown symbols unless a subclass defines them."""
 
     device = None
 
     def __getattr__(self, name: str) -> Any:
-        # Not an AttributeError, which `hasattr` would turn into False.
+        # Not AttributeError, which `hasattr` would turn into False.
         raise TypeError(f"a mask function that reads {name!r} of a position is not known")
 
     def to(self, *args: Any, **kwargs: Any) -> _Symbol:
-        # To the device of another, as transformers does; another dtype may round or wrap around.
+        # transformers moves positions to the device (here None) of other tensors. A dtype may round or wrap around.
         return self if args == (None,) and not kwargs else _Symbol()
 
     def new_zeros(self, *args: Any, **kwargs: Any) -> _Symbol:
@@ -55,7 +55,7 @@ for _name in (
 
 
 class _Position(_Symbol):
-    """A query's or key's slot plus `shift`; or what `table`, shape `(batch, slots)`, holds for it."""
+    """Symbolic position of a query or key plus `shift`: its index, or its entry in `table`, shape `(batch, tokens)`."""
 
     def __init__(self, is_query: bool, shift: int = 0, table: torch.Tensor | None = None) -> None:
         self.is_query = is_query
@@ -85,7 +85,7 @@ class _Position(_Symbol):
         return other._at_most(self, -1) if isinstance(other, _Position) else _Symbol()
 
     def _at_most(self, other: object, slack: int) -> _Symbol:
-        """What `self <= other + slack` lets a query see."""
+        """Returns the keys that a query sees under `self <= other + slack`."""
         if not isinstance(other, _Position) or not _may_be_compared(self, other):
             return _Symbol()
         reach = other.shift - self.shift + slack
@@ -143,10 +143,10 @@ class Visible(_Symbol):
     """The keys that a query sees: a band, in one packed sequence. A band of negative bounds is empty.
 
     Args:
-        left: How many keys before its own position; None for all.
-        right: How many keys after its own position; None for all, 0 for causal attention.
-        packed: The sequence of each slot, shape `(batch, slots)`; None unless packed.
-        positions: What the band counts in where it does not count slots, shape `(batch, slots)`.
+        left: Number of keys before the query's own position; None for all.
+        right: Number of keys after it; None for all, 0 for causal attention.
+        packed: Sequence index of each token, shape `(batch, tokens)`; None unless packed.
+        positions: Positions that the band counts in, shape `(batch, tokens)`; None for token indices.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Visible(_Symbol):
 
     @property
     def is_empty(self) -> bool:
-        # Where positions count, one of the bounds may still count slots.
+        # With `positions`, one of the two bounds may still count indices.
         if self.positions is not None or self.left is None or self.right is None:
             return False
         return self.left + self.right < 0
@@ -216,7 +216,7 @@ def _may_be_compared(one: _Position, other: _Position) -> bool:
 
 
 def _are_apart(one: _Position, other: object) -> bool:
-    """Whether two are a query's and a key's place in the same count."""
+    """Whether two symbols are the unshifted positions of a query and a key in the same table."""
     return isinstance(other, _Position) and _may_be_compared(one, other) and one.shift == 0 and other.shift == 0
 
 
@@ -255,7 +255,7 @@ class _Lookups(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# Errors that code may raise when it gets symbols instead of tensors.
+# Errors that a mask function may raise on symbols.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _LARGEST = 2**31 - 1
 
@@ -263,9 +263,7 @@ _LARGEST = 2**31 - 1
 def interpret(mask_function: Callable[..., Any], position: type[_Position] = _Position) -> Visible | None:
     """Returns the keys that a query sees; None unless they are certainly a band that includes its own position.
 
-    Args:
-        mask_function: As passed by transformers' mask helpers.
-        position: Class of the symbolic positions.
+    `position` is the class of the symbolic positions.
 
     Examples:
         >>> from transformers.masking_utils import sliding_window_causal_mask_function
@@ -278,14 +276,14 @@ def interpret(mask_function: Callable[..., Any], position: type[_Position] = _Po
         with _Lookups(batch):
             visible = mask_function(batch, _Symbol(), position(is_query=True), position(is_query=False))
     except _FAILURES:
-        # It does with a position what no symbol can.
+        # Symbols do not support an operation of the mask function.
         return None
     if not isinstance(visible, Visible) or not visible.is_around:
         return None
-    # Kernels count in 32 bits.
+    # Kernels use 32-bit bounds.
     if max(visible.left or 0, visible.right or 0) > _LARGEST:
         return None
-    # Counted positions restart where a sequence does; without sequences they mean something else.
+    # Positions restart in each sequence; without sequences their meaning is unknown.
     if visible.positions is not None and visible.packed is None:
         return None
     return visible

@@ -1,4 +1,4 @@
-"""State of a lazy mask: padding, pattern and positions, read once for all layers of a forward."""
+"""State of a lazy mask: padding and row lengths, read once per forward, and dense values, made once."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class MaskSpec:
         kv_length: Padded length of the keys.
         q_offset: Position of the first query.
         kv_offset: Position of the first key.
-        padding_mask: Valid positions, bool, shape `(batch, >= kv_offset + kv_length)`; None if all are valid.
-        pattern: Which keys a query may see, padding aside.
-        packed: Sequence index of each position, shape `(batch, q_length)`; None unless packed.
-        positions: Positions that the band is measured in, shape `(batch, q_length)`; None for indices.
+        padding_mask: True for valid positions, shape `(batch, >= kv_offset + kv_length)`; None without padding.
+        pattern: Attention pattern, padding aside.
+        packed: Sequence index of each token, shape `(batch, q_length)`; None unless packed.
+        positions: Positions that the band counts in, shape `(batch, q_length)`; None for token indices.
         densify: Makes the additive mask of eager attention, shape `(batch, 1, q_length, kv_length)`.
     """
 
@@ -52,16 +52,16 @@ class MaskSpec:
         return (self.batch_size, self.q_length, self.kv_length) == (query.shape[0], query.shape[2], key.shape[2])
 
 
-# Query-key pairs of a batch below which attention may need no lengths.
+# Batches with fewer query-key pairs may run with a padding mask, which needs no row lengths.
 _SMALL = 1 << 20
 
 
 class MaskState(ForwardState):
-    """Layouts and dense values of a mask, each made at most once, for copies of the mask on any device.
+    """Layouts and dense values of a mask, each made once and shared by copies of the mask on any device.
 
     Args:
         spec: Arguments of the mask function.
-        device: Device of the tensors that the mask function closes over.
+        device: Device of the mask function's tensors.
     """
 
     def __init__(self, spec: MaskSpec, device: torch.device) -> None:
@@ -74,14 +74,14 @@ class MaskState(ForwardState):
         self._started: HostCopy | None = None
         self._is_unread = False
         self._sides: tuple[RaggedSide, RaggedSide] | None = None
-        # Causal queries see no key after the last query, such as an unwritten one of a static cache.
+        # Causal queries see no key after the last query, such as unwritten keys of a static cache.
         end = spec.kv_offset + spec.kv_length
         if spec.pattern.is_causal:
             end = min(end, spec.q_offset + spec.q_length)
         self._seen_keys = end - spec.kv_offset
         if isinstance(spec.pattern, Opaque) or (spec.packed is None and spec.padding_mask is None):
             return
-        # The copy is under way while the first projections are launched; a small batch may not need it.
+        # Starts the copy before the first projections are launched; a small batch may not need it.
         is_small = spec.batch_size * spec.q_length * spec.kv_length < _SMALL and not spec.pattern.is_window
         self._is_unread = is_small and spec.packed is None
         if not self._is_unread:
@@ -108,7 +108,7 @@ class MaskState(ForwardState):
         if spec.packed is not None:
             rows = spec.packed
             if spec.positions is not None:
-                # The last column tells whether positions increase by one in every sequence, as indices do.
+                # Last column: whether positions increase by one in every sequence, as indices do.
                 steps = (spec.packed.diff() != 0) | (spec.positions.diff() == 1)
                 rows = torch.cat([spec.packed, steps.all(-1, keepdim=True).to(spec.packed.dtype)], dim=1)
             self._started = HostCopy(rows)
@@ -118,7 +118,7 @@ class MaskState(ForwardState):
         self._query_valid = self._key_valid
         if self._seen_keys != spec.q_length:
             if not spec.pattern.is_causal:
-                # Keys of another sequence: nothing is known of the queries, all stay.
+                # The padding mask describes another sequence, so all queries are valid.
                 self._query_valid = self._key_valid.new_ones(spec.batch_size, spec.q_length)
             else:
                 self._query_valid = spec.padding_mask[:, spec.q_offset : spec.q_offset + spec.q_length]
@@ -131,7 +131,7 @@ class MaskState(ForwardState):
 
     @functools.cached_property
     def has_holes(self) -> bool:
-        """Whether padding splits a row in which distances matter, or a packed sequence is in pieces; reads lengths."""
+        """Whether padding splits a row of windowed attention, or a packed sequence is split; reads row lengths."""
         spec = self.spec
         if (spec.packed is None and not spec.pattern.is_window) or self._read is None:
             return False
@@ -143,7 +143,7 @@ class MaskState(ForwardState):
 
     @functools.cached_property
     def _packed_runs(self) -> list[list[tuple[int, int]]]:
-        """Sequence index and number of tokens of each run of a packed sequence, for each row."""
+        """Sequence index and number of tokens of each run of equal indices, for each row."""
         assert self._read is not None
         rows = (itertools.groupby(row[: self.spec.q_length]) for row in self._read.values)
         return [[(sequence, len(list(run))) for sequence, run in row] for row in rows]
@@ -159,9 +159,10 @@ class MaskState(ForwardState):
 
     @property
     def padded_queries_need_mask(self) -> bool:
-        """Whether eager attention of padded queries differs from that of a ragged row; reads lengths.
+        """Whether ragged attention computes padded queries differently from eager attention; reads row lengths.
 
-        In causal and windowed attention, padding attends to padding; a query without keys averages all values.
+        Eager attention lets padding attend to padding if it is causal or windowed. A query without keys averages all
+        values.
         """
         spec = self.spec
         if spec.padding_mask is None or isinstance(spec.pattern, Opaque):
@@ -172,15 +173,15 @@ class MaskState(ForwardState):
         return 0 in layout.key.lengths
 
     def dense(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Returns the additive mask in memory of its own, from cached values if nobody wrote to them."""
+        """Returns a copy of the additive mask, made from cached values unless they were written to."""
         # Writes to inference tensors are not counted.
         with torch.inference_mode(False), torch.no_grad():
-            if (made := self._unwritten(dtype, device)) is not None:
-                return made.clone()
+            if (cached := self._unwritten(dtype, device)) is not None:
+                return cached.clone()
             values = self._unwritten(dtype, self._device)
             if values is None:
                 self.require_unwritten()
-                # transformers may return an expanded view, where an in-place write fails.
+                # transformers may return an expanded view, which cannot be written to in place.
                 values = self.spec.densify(dtype, self._device).contiguous()
                 values = self._cache(values.clone() if values.is_inference() else values, self._device)
             return values if device == self._device else self._cache(values.to(device, copy=True), device)
@@ -194,7 +195,7 @@ class MaskState(ForwardState):
         return values
 
     def layout(self, *, keep_padded_queries: bool = False) -> RaggedLayout:
-        # A causal query always belongs to the sequence of the keys.
+        # Causal attention is always self-attention, so its padded queries can be dropped.
         keep = keep_padded_queries and not self.spec.pattern.is_causal
         if (layout := self._layouts.get(keep)) is None:
             layout = self._layouts[keep] = self._make_layout(keep)
@@ -232,7 +233,7 @@ class MaskState(ForwardState):
 
 
 def _version_of(padding_mask: torch.Tensor | None) -> int | None:
-    """Returns what changes when a mask is written to; None for inference tensors, which count no versions."""
+    """Returns the version counter of a mask; None for inference tensors, which have none."""
     return None if padding_mask is None or padding_mask.is_inference() else padding_mask._version
 
 
@@ -249,7 +250,7 @@ def mask_of_ones(batch_size: int, length: int, device: torch.device) -> torch.Te
 
 
 def is_mask_of_ones(padding_mask: torch.Tensor) -> bool:
-    """Whether a mask comes from `mask_of_ones`, and nobody wrote to it."""
+    """Whether a mask comes from `mask_of_ones` and was not written to."""
     version: int | None = getattr(padding_mask, _ONES, None)
     return version is not None and version == padding_mask._version
 

@@ -15,7 +15,7 @@ __all__ = ["TokenMap", "use_triton"]
 
 @functools.cache
 def _has_triton(device: torch.device) -> bool:
-    """Whether Triton can compile and launch kernels on a GPU; launches need a C compiler."""
+    """Whether Triton can run kernels on a GPU; Triton compiles its launchers with a C compiler."""
     if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 5):
         return False
     return any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc"))))
@@ -28,7 +28,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TokenMap:
-    """Tokens of a padded batch, and padded positions, counted through all rows.
+    """Map between tokens and padded positions, both counted through all rows.
 
     Args:
         positions: Padded position of each token, int32, shape `(total_tokens,)`.
@@ -43,9 +43,9 @@ class TokenMap:
         """Numbers the tokens row by row; the host does not wait.
 
         Args:
-            valid: Which padded positions hold a token, bool, shape `(rows, padded_length)`.
-            total_tokens: Number of tokens; None if the host does not know it yet: `positions` is then as long as
-                `tokens`, with zeros after the last token.
+            valid: True where a padded position holds a token, shape `(rows, padded_length)`.
+            total_tokens: Number of tokens; None if it is still on the device. `positions` is then as long as `tokens`,
+                with zeros after the last token.
         """
         flat = valid.reshape(-1)
         ranks = flat.cumsum(0, dtype=torch.int32)
@@ -56,7 +56,7 @@ class TokenMap:
                 return cls(*triton_tokens.number_tokens(flat.contiguous(), ranks, total_tokens))
         tokens = torch.where(flat, ranks - 1, -1)
         size = tokens.numel() if total_tokens is None else total_tokens
-        # Not `nonzero`, which waits for the GPU to learn the size: all padding lands in one extra place.
+        # Not `nonzero`, which makes the host wait for the size. All padding is scattered to one extra element.
         destination = torch.where(tokens >= 0, tokens, size).long()
         positions = torch.arange(tokens.numel(), dtype=torch.int32, device=tokens.device)
         return cls(positions.new_zeros(size + 1).scatter_(0, destination, positions)[:size], tokens)

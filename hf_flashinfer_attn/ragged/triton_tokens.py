@@ -1,4 +1,4 @@
-"""Triton kernel that numbers the tokens of a padded batch; repeated launches of compiled Triton kernels."""
+"""Triton kernel that numbers the tokens of a padded batch, and fast launches of compiled Triton kernels."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import triton.language as tl
 __all__ = ["Launch", "number_tokens"]
 
 
-@triton.jit(do_not_specialize=["num_slots"])
-def _number_tokens_kernel(valid, ranks, slots, tokens, num_slots, BLOCK: tl.constexpr):
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = slot < num_slots
-    is_token = (tl.load(valid + slot, mask=inside, other=0) != 0) & inside
-    token = tl.load(ranks + slot, mask=inside, other=0) - 1
-    tl.store(slots + token, slot, mask=is_token)
-    tl.store(tokens + slot, tl.where(is_token, token, -1), mask=inside)
+@triton.jit(do_not_specialize=["num_positions"])
+def _number_tokens_kernel(valid, ranks, positions, tokens, num_positions, BLOCK: tl.constexpr):
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < num_positions
+    is_token = (tl.load(valid + position, mask=inside, other=0) != 0) & inside
+    token = tl.load(ranks + position, mask=inside, other=0) - 1
+    tl.store(positions + token, position, mask=is_token)
+    tl.store(tokens + position, tl.where(is_token, token, -1), mask=inside)
 
 
 _compiled: dict[Hashable, Any] = {}
 
 
 class Launch:
-    """A compiled kernel and its arguments but for the pointers.
+    """A compiled Triton kernel with all of its arguments except the pointers; launched once when it is made.
 
-    Triton looks at every argument of every launch to find the compiled kernel that fits, 3 us each. What it looks at
-    is the key here: dtypes and constants, and of pointers and strides whether 16 divides them. Sizes are not
-    specialised.
+    Triton inspects every argument of every launch, 3 us each, to select a compiled kernel. This class caches compiled
+    kernels by the same properties: dtypes, constants, and the divisibility of pointers and strides by 16. Kernels must
+    not specialise sizes.
 
     Args:
-        kernel: Takes, in this order, tensors, strides, sizes and constants.
-        grid: Programs along three axes.
-        tensors: The first launch is theirs.
-        strides: Of any of the tensors.
-        sizes: Of any of the tensors.
-        constants: Known when the kernel is compiled.
+        kernel: Triton kernel with the parameters tensors, strides, sizes and constants, in this order.
+        grid: Number of programs along three axes.
+        tensors: Tensors of the first launch.
+        strides: Strides of the tensors.
+        sizes: Integers that are not specialised.
+        constants: Values of the constexpr parameters.
     """
 
     __slots__ = ("_launch", "_rest")
@@ -59,7 +59,7 @@ class Launch:
         compiled: Any = _compiled.get(key)
         if compiled is None:
             compiled = kernel[grid](*tensors, *self._rest)
-            # None where kernels are interpreted.
+            # None if Triton interprets kernels.
             self._launch: Any = None if compiled is None else compiled[grid]
             if compiled is not None:
                 _compiled[key] = compiled
@@ -72,7 +72,7 @@ class Launch:
         return self._launch is not None
 
     def __call__(self, *pointers: int) -> None:
-        """Launches the kernel on other tensors, whose pointers are as divisible by 16 as the first ones were."""
+        """Launches the kernel on other tensors; their pointers must be divisible by 16 where the first ones were."""
         self._launch(*pointers, *self._rest)
 
 
@@ -82,17 +82,16 @@ def number_tokens(
     """Numbers the tokens of a padded batch.
 
     Args:
-        valid: Which slots hold a token, bool, contiguous, any shape.
-        ranks: How many slots up to each one, itself included, hold a token, int32, contiguous.
-        total_tokens: How many do; None for as many as there are slots at most.
+        valid: True where a padded position holds a token, contiguous, any shape.
+        ranks: Cumulative sum of `valid`, int32, contiguous.
+        total_tokens: Number of tokens; None if it is still on the device.
 
     Returns:
-        The slot of each token, int32, shape `(total_tokens,)`, or zeros after the last one; and the token of each slot,
-        -1 for padding, int32.
+        `positions` and `tokens` of a [`TokenMap`].
     """
-    num_slots, block = valid.numel(), 1024
-    tokens = torch.empty(num_slots, dtype=torch.int32, device=valid.device)
-    slots = torch.zeros_like(tokens) if total_tokens is None else tokens.new_empty(total_tokens)
-    grid = (triton.cdiv(num_slots, block), 1, 1)
-    Launch(_number_tokens_kernel, grid, (valid.view(torch.uint8), ranks, slots, tokens), (), (num_slots,), (block,))
-    return slots, tokens
+    num_positions, block = valid.numel(), 1024
+    tokens = torch.empty(num_positions, dtype=torch.int32, device=valid.device)
+    positions = torch.zeros_like(tokens) if total_tokens is None else tokens.new_empty(total_tokens)
+    tensors = valid.view(torch.uint8), ranks, positions, tokens
+    Launch(_number_tokens_kernel, (triton.cdiv(num_positions, block), 1, 1), tensors, (), (num_positions,), (block,))
+    return positions, tokens
