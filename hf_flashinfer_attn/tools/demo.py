@@ -242,7 +242,7 @@ def load_encoder(
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    # Some versions of transformers report an obsolete buffer of the checkpoint. A missing weight would still be noticed:
+    # Some versions of transformers report an obsolete buffer of the checkpoint. A missing weight is noticed anyway:
     # it is random in each model, so the comparison fails.
     had_bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

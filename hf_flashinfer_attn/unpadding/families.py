@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -93,7 +94,8 @@ FAMILIES = {
 
 def family_of(model: torch.nn.Module | None) -> Family | None:
     """Returns the packing rules of a backbone; None for any other module."""
-    return _family_of_type(type(model))
+    model_class: type[Any] = type(model)
+    return _family_of_type(model_class)
 
 
 @functools.cache

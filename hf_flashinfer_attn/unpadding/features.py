@@ -35,7 +35,8 @@ class _SwappedFeatures(dict[str, Any]):
 
 def is_transformer(module: torch.nn.Module) -> bool:
     """Whether a module is sentence-transformers' `Transformer`."""
-    return _is_transformer_type(type(module))
+    module_class: type[Any] = type(module)
+    return _is_transformer_type(module_class)
 
 
 @functools.cache
