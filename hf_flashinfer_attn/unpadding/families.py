@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -94,8 +93,7 @@ FAMILIES = {
 
 def family_of(model: torch.nn.Module | None) -> Family | None:
     """Returns the packing rules of a backbone; None for any other module."""
-    model_class: type[Any] = type(model)
-    return _family_of_type(model_class)
+    return _family_of_type(type(model))  # type: ignore[arg-type]  # mypy: a class is not Hashable
 
 
 @functools.cache

@@ -35,8 +35,7 @@ class _SwappedFeatures(dict[str, Any]):
 
 def is_transformer(module: torch.nn.Module) -> bool:
     """Whether a module is sentence-transformers' `Transformer`."""
-    module_class: type[Any] = type(module)
-    return _is_transformer_type(module_class)
+    return _is_transformer_type(type(module))  # type: ignore[arg-type]  # mypy: a class is not Hashable
 
 
 @functools.cache
