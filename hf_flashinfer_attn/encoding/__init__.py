@@ -1,4 +1,4 @@
-"""Strings to vectors and scores."""
+"""`encode`, `predict` and `rank`: vectors and scores from strings."""
 
 from .api import encode, encode_iter, predict, rank
 

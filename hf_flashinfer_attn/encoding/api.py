@@ -1,4 +1,4 @@
-"""`encode`, `encode_iter`, `predict` and `rank`: strings in, vectors or scores out."""
+"""`encode`, `encode_iter`, `predict` and `rank`: vectors and scores from strings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["encode", "encode_iter", "predict", "rank"]
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 Task = Literal["query", "document"]
-# Prompt names for each task; the first one that the model has is used.
+# Candidate prompt names for each task; the first one in `model.prompts` is used.
 _PROMPTS: dict[str, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 TOKENS_PER_BATCH, ROWS_PER_BATCH = 32_768, 1_024
 
@@ -50,8 +50,8 @@ def encode(
     """Computes embeddings of texts, with the results of `SentenceTransformer.encode`.
 
     Background threads tokenise while the model runs. Batches have a token budget. A model with
-    `attn_implementation="flashinfer"` is unpadded in place, as by `unpad(model, cuda_graphs=True)`; `repad` undoes
-    that. Other models run on padded batches. The model is put in eval mode.
+    `attn_implementation="flashinfer"` is unpadded in place, with `unpad(model, cuda_graphs=True)`; `repad` undoes
+    this. Other models run on padded batches. The model is put into eval mode.
 
     Args:
         model: A `SentenceTransformer`, or a transformers model together with `tokenizer` and `pooling`.
@@ -61,7 +61,7 @@ def encode(
             or "last" (the last token).
         max_length: Maximum length of a text in tokens, for a transformers model; longer texts are truncated. Default:
             the tokenizer's limit. A `SentenceTransformer` has `max_seq_length`.
-        prompt_name: Name of one of the model's prompts.
+        prompt_name: Key of one of the model's prompts.
         prompt: Prefix of every text; overrides `prompt_name`.
         task: "query" or "document", as in `encode_query` and `encode_document`: selects the model's prompt, and its
             route if it has several.
@@ -71,9 +71,10 @@ def encode(
             sentence-transformers shows INFO.
         output_value: "sentence_embedding"; "token_embeddings" for the vectors of each text's tokens, without
             padding; None for all features of each text, computed by `model.encode`.
-        precision: Precision of sentence embeddings; sentence-transformers quantises them to all but "float32".
+        precision: Precision of sentence embeddings. Those other than "float32" are quantised by
+            sentence-transformers.
         convert_to_numpy: Whether to return one array.
-        convert_to_tensor: Whether to return one tensor, on the model's device (quantised: on the CPU).
+        convert_to_tensor: Whether to return one tensor, on the model's device (on the CPU if quantised).
         device: Device to move the model to first.
         normalize_embeddings: Whether to scale sentence embeddings to length 1.
         truncate_dim: Number of dimensions to keep. Default: the model's.
@@ -85,7 +86,7 @@ def encode(
         Token embeddings: a list of tensors of shape `(tokens, dimensions)`. One item if `inputs` is one text.
 
     Raises:
-        TypeError: If `model` is of another kind, or an input is not a string; the message has its index.
+        TypeError: If `model` is of another class, or an input is not a string; the message has its index.
         ValueError: If a text cannot be tokenised, or an argument does not fit the model.
 
     Examples:
@@ -153,7 +154,7 @@ def encode_iter(
 ) -> Iterator[Any]:
     """Computes embeddings of a stream of texts in bounded memory.
 
-    At most 16,384 texts are read ahead of the vectors.
+    At most 16,384 texts are read ahead.
 
     Args:
         model: As for `encode`.
@@ -206,7 +207,7 @@ def encode_iter(
 def _rows(outputs: Generator[Output | Array, None, None]) -> Iterator[Any]:
     with closing(outputs):
         for output in outputs:
-            # Copies, since a view of one row would keep the whole output alive.
+            # Copies, since a view of one row keeps the whole output alive.
             yield from map(np.copy, output) if isinstance(output, np.ndarray) else output
 
 
@@ -229,17 +230,17 @@ def predict(
     """Computes scores of pairs of texts, with the results of `CrossEncoder.predict`.
 
     Background threads tokenise while the model runs. A model with `attn_implementation="flashinfer"` is unpadded in
-    place, as by `unpad(model, cuda_graphs=True)`. The model is put in eval mode.
+    place, with `unpad(model, cuda_graphs=True)`. The model is put into eval mode.
 
     Args:
         model: A `CrossEncoder`.
         inputs: One pair of texts or several, from any iterable.
-        prompt_name: Name of one of the model's prompts.
+        prompt_name: Key of one of the model's prompts.
         prompt: Prefix of the first text of every pair; overrides `prompt_name`.
         batch_size: Maximum number of pairs per batch.
         tokens_per_batch: Maximum number of tokens per batch; a longer pair is a batch of its own.
         show_progress_bar: As for `encode`.
-        activation_fn: Function of the model's logits, in float32. Default: the model's.
+        activation_fn: Function applied to the logits, in float32. Default: the model's.
         apply_softmax: Whether to apply softmax to the scores of several labels.
         convert_to_numpy: Whether to return one array.
         convert_to_tensor: Whether to return one tensor, on the model's device.
@@ -272,7 +273,7 @@ def predict(
 
     def score(features: Features) -> torch.Tensor:
         scores: torch.Tensor = features["scores"]
-        # Half precision makes ties.
+        # Half precision would create ties.
         scores = scores.float() if scores.dtype.itemsize < 4 else scores
         scores = scores if activation is None else activation(scores)
         if encoder.num_labels == 1 and scores.ndim > 1:
@@ -303,12 +304,12 @@ def rank(
         query: The query.
         documents: The documents.
         top_k: Number of documents to return. Default: all.
-        return_documents: Whether to return the documents too.
+        return_documents: Whether to return the texts of the documents too.
         kwargs: As for `predict`, without `convert_to_numpy` and `convert_to_tensor`.
 
     Returns:
-        One dictionary per document, best first: `corpus_id` (index in `documents`), `score`, and with
-        `return_documents` `text`.
+        One dictionary per document, best first: `corpus_id` (index in `documents`), `score`, and `text` if
+        `return_documents`.
 
     Raises:
         TypeError: As for `predict`.
@@ -328,11 +329,11 @@ def rank(
     documents = list(documents)
     pairs = [(query, document) for document in documents]
     scores = predict(model, pairs, **{**kwargs, "convert_to_tensor": True}).tolist()
-    found = [
-        {"corpus_id": place, "score": score, **({"text": documents[place]} if return_documents else {})}
-        for place, score in enumerate(scores)
+    results = [
+        {"corpus_id": index, "score": score, **({"text": documents[index]} if return_documents else {})}
+        for index, score in enumerate(scores)
     ]
-    return sorted(found, key=lambda one: one["score"], reverse=True)[:top_k]
+    return sorted(results, key=lambda result: result["score"], reverse=True)[:top_k]
 
 
 def _encode_engine(
@@ -357,18 +358,18 @@ def _encode_engine(
         return torch.nn.functional.normalize(vectors, p=2, dim=1) if normalize else vectors
 
     if is_instance(model, "SentenceTransformer"):
-        own = {"tokenizer": tokenizer, "pooling": pooling, "max_length": max_length}
-        if given := [name for name, value in own.items() if value is not None]:
+        unused = {"tokenizer": tokenizer, "pooling": pooling, "max_length": max_length}
+        if names := [name for name, value in unused.items() if value is not None]:
             raise ValueError(
-                f"{', '.join(given)} for a SentenceTransformer, which has its own; expected none. Its maximum length "
+                f"{', '.join(names)} for a SentenceTransformer, which has its own; expected none. Its maximum length "
                 "is model.max_seq_length."
             )
         sentence_transformer = cast(Any, model)
         if truncate_dim is None:
             truncate_dim = sentence_transformer.truncate_dim
-        known = {*sentence_transformer.get_model_kwargs(), "processing_kwargs"} if options else set()
-        if unknown := sorted(options.keys() - known):
-            raise ValueError(f"{', '.join(unknown)}: not an argument of encode or of this model ({sorted(known)}).")
+        accepted = {*sentence_transformer.get_model_kwargs(), "processing_kwargs"} if options else set()
+        if unknown := sorted(options.keys() - accepted):
+            raise ValueError(f"{', '.join(unknown)}: not an argument of encode or of this model ({sorted(accepted)}).")
         place(model, device)
 
         def select(features: Features) -> Output:
@@ -391,9 +392,9 @@ def _encode_engine(
         )
     if pooling not in get_args(Pooling):
         raise ValueError(f"pooling={pooling!r}: expected {' or '.join(map(repr, get_args(Pooling)))}.")
-    given = [name for name, value in (("prompt_name", prompt_name), ("task", task)) if value is not None]
-    if wants_tokens or given or options:
-        names = [*given, *options, *(["output_value"] if wants_tokens else [])]
+    unsupported = [name for name, value in (("prompt_name", prompt_name), ("task", task)) if value is not None]
+    if wants_tokens or unsupported or options:
+        names = [*unsupported, *options, *(["output_value"] if wants_tokens else [])]
         raise ValueError(f"{', '.join(names)}: expected a SentenceTransformer, not a {type(model).__name__}.")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected a loaded transformers tokenizer.")
@@ -417,7 +418,7 @@ def _collect(
             if count is None or not isinstance(output, np.ndarray):
                 parts.append(output)
                 continue
-            # Copied at once, while the model runs, and into one array.
+            # Copied into one array while the model runs.
             whole = np.empty((count, *output.shape[1:]), output.dtype) if whole is None else whole
             if done > count:
                 raise ValueError(f"inputs yields more than its length, {count}.")
@@ -442,7 +443,7 @@ def _converted(rows: Any, engine: Engine, *, to_tensor: bool, to_numpy: bool) ->
 
 
 def _prompt_of(model: Any, prompt_name: str | None, prompt: str | None, task: Task | None) -> str | None:
-    """Returns the prompt that sentence-transformers would use."""
+    """Returns the prompt that sentence-transformers would use; None without one."""
     if task is not None and task not in get_args(Task):
         raise ValueError(f"task={task!r}: expected 'query', 'document' or None.")
     if prompt is not None:
@@ -460,7 +461,7 @@ def _prompt_of(model: Any, prompt_name: str | None, prompt: str | None, task: Ta
 
 
 def _quantizer_of(precision: Precision | None) -> Callable[[Any], Any] | None:
-    """Returns a function that quantises embeddings; None for float32."""
+    """Returns the quantisation function of a precision; None for float32."""
     if precision is None or precision == "float32":
         return None
     if precision not in get_args(Precision):
@@ -473,7 +474,7 @@ def _quantizer_of(precision: Precision | None) -> Callable[[Any], Any] | None:
 
 
 def _require_iterable(inputs: object) -> None:
-    """Raises a `TypeError` for inputs that are not a list, array or other iterable of texts."""
+    """Raises a `TypeError` unless inputs are an iterable of texts or pairs."""
     is_scalar = not isinstance(inputs, str) and getattr(inputs, "ndim", 1) == 0
     if is_scalar or isinstance(inputs, (Mapping, bytes)) or not isinstance(inputs, Iterable):
         raise TypeError(f"inputs is a {type(inputs).__name__}; expected strings, or pairs of strings for predict.")

@@ -1,4 +1,4 @@
-"""One engine per kind of model: texts to batches, batches to vectors or scores."""
+"""Engines, one per class of model: batches from texts, vectors or scores from batches."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["Batch", "CrossEngine", "Engine", "Features", "Output", "PlainEngine"
 
 Pooling = Literal["mean", "cls", "last"]
 Features: TypeAlias = "dict[str, Any]"
-# Input of `run`: the features of a padded batch, or packed tokens.
+# Input of `Engine.run`: features of a padded batch, or packed tokens.
 Batch: TypeAlias = Any
-# Rows of a batch, in order: one tensor of shape `(rows, ...)`, or one tensor for each row.
+# Rows of a batch, in order: one tensor of shape `(rows, ...)`, or one tensor per row.
 Output: TypeAlias = "torch.Tensor | list[torch.Tensor]"
 
 _CHARACTERS_PER_TOKEN = 4
-# transformers writes truncation and padding into a tokenizer for each call, so that threads cannot share one.
+# transformers sets truncation and padding on the tokenizer in each call, so threads cannot share a tokenizer.
 _preprocessing = threading.Lock()
 _LIBRARIES = ("builtins", "sentence_transformers", "torch", "transformers")
 _TOKENIZER_METHODS = ("__call__", "_encode_plus", "_batch_encode_plus", "pad", "prepare_for_tokenization")
@@ -40,13 +40,13 @@ _SENTENCES = ("A text.", "Another text, which is longer than the first one.")
 
 
 def is_instance(model: object, name: Literal["SentenceTransformer", "CrossEncoder"]) -> bool:
-    """Whether a model is of a sentence-transformers class; the package need not be installed."""
+    """Whether a model is an instance of a sentence-transformers class; False if the package is not imported."""
     package = sys.modules.get("sentence_transformers")
     return package is not None and isinstance(model, getattr(package, name))
 
 
 class Window(NamedTuple):
-    """Texts that were sorted by length and cut into batches: inputs of `Engine.run`, index of each text, all tokens."""
+    """Texts sorted by length and cut into batches, the index of each text, and the total number of tokens."""
 
     batches: list[Batch]
     order: Numbers
@@ -54,13 +54,13 @@ class Window(NamedTuple):
 
 
 class Engine:
-    """A model of sentence-transformers with the arguments of one call; its first module preprocesses texts.
+    """A sentence-transformers model and the arguments of one call.
 
-    Any thread may tokenise; forwards run in one thread at a time. `finish` gets the features that the model returns.
+    `prepare` may run in any thread, `run` in one thread at a time. `finish` maps the model's features to the output.
     """
 
     takes_pairs = False
-    # Number of batches in a window, which is sorted by length: more than 1 if batches are padded.
+    # Number of batches in a window. Windows are sorted by length, so more than one batch reduces padding.
     batches_per_window = 8
 
     def __init__(
@@ -82,29 +82,29 @@ class Engine:
         self._cache.enter_eval(model)
         self.device = self._input_device = self._cache.device_of(model)
         self._padding = Padding.of(self._tokenizer) if is_fast else Padding(0, 0, False)
-        # The tokenizer of `prepare`; None if the model's own preprocessing is used.
+        # None: `prepare` uses the model's own preprocessing.
         self.fast_tokenizer, self._constants = self._find_preparation() if is_fast else (None, {})
         if self._tokenizer is not None and not is_fast:
             log_once(f"the tokenizer of {type(model).__name__} is written in Python, which is slower")
 
     def enter_eval(self) -> None:
-        """Puts the model into eval mode, if it is not."""
+        """Puts the model into eval mode, if necessary."""
         self._cache.enter_eval(self.model)
 
     def check(self, inputs: Sequence[Any], start: int = 0) -> list[Text]:
-        """Returns inputs as strings or pairs of strings; an error has the index of the input, from `start`."""
+        """Returns inputs as strings or pairs of strings; the index in an error counts from `start`."""
         if not self.takes_pairs:
             return check_texts(inputs, start)
         pairs: list[Text] = []
-        for place, pair in enumerate(inputs, start):
+        for index, pair in enumerate(inputs, start):
             texts = tuple(pair) if isinstance(pair, (list, tuple, np.ndarray)) else ()
             if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"pair {place} is {pair!r:.100}; expected two strings.")
+                raise TypeError(f"pair {index} is {pair!r:.100}; expected two strings.")
             pairs.append((texts[0], texts[1]))
         return pairs
 
     def prepare(self, texts: list[Text], budget: Budget) -> Window:
-        """Tokenises texts, with the prompt, and cuts them into batches. May be called in any thread."""
+        """Tokenises texts with the prompt, and cuts them into batches. Thread-safe."""
         if self.fast_tokenizer is not None:
             tokens, order = self.fast_tokenizer(self._prompted(texts))
             parts = tokens.split(budget, padded=self.batches_per_window > 1)
@@ -113,7 +113,7 @@ class Engine:
         order, batches = np.argsort(-sizes, kind="stable"), []
         for rows in budget.cut(sizes[order], padded=True):
             with _preprocessing:
-                batches.append(self._prepare_slowly([texts[place] for place in order[rows]]))
+                batches.append(self._prepare_slowly([texts[index] for index in order[rows]]))
         return Window(batches, order, int(sizes.sum()))
 
     def run(self, batch: Batch) -> Output:
@@ -137,7 +137,7 @@ class Engine:
         return dict(self.model.preprocess(texts, prompt=self.prompt, **self.options))
 
     def _batch_of(self, tokens: Tokens) -> Batch:
-        """Makes a batch on the host from tokens, longest text first."""
+        """Makes a batch on the CPU from tokens, longest text first."""
         return self._constants | tokens.pad(self._padding)
 
     def _prompted(self, texts: list[Text]) -> list[Text]:
@@ -146,13 +146,13 @@ class Engine:
         return [prompt + text if isinstance(text, str) else (prompt + text[0], text[1]) for text in texts]
 
     def _find_preparation(self) -> Preparation:
-        """Returns the cached preparation of calls like this one; compares anew after any change of the model."""
+        """Returns the cached preparation for this call; compares again after a change of the model."""
         firsts = _first_modules(self.model)
         watched: list[tuple[Any, tuple[str, ...]]] = [(self._tokenizer, _TOKENIZER_METHODS)]
         watched += [(part, _PREPROCESSING_METHODS) for part in ([self.model, *firsts] if firsts else [])]
-        # A router names the tokenizer of one of its routes as its own.
+        # The tokenizer of a router is that of one of its routes.
         is_other = any(getattr(part, "tokenizer", None) not in (None, self._tokenizer) for part in firsts)
-        # `processing_kwargs`, for example.
+        # Public attributes, such as `processing_kwargs`.
         settings = [
             item for part in firsts for item in vars(part).items() if item[0][0] != "_" and isinstance(item[1], _PLAIN)
         ]
@@ -160,25 +160,25 @@ class Engine:
             self.prompt, self.max_length, repr((sorted(self.options.items()), settings)), self._padding, is_other,
             *[(name in vars(part), getattr(type(part), name, None)) for part, names in watched for name in names],
         )  # fmt: skip
-        found = self._cache.preparations.get(key)
-        if found is None:
-            # A comparison on a few texts may miss what user code does.
+        preparation = self._cache.preparations.get(key)
+        if preparation is None:
+            # A comparison on a few texts may miss the effects of user code.
             is_customised = is_other or any(_overrides(part, names) for part, names in watched)
             with _preprocessing:
-                found = (None, {}) if is_customised else self._compare_preparations()
-            self._cache.keep(key, found)
-        return found
+                preparation = (None, {}) if is_customised else self._compare_preparations()
+            self._cache.keep(key, preparation)
+        return preparation
 
     def _compare_preparations(self) -> Preparation:
-        """Compares the tokenizers library with the model's own preprocessing on a few texts."""
+        """Compares the tokenizers library with the model's own preprocessing, on a few texts."""
         limit = limit_of(self._tokenizer, self.max_length)
         texts = [*_SENTENCES, *([] if limit is None else ["word " * (limit + 2)])]
         inputs: list[Text] = [(text, _SENTENCES[1]) for text in texts] if self.takes_pairs else [*texts]
-        # Twice: another thread may have used the model's own tokenizer meanwhile.
+        # Twice, since another thread may use the model's tokenizer at the same time.
         for _ in range(2):
             own = self._prepare_slowly(inputs)
             types = own.get("token_type_ids")
-            # Making zeros is faster than reading them from the tokenizer.
+            # Making zeros is faster than reading them from encodings.
             type_ids: TypeIds = "none" if types is None else "own" if self.takes_pairs or types.any() else "zeros"
             tokenise = self._cache.tokeniser(self.max_length, type_ids)
             tokens, order = tokenise(self._prompted(inputs))
@@ -196,20 +196,20 @@ class Engine:
 
 
 class CrossEngine(Engine):
-    """A `CrossEncoder`; `finish` computes scores."""
+    """Engine of a `CrossEncoder`; `finish` computes scores."""
 
     takes_pairs = True
 
     def __init__(self, model: Any, finish: Callable[[Features], Output], **arguments: Any) -> None:
         super().__init__(model, finish, **arguments)
         first, *others = model.children()
-        # The unpadding hooks pack on the host and move what the head needs.
+        # The hooks of `unpad` pack on the CPU, and move the head's inputs to its device.
         if not others and HANDLES in vars(getattr(first, "model", first)) and self.device.type != "cpu":
             self._input_device, self.batches_per_window = torch.device("cpu"), 2
 
 
 class PlainEngine(Engine):
-    """A transformers model; `finish` gets its last hidden states, pooled."""
+    """Engine of a transformers model; `finish` receives the pooled last hidden states."""
 
     def __init__(
         self, model: PreTrainedModel, finish: Callable[[torch.Tensor], Output], pooling: Pooling, **arguments: Any
@@ -249,13 +249,13 @@ class PlainEngine(Engine):
             return self._finish(self._pool_packed(hidden[0], inputs["cu_seq_lens_q"]))
         return self._finish(self._pool_padded(hidden, inputs["attention_mask"].bool()))
 
-    def _pool_packed(self, hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def _pool_packed(self, hidden: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         if self._pooling == "cls":
-            return hidden[offsets[:-1]]
+            return hidden[cu_seqlens[:-1]]
         if self._pooling == "last":
-            return hidden[offsets[1:] - 1]
-        sums = torch.segment_reduce(hidden.float(), "sum", offsets=offsets, unsafe=True)
-        return (sums / offsets.diff()[:, None]).to(hidden.dtype)
+            return hidden[cu_seqlens[1:] - 1]
+        sums = torch.segment_reduce(hidden.float(), "sum", offsets=cu_seqlens, unsafe=True)
+        return (sums / cu_seqlens.diff()[:, None]).to(hidden.dtype)
 
     def _pool_padded(self, hidden: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(len(valid), device=valid.device)
@@ -268,18 +268,18 @@ class PlainEngine(Engine):
 
 
 def check_texts(inputs: Sequence[Any], start: int = 0) -> list[Text]:
-    """Returns the inputs, which must be strings; an error has the index of the input, from `start`."""
-    for place, text in enumerate(inputs, start):
+    """Returns the inputs, which must be strings; the index in an error counts from `start`."""
+    for index, text in enumerate(inputs, start):
         if not isinstance(text, str):
             raise TypeError(
-                f"text {place} is a {type(text).__name__}; expected a string. Use the model's own encode for messages, "
+                f"text {index} is a {type(text).__name__}; expected a string. Use the model's own encode for messages, "
                 "pairs, images and audio."
             )
     return list(inputs)
 
 
 def _first_modules(model: torch.nn.Module) -> list[Any]:
-    """Returns the modules that preprocess: the first one and, if it routes by task, the first one of each route."""
+    """Returns the preprocessing modules: the first module and, if it is a router, the first module of each route."""
     if isinstance(model, PreTrainedModel):
         return []
     first: Any = next(model.children())
@@ -288,6 +288,6 @@ def _first_modules(model: torch.nn.Module) -> list[Any]:
 
 
 def _overrides(value: object, methods: Iterable[str]) -> bool:
-    """Whether an object, or a class of it outside the libraries, overrides one of the methods."""
+    """Whether an object, or one of its classes from user code, overrides one of the methods."""
     own = [vars(value), *(vars(k) for k in type(value).__mro__ if k.__module__.partition(".")[0] not in _LIBRARIES)]
     return any(name in names for names in own for name in methods)

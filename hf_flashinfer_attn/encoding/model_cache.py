@@ -1,4 +1,4 @@
-"""Per-model cache between calls: placement on a device, unpadding, tokenizers."""
+"""Per-model cache of tokenizers; device placement and unpadding of a model."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .tokens import TextTokenizer, TypeIds
 __all__ = ["ModelCache", "Preparation", "place"]
 
 _MAX_PREPARATIONS = 64
-# Two threads that unpad one model would add its hooks twice.
+# Without it, two threads could add the hooks of `unpad` to one model twice.
 _unpadding = threading.Lock()
 
 
-# Tokenizer in place of the model's own preprocessing, unless None, and the features that are the same in every batch.
+# Tokenizer that replaces the model's own preprocessing (None: not replaced), and the constant features of a batch.
 Preparation: TypeAlias = "tuple[TextTokenizer | None, dict[str, Any]]"
 
 
 class ModelCache:
-    """Cache of one model. It lives as long as the model, or until the model's tokenizer changes."""
+    """Cache of one model, valid until the model is freed or its tokenizer changes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, state: object) -> None:
         self._tokenizer, self._state = tokenizer, state
@@ -44,51 +44,51 @@ class ModelCache:
 
     @classmethod
     def of(cls, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> ModelCache:
-        """Returns the cache of a model, a new one if its tokenizer (None: of no use here) has changed."""
+        """Returns the cache of a model; a new one if its fast tokenizer (None without one) has changed."""
         state = None if tokenizer is None else TextTokenizer.state_of(tokenizer)
-        known = _known.get(model)
-        if known is None or known._tokenizer is not tokenizer or known._state != state:
-            known = _known[model] = cls(tokenizer, state)
-        return known
+        cached = _caches.get(model)
+        if cached is None or cached._tokenizer is not tokenizer or cached._state != state:
+            cached = _caches[model] = cls(tokenizer, state)
+        return cached
 
     def tokeniser(self, max_length: int | None, type_ids: TypeIds) -> TextTokenizer:
-        """Returns a copy of the tokenizer, made on first use."""
+        """Returns a private copy of the tokenizer, made on first use."""
         assert self._tokenizer is not None
         key = max_length, type_ids
         if key not in self._tokenisers:
             self._tokenisers[key] = TextTokenizer(self._tokenizer, *key)
         return self._tokenisers[key]
 
-    def keep(self, key: object, found: Preparation) -> None:
-        """Caches how texts are prepared."""
+    def keep(self, key: object, preparation: Preparation) -> None:
+        """Caches a preparation."""
         if len(self.preparations) >= _MAX_PREPARATIONS:
             self.preparations.clear()
-        self.preparations[key] = found
+        self.preparations[key] = preparation
 
     def enter_eval(self, model: torch.nn.Module) -> None:
-        """Puts a model into eval mode. Faster than `model.eval()` if no module was exchanged or is in training mode."""
-        found = list(chain.from_iterable(map(dict.values, self._dicts)))
-        is_known = len(found) == len(self._children) and all(map(is_, found, self._children))
-        if not self._dicts or not is_known or any(map(attrgetter("training"), [model, *self._modules])):
+        """Puts a model into eval mode; faster than `model.eval()` if no module was replaced or is in training mode."""
+        children = list(chain.from_iterable(map(dict.values, self._dicts)))
+        is_unchanged = len(children) == len(self._children) and all(map(is_, children, self._children))
+        if not self._dicts or not is_unchanged or any(map(attrgetter("training"), [model, *self._modules])):
             model.eval()
-            # Without the model itself, which the cache must not keep alive.
+            # Without the model itself: the cache must not keep it alive.
             self._modules = [module for module in model.modules() if module is not model]
             self._dicts = [module._modules for module in [model, *self._modules]]
             self._children = list(chain.from_iterable(map(dict.values, self._dicts)))
 
     def device_of(self, model: torch.nn.Module) -> torch.device:
-        """Returns the device of the first weight, after `enter_eval`. Faster than to ask `model.parameters()`."""
+        """Returns the device of the first weight; faster than `model.parameters()`. Call `enter_eval` first."""
         weights = chain.from_iterable(map(dict.values, map(attrgetter("_parameters"), [model, *self._modules])))
         # Weights offloaded by accelerate are on "meta".
-        found = (weight.device for weight in weights if weight is not None and weight.device.type != "meta")
-        return next(found, torch.device("cpu"))
+        devices = (weight.device for weight in weights if weight is not None and weight.device.type != "meta")
+        return next(devices, torch.device("cpu"))
 
 
-_known: weakref.WeakKeyDictionary[torch.nn.Module, ModelCache] = weakref.WeakKeyDictionary()
+_caches: weakref.WeakKeyDictionary[torch.nn.Module, ModelCache] = weakref.WeakKeyDictionary()
 
 
 def place(model: torch.nn.Module, device: str | torch.device | None) -> None:
-    """Moves a model to `device`, unless None, and unpads it if possible."""
+    """Moves a model to `device` (None: leaves it in place), and unpads it if possible."""
     if isinstance(device, (list, tuple)):
         raise ValueError(f"device={device!r}: expected one device. examples/ has programs for several GPUs.")
     if device is not None and torch.device(device) != getattr(model, "device", None):

@@ -1,4 +1,4 @@
-"""`SentenceTransformer`: packed tokens in its transformer, padded rows in its other modules."""
+"""Engine of `SentenceTransformer`: its transformer runs on packed tokens, its other modules on padded rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tokens import Numbers, Tokens
 
 __all__ = ["SentenceEngine"]
 
-# Features that are padded for the modules after the transformer, and with them those that are left out.
+# Features padded for the modules after the transformer; `_PACKED_FEATURES` also has those that are dropped there.
 _PADDED = ("token_embeddings", "attention_mask", "input_ids", "token_type_ids")
 _PACKED_FEATURES = frozenset(
     (
@@ -33,15 +33,15 @@ _PACKED_FEATURES = frozenset(
         "use_cache",
     )
 )
-# Rows form a group if the longest has at most 4 times the tokens of the shortest, or at most 16 tokens.
+# Limits of a group: the longest row has at most 4 times the tokens of the shortest one, or at most 16 tokens.
 _MAX_RATIO, _MAX_SHORT = 4, 16
 
 
 class SentenceEngine(Engine):
-    """A `SentenceTransformer`; `finish` selects the output from the features that its last module returns.
+    """Engine of a `SentenceTransformer`; `finish` selects the output from the features of the last module.
 
-    If the transformer takes packed tokens, its token embeddings are padded again for the other modules, in groups of
-    rows of similar length. The other modules compute the same as in `SentenceTransformer.encode`.
+    If the transformer takes packed tokens, its token embeddings are padded for the other modules, in groups of rows of
+    similar length. The other modules run as in `SentenceTransformer.encode`.
     """
 
     def __init__(self, model: Any, finish: Callable[[Features], Output], **arguments: Any) -> None:
@@ -50,15 +50,15 @@ class SentenceEngine(Engine):
         self.batches_per_window = 8 if self._backbone is None else 1
 
     def _batch_of(self, tokens: Tokens) -> Batch:
-        # The output for a text without tokens depends on padding.
+        # The output of a text without tokens depends on padding.
         if self._backbone is None or not tokens.lengths.all():
             return super()._batch_of(tokens)
-        groups, slots = _groups_of(tokens.lengths), None
+        groups, row_starts = _groups_of(tokens.lengths), None
         if not all(group.is_full for group in groups):
             widths = np.repeat([group.width for group in groups], [group.rows for group in groups])
-            slots = np.concatenate([np.arange(group.rows) for group in groups]) * widths
-            slots = slots + widths - tokens.lengths if self._padding.on_left else slots
-        packed = PackedTokens(self._backbone, self.device, tokens.lengths, tokens.ids, tokens.type_ids, slots)
+            row_starts = np.concatenate([np.arange(group.rows) for group in groups]) * widths
+            row_starts = row_starts + widths - tokens.lengths if self._padding.on_left else row_starts
+        packed = PackedTokens(self._backbone, self.device, tokens.lengths, tokens.ids, tokens.type_ids, row_starts)
         return _PackedBatch(packed, groups)
 
     def _forward(self, batch: Batch) -> Output:
@@ -66,7 +66,7 @@ class SentenceEngine(Engine):
             return super()._forward(batch)
         (name, transformer), *others = self.model.named_children()
         inputs = self._constants | batch.tokens.inputs()
-        slots = inputs.pop("slots", None)
+        positions = inputs.pop("slots", None)
         features = transformer(inputs, **self._options_of(name, transformer))
         constants = {name: value for name, value in features.items() if name not in _PACKED_FEATURES}
         hidden = features["token_embeddings"]
@@ -75,7 +75,7 @@ class SentenceEngine(Engine):
         packed = [(name, features[name][0], filler) for name, filler in zip(_PADDED, fillers) if name in features]
         outputs = []
         for group in batch.groups:
-            padded = constants | group.pad(packed, slots)
+            padded = constants | group.pad(packed, positions)
             for name, module in others:
                 padded = module(padded, **self._options_of(name, module))
             outputs.append(self._finish(padded))
@@ -84,14 +84,14 @@ class SentenceEngine(Engine):
         return [row for output in outputs for row in output]
 
     def _options_of(self, name: str, module: torch.nn.Module) -> dict[str, Any]:
-        """Returns the options that sentence-transformers passes to a module."""
+        """Returns the keyword arguments that sentence-transformers passes to a module."""
         if not self.options:
             return {}
         names = {*(cast(Any, self.model).module_kwargs or {}).get(name, ()), *getattr(module, "forward_kwargs", ())}
         return {name: value for name, value in self.options.items() if name in names}
 
     def _find_backbone(self) -> PreTrainedModel | None:
-        """Returns the backbone if it takes packed tokens; None if batches must be padded."""
+        """Returns the backbone if it takes packed tokens; otherwise None."""
         if self.fast_tokenizer is None:
             return None
         transformer, *others = self.model.children()
@@ -118,7 +118,7 @@ class SentenceEngine(Engine):
 
 
 class _Group(NamedTuple):
-    """Rows of a packed batch that are padded together: their number, all their tokens, length of the longest row."""
+    """Rows of a packed batch that are padded together: number of rows, their tokens, length of the longest row."""
 
     rows: int
     tokens: slice
@@ -129,26 +129,27 @@ class _Group(NamedTuple):
         """Whether all rows have the same length."""
         return bool(self.rows * self.width == self.tokens.stop - self.tokens.start)
 
-    def pad(self, packed: Iterable[tuple[str, torch.Tensor, int]], slots: torch.Tensor | None) -> Features:
-        """Pads features of all tokens to the rows of this group, on their device.
+    def pad(self, packed: Iterable[tuple[str, torch.Tensor, int]], positions: torch.Tensor | None) -> Features:
+        """Scatters packed features to the padded rows of this group.
 
         Args:
             packed: Name, values of shape `(total_tokens, ...)` and filler of each feature.
-            slots: Padded position of each token in its group, int64, shape `(1, total_tokens)`; None without padding.
+            positions: Padded position of each token in its group, int64, shape `(1, total_tokens)`; None without
+                padding.
         """
-        places = None if self.is_full or slots is None else slots[0, self.tokens]
+        targets = None if self.is_full or positions is None else positions[0, self.tokens]
         padded = {}
         for name, values, filler in packed:
             values = values[self.tokens]
-            if places is not None:
+            if targets is not None:
                 spread = values.new_full((self.rows * self.width, *values.shape[1:]), filler)
-                values = spread.index_copy_(0, places, values)
+                values = spread.index_copy_(0, targets, values)
             padded[name] = values.view(self.rows, self.width, *values.shape[1:])
         return padded
 
 
 class _PackedBatch(NamedTuple):
-    """Packed tokens, and the groups of rows that are padded together after the transformer."""
+    """Packed tokens, and the groups in which their rows are padded after the transformer."""
 
     tokens: PackedTokens
     groups: list[_Group]

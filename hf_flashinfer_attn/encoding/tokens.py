@@ -1,4 +1,4 @@
-"""Token ids without padding, from the tokenizers library."""
+"""Unpadded token ids from the tokenizers library."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["Budget", "Numbers", "Padding", "Text", "TextTokenizer", "Tokens", "T
 Text: TypeAlias = "str | tuple[str, str]"
 TypeIds = Literal["none", "zeros", "own"]
 
-# A tokenizer without a limit has a far larger `model_max_length`.
+# `model_max_length` of a tokenizer without a limit is far above this.
 _UNLIMITED = 1_000_000_000
-# Options of the tokenizers library's models, without the vocabulary.
+# Options of a tokenizer's model, without the vocabulary.
 _MODEL_OPTIONS = (
     "byte_fallback", "continuing_subword_prefix", "dropout", "end_of_word_suffix", "fuse_unk", "ignore_merges",
     "max_input_chars_per_word", "unk_token",
@@ -28,7 +28,7 @@ _MODEL_OPTIONS = (
 
 
 class Padding(NamedTuple):
-    """Padding id, its token type id, and whether padding is on the left."""
+    """Padding of a tokenizer: token id, token type id, and side."""
 
     token_id: int
     type_id: int
@@ -36,12 +36,12 @@ class Padding(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Padding:
-        """Returns how a tokenizer pads."""
+        """Returns the padding of a tokenizer."""
         return cls(tokenizer.pad_token_id or 0, tokenizer.pad_token_type_id, tokenizer.padding_side == "left")
 
 
 class Budget:
-    """Maximum number of tokens and of texts in a batch; a longer text is a batch of its own."""
+    """Maximum numbers of tokens and of texts in a batch; a longer text is a batch of its own."""
 
     def __init__(self, tokens: int, rows: int) -> None:
         for name, value in (("tokens_per_batch", tokens), ("batch_size", rows)):
@@ -64,7 +64,7 @@ class Budget:
 
 
 class Tokens(NamedTuple):
-    """Concatenated tokens of texts, longest first, int64; `type_ids` is None if the model takes none."""
+    """Concatenated tokens of texts, longest text first, int64; `type_ids` is None if the model takes none."""
 
     ids: Numbers
     lengths: Numbers
@@ -74,18 +74,18 @@ class Tokens(NamedTuple):
         """Cuts tokens into batches, in order. `padded`: whether padding counts as tokens."""
         if len(self.lengths) == 1:
             return [self]
-        offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        cu_seqlens = np.concatenate([[0], np.cumsum(self.lengths)])
         batches = []
         for rows in budget.cut(self.lengths, padded=padded):
-            tokens = slice(offsets[rows.start], offsets[rows.stop])
+            tokens = slice(cu_seqlens[rows.start], cu_seqlens[rows.stop])
             types = None if self.type_ids is None else self.type_ids[tokens]
             batches.append(Tokens(self.ids[tokens], self.lengths[rows], types))
         return batches
 
     def pad(self, padding: Padding) -> dict[str, Any]:
-        """Returns features as of a tokenizer: int64 tensors on the CPU, of shape `(texts, longest)`."""
-        slots, lengths = np.arange(int(self.lengths.max(initial=0))), self.lengths[:, None]
-        valid = slots >= len(slots) - lengths if padding.on_left else slots < lengths
+        """Returns a tokenizer's features: int64 tensors on the CPU, of shape `(texts, longest)`."""
+        positions, lengths = np.arange(int(self.lengths.max(initial=0))), self.lengths[:, None]
+        valid = positions >= len(positions) - lengths if padding.on_left else positions < lengths
         features = {"attention_mask": torch.from_numpy(valid.astype(np.int64))}
         for name, values, filler in (
             ("input_ids", self.ids, padding.token_id), ("token_type_ids", self.type_ids, padding.type_id),
@@ -98,9 +98,9 @@ class Tokens(NamedTuple):
 
 
 class TextTokenizer:
-    """A private copy of a fast tokenizer that truncates and does not pad. It is thread-safe.
+    """Private copy of a fast tokenizer that truncates and does not pad. Thread-safe.
 
-    transformers writes truncation and padding into the original for each call, which other threads may use.
+    The original is not thread-safe, because transformers sets its truncation and padding in each call.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, type_ids: TypeIds) -> None:
@@ -114,7 +114,7 @@ class TextTokenizer:
 
     @staticmethod
     def state_of(tokenizer: PreTrainedTokenizerBase) -> tuple[object, ...]:
-        """Returns the state that a copy depends on; of the vocabulary, only its size."""
+        """Returns the tokenizer state that a copy depends on; the vocabulary is represented by its size."""
         backend = tokenizer.backend_tokenizer
         parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
         return (
@@ -125,7 +125,7 @@ class TextTokenizer:
         )  # fmt: skip
 
     def __call__(self, texts: Sequence[Text]) -> tuple[Tokens, Numbers]:
-        """Tokenises texts or pairs of texts. The interpreter lock is released meanwhile.
+        """Tokenises texts or pairs of texts; releases the interpreter lock.
 
         Returns:
             Tokens, longest text first, and the index of each text, int64, shape `(texts,)`.
@@ -134,14 +134,14 @@ class TextTokenizer:
             TypeError: If a text cannot be tokenised, such as one that is not valid Unicode.
         """
         if len(texts) == 1 and isinstance(texts[0], str):
-            # Avoids waiting for the thread pool of a batch.
+            # Without the thread pool of a batch.
             encodings = [self.backend.encode(texts[0])]
         else:
             encodings = self.backend.encode_batch_fast(texts)
         lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
         order = np.argsort(-lengths, kind="stable")
         if len(order) > 1:
-            encodings, lengths = [encodings[place] for place in order.tolist()], lengths[order]
+            encodings, lengths = [encodings[index] for index in order.tolist()], lengths[order]
         ids = _flat((encoding.ids for encoding in encodings), int(lengths.sum()))
         types = np.zeros_like(ids) if self._type_ids == "zeros" else None
         if self._type_ids == "own":
@@ -150,13 +150,13 @@ class TextTokenizer:
 
 
 def limit_of(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int | None:
-    """Returns the maximum length of a text in tokens, by default the tokenizer's own; None if there is none."""
+    """Returns the maximum length of a text in tokens, by default the tokenizer's; None without a limit."""
     limit: int = tokenizer.model_max_length if max_length is None else max_length
     return limit if limit <= _UNLIMITED else None
 
 
 def strings_of(text: Text) -> tuple[str, ...]:
-    """Returns the one string of a text, or the two of a pair."""
+    """Returns the string of a text, or the two strings of a pair."""
     return (text,) if isinstance(text, str) else text
 
 

@@ -1,1 +1,1 @@
-"""Command line, benchmark, demo, doctor and warmup."""
+"""Command line: `bench`, `demo`, `doctor` and `warmup`."""

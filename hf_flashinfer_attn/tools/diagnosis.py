@@ -1,4 +1,4 @@
-"""`doctor`: this machine, whether FlashInfer runs on it, what a model would use, and the error of each kernel."""
+"""`doctor`: this machine, the selected backend and its obstacles, a model's kernels, and their errors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .screen import Block, Screen
 
 __all__ = ["Diagnosis", "KernelCheck", "ModelKernel", "Section", "doctor"]
 
-# The error of a kernel over that of sdpa's, up to which it is as exact.
+# Allowed error of a kernel, as a multiple of sdpa's.
 BUDGET = 1.25
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Some lines of a diagnosis that belong together."""
+    """A named group of probes."""
 
     name: str
     probes: tuple[Probe, ...]
@@ -42,16 +42,16 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class KernelCheck:
-    """One kernel, or "torch", on random input against float64."""
+    """Check of one kernel, or "torch", on random input against float64."""
 
     kernel: str
     dtype: str
     head_dim: int
     # Such as "causal" or "window (64 before, 64 after)".
     attention: str
-    # None if it did not run.
+    # None if the kernel did not run.
     result: accuracy.KernelError | None
-    # Why it did not run, or what is wrong with its numbers.
+    # Reason if the kernel did not run, or if its error is too large.
     problem: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class KernelCheck:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What a table shows."""
+        """Cells of a table row."""
         head_dim, figures = str(self.head_dim), ("-", "-", "-")
         if (result := self.result) is not None:
             figures = f"{result.error:.2e}", f"{result.fused_sdpa_error:.2e}", f"{result.ratio:.2f}"
@@ -76,7 +76,7 @@ _CHECK_HEADER = ("kernel", "dtype", "head_dim", "attention", "error", "sdpa's", 
 
 @dataclass(frozen=True, slots=True)
 class ModelKernel:
-    """One kernel that a model may need, and whether it is in the cache; None if unknown, as for another GPU."""
+    """A kernel that a model may need, and whether it is compiled; None if unknown, for example for another GPU."""
 
     name: str
     compiled: bool | None
@@ -88,12 +88,12 @@ class Diagnosis(Screen):
 
     Args:
         sections: Versions, GPUs, compilers and the kernel cache.
-        device: Device that attention would run on: "cuda:0" or "cpu".
+        device: Device of attention: "cuda:0" or "cpu".
         backend: Selected backend, "flashinfer" or "torch"; None if calls would raise an error.
-        obstacles: Why FlashInfer would not run on a GPU here, and the way out; empty if it would.
+        obstacles: Reasons why FlashInfer would not run on a GPU here, with the way out; empty if it would.
         plan: Kernels of the model's layers; None without a model.
         kernels: FlashInfer kernels that the model may need.
-        checks: Errors of the kernels; empty without `check`.
+        checks: Checks of the kernels; empty without `check`.
 
     Examples:
         >>> from hf_flashinfer_attn import Diagnosis
@@ -117,7 +117,7 @@ class Diagnosis(Screen):
     def to_dict(self) -> dict[str, object]:
         """Returns plain values, ready for `json.dumps`.
 
-        What a probe could not find is None, and `problems` says why, by section and name. Sizes are in bytes.
+        The value of a failed probe is None; `problems` has the reason, by section and name. Sizes are in bytes.
         """
         probes = _by_name(self.sections)
         return {
@@ -134,7 +134,7 @@ class Diagnosis(Screen):
         }
 
     def _blocks(self) -> Iterator[Block]:
-        """Yields what is shown."""
+        """Yields the blocks."""
         title = f"hf_flashinfer_attn {__version__}\n"
         for section in self.sections:
             rows = [("! " * probe.is_problem + probe.name, probe.shown) for probe in section.probes]
@@ -182,12 +182,12 @@ def doctor(
     capability: tuple[int, int] | None = None,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Diagnosis:
-    """Reports whether FlashInfer would run on a GPU here, and if not, what is missing.
+    """Reports the selected backend, and what blocks FlashInfer on a GPU.
 
     Args:
-        model: A folder, Hub id or config, to report also the kernels of its layers. Weights are not read.
-        check: Whether to compare the kernels that would be used here (those of the model, otherwise a selection) with
-            float64 on random input. Kernels that are not compiled yet are compiled first.
+        model: A folder, Hub id or config. Also reports the kernels of the model's layers; weights are not read.
+        check: Whether to compare kernels with float64 on random input: those of the model, or a selection without a
+            model. Missing kernels are compiled first.
         dtype: Dtype of the model's weights; by default that of its config if it is half precision, otherwise
             torch.float16.
         capability: Compute capability of the GPU to plan the model for; by default that of this machine's GPU.
@@ -235,7 +235,7 @@ def doctor(
             checks.append(_check(case, checked_on, on_step))
         if backend == "flashinfer":
             on_step("planning each kernel again")
-            # A kernel that passed its check once more, to see how FlashInfer plans for new lengths.
+            # A second run of each kernel that passed, to see how FlashInfer plans for new lengths.
             for case in {case.kernel: case for case, check in zip(cases, checks) if check.problem is None}.values():
                 case.measure(device)
             ways = planning_ways().items()
@@ -253,7 +253,7 @@ def _device_here() -> torch.device:
     try:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     except RuntimeError:
-        # A driver that counts GPUs and does not start.
+        # A driver that lists GPUs, but cannot be initialised.
         return torch.device("cpu")
 
 
@@ -287,7 +287,7 @@ def _reason_without_gpu(probes: dict[str, Probe]) -> str:
 
 
 def _reasons_against_compiling(probes: dict[str, Probe]) -> list[str]:
-    """Says why kernels could not be compiled, or loaded, where they did not come compiled."""
+    """Returns the problems that prevent compiling kernels, or loading compiled ones; none with precompiled kernels."""
     if (folder := probes["cache.folder"]).is_problem:
         return [folder.shown]
     if "jit-cache" in probes["versions.flashinfer"].shown:
@@ -295,7 +295,7 @@ def _reasons_against_compiling(probes: dict[str, Probe]) -> list[str]:
     needed = ["compilers.ninja"]
     kernels = probes.get("cache.kernels")
     if kernels is None or not (kernels.value or {}).get("compiled"):
-        # To run what is there, FlashInfer asks ninja, and ninja nobody.
+        # FlashInfer needs ninja even to load compiled kernels, and compilers only for missing ones.
         needed += ["compilers.nvcc", "compilers.C++"]
     return [f"{probes[name].name}: {probes[name].shown}" for name in needed if probes[name].is_problem]
 
@@ -318,12 +318,12 @@ def _is_compiled(module: KernelModule) -> bool | None:
     try:
         return is_compiled(module)
     except FOREIGN_ERRORS:
-        # Why is a line of the cache.
+        # A probe of the cache reports the reason.
         return None
 
 
 class _Case(NamedTuple):
-    """What to measure, by the names that `measure_kernel_error` has for it."""
+    """Arguments of `measure_kernel_error`."""
 
     kernel: flashinfer.Kernel | None
     dtype: torch.dtype
@@ -345,7 +345,7 @@ def _check(case: _Case, device: torch.device, on_step: Callable[[str], None]) ->
     result, problem = None, None
     try:
         result = case.measure(device)
-        # Not the other way round: an error may be NaN.
+        # "not <=", so that NaN fails too.
         if not result.ratio <= BUDGET:
             problem = f"{result.ratio:.2f} times the error of sdpa, expected at most {BUDGET}"
     except FOREIGN_ERRORS as error:
@@ -354,7 +354,7 @@ def _check(case: _Case, device: torch.device, on_step: Callable[[str], None]) ->
 
 
 def _cases_here(device: torch.device) -> Iterator[_Case]:
-    """A choice of what would run here: each kernel in each dtype, heads as they are and padded."""
+    """Yields a selection for this machine: each kernel in each dtype, with and without head-dim padding."""
     if device.type == "cpu":
         for dtype in (torch.float32, *flashinfer.DTYPES):
             for left, right in ((None, None), (None, 0), (16, 16)):

@@ -1,4 +1,4 @@
-"""Tested versions, and a description of the machine as plain values for JSON; a failed probe becomes a value."""
+"""Tested versions, and a description of this machine as plain values for JSON."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..version import __version__
 
 __all__ = ["FOREIGN_ERRORS", "TESTED", "describe_environment", "describe_gpu", "installed_version", "versions_tested"]
 
-# Oldest and newest tested version of each distribution, installed by CI; torch's oldest was tested on a GPU, its newest
-# by `benchmarks/test_newest.sh`. Newer versions are allowed.
+# Oldest and newest tested version of each distribution. CI tests both, except torch: the oldest was tested on a GPU,
+# the newest by `benchmarks/test_newest.sh`. Newer versions are allowed.
 TESTED = {
     "transformers": ("5.5.4", "5.24.0"),
     "flashinfer-python": ("0.7.2.post1", "0.7.4"),
     "triton": ("3.6.0", "3.9.0"),
     "torch": ("2.11.0", "2.14.1"),
 }
-# What other packages, broken installations of them and the code of models may raise.
+# Errors that other packages, broken installations and the code of models may raise.
 FOREIGN_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
     ValueError,
@@ -35,10 +35,10 @@ def versions_tested() -> str:
 
 
 def describe_environment() -> dict[str, object]:
-    """Describes this machine and the packages that matter for a measurement, as plain values for `json.dumps`.
+    """Describes this machine and the installed packages, as plain values for `json.dumps`.
 
-    Packages are looked up, never imported; what there is not is None. What a broken driver does not tell is a string
-    that starts with "unknown:".
+    Packages are looked up, not imported. Missing values are None; a failed GPU query is a string that starts with
+    "unknown:".
     """
     gpu = dict.fromkeys(("name", "capability", "memory_gib"))
     try:
@@ -57,7 +57,7 @@ def describe_environment() -> dict[str, object]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
-        # In a container or under a scheduler, fewer than the machine has.
+        # Available cores: fewer than the machine's in a container or under a scheduler.
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": gpu["name"],
@@ -68,13 +68,13 @@ def describe_environment() -> dict[str, object]:
 
 def describe_gpu(index: int) -> dict[str, object]:
     """Returns name, compute capability and memory in GiB of a GPU, as plain values."""
-    found = torch.cuda.get_device_properties(index)
-    memory = round(found.total_memory / 2**30, 1)
-    return {"name": found.name, "capability": f"{found.major}.{found.minor}", "memory_gib": memory}
+    gpu = torch.cuda.get_device_properties(index)
+    memory = round(gpu.total_memory / 2**30, 1)
+    return {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": memory}
 
 
 def installed_version(distribution: str) -> str | None:
-    """Returns the version of an installed distribution; None where there is none."""
+    """Returns the version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""`warmup`: compiles every kernel that a model may need before it runs, in parallel, with or without a GPU."""
+"""`warmup`: compiles all kernels that a model may need ahead of time, in parallel, with or without a GPU."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class WarmedKernel:
     """Result for one kernel."""
 
     module: KernelModule
-    # None where it was compiled before.
+    # None if the kernel was already compiled.
     seconds: float | None
-    # Why it could not be compiled, with the path of the log.
+    # Reason if compilation failed, with the path of the log.
     error: str | None
 
     def __str__(self) -> str:
@@ -50,13 +50,13 @@ class WarmedKernel:
 
 @dataclass(frozen=True, slots=True)
 class GraphCheck:
-    """Whether CUDA graphs of the model can be captured, and at what price; they ended with the check."""
+    """Result of capturing a model's CUDA graphs; the graphs were freed after the check."""
 
     captured: int
     memory_mib: float
-    # From the unpadded model to the last graph, with Triton's compilation.
+    # Duration of `unpad` and `capture_graphs`, with Triton's compilation.
     seconds: float
-    # Why not all were captured.
+    # Reason if a capture failed.
     problem: str | None
 
     def __str__(self) -> str:
@@ -70,11 +70,11 @@ class WarmupReport:
 
     Args:
         model_type: Model type of the config.
-        archs: Compute capabilities that kernels were compiled for, in FlashInfer's notation.
+        archs: Compute capabilities of the kernels, in FlashInfer's notation.
         directory: Folder of the compiled kernels.
         kernels: All kernels that the model may need.
-        notes: Why the model may need none, or kernels that cannot be predicted.
-        graphs: Result of the check of graphs; None without `graphs`.
+        notes: Reasons why the model needs no kernels, or remarks on kernels that cannot be predicted.
+        graphs: Result of capturing graphs; None without `graphs`.
         seconds: Total time.
 
     Examples:
@@ -130,20 +130,20 @@ def warmup(
 
     Args:
         model: A model, its config, its path or its id; weights are only read for `graphs`.
-        dtypes: torch.float16, torch.bfloat16 or both; by default that of the model if it is one of these, else float16.
+        dtypes: torch.float16, torch.bfloat16 or both; by default the model's if it is one of these, else float16.
         arch: Compute capability to compile for, such as "8.0" or "9.0a", in a separate process and without a GPU;
-            by default those in `FLASHINFER_CUDA_ARCH_LIST`, or of this machine's GPUs.
-        graphs: Rows and tokens of batches to capture CUDA graphs of, which checks that it works and reports the memory;
-            needs a GPU, and a path or id. Graphs end with the process: a server captures its own with `capture_graphs`.
-            Compiled kernels, Triton's included, stay in the caches.
-        workers: Parallel compilers; by default by cores and memory.
-        progress: Whether to show a bar on stderr, or lines if stderr is no terminal.
+            by default those in `FLASHINFER_CUDA_ARCH_LIST`, or those of this machine's GPUs.
+        graphs: Numbers of rows and tokens of batches. Captures CUDA graphs of these sizes to check that this works,
+            and reports their memory; needs a GPU, and a path or id. The graphs are not kept: a server captures its own
+            with `capture_graphs`. Compiled kernels, including Triton's, stay in the caches.
+        workers: Number of parallel compilers; by default from cores and memory.
+        progress: Whether to show a bar on stderr, or lines if stderr is not a terminal.
 
     Returns:
-        The report. For kernels that could not be compiled it has the path of the compiler's log.
+        The report. For a failed kernel it has the path of the compiler's log.
 
     Raises:
-        BackendUnavailableError: If there is nothing to compile for, or with: no GPU and no `arch`, no nvcc, no ninja.
+        BackendUnavailableError: Without a GPU and `arch`, without nvcc, or without ninja.
         FlashInferAttentionError: If the model or its config cannot be read.
         ValueError: If `arch`, a dtype or a graph size is invalid.
 
@@ -230,7 +230,7 @@ def _named(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# What one compiler of a file is given, GiB; a generous guess.
+# Memory of one compiler process, a generous estimate.
 _COMPILER_GIB = 3
 
 
@@ -243,14 +243,14 @@ def _default_workers() -> int:
 
 
 def _compile_all(modules: Sequence[KernelModule], workers: int, shown: bool) -> tuple[WarmedKernel, ...]:
-    """Compiles missing modules at the same time, with progress on stderr: bars on a terminal, lines elsewhere."""
+    """Compiles missing modules in parallel, with progress on stderr: bars on a terminal, lines elsewhere."""
     from rich.console import Console
     from rich.progress import Progress
 
     missing = [module for module in modules if not jit.is_up_to_date(module)]
     if missing and jit.nvcc_path() is None:
         raise BackendUnavailableError("flashinfer", jit.NO_NVCC, jit.GET_NVCC)
-    # Those of fa3 take longest.
+    # fa3 first: it takes longest to compile.
     missing.sort(key=lambda module: module.kernel, reverse=True)
     at_once, start = max(1, min(workers, len(missing))), time.perf_counter()
     on_terminal = shown and sys.stderr.isatty()
@@ -276,7 +276,7 @@ def _compile_all(modules: Sequence[KernelModule], workers: int, shown: bool) -> 
         except BackendUnavailableError as failure:
             error = f"{failure.reason}. {failure.way_out}"
         kernel = WarmedKernel(module, seconds, error)
-        # The report, which comes last, has the reason.
+        # Without the reason, which the report shows.
         say(str(kernel) if error is None else f"{module}: failed")
         return kernel
 
@@ -287,7 +287,7 @@ def _compile_all(modules: Sequence[KernelModule], workers: int, shown: bool) -> 
 
 
 def _compile_elsewhere(arch: str, request: tuple[Any, ...]) -> tuple[Path, tuple[WarmedKernel, ...]]:
-    """Compiles for another GPU in a process of its own, as FlashInfer reads the compute capability on import."""
+    """Compiles for another GPU in a subprocess, since FlashInfer reads the compute capability on import."""
     root = str(Path(__file__).parents[2])
     with tempfile.TemporaryDirectory(prefix="hf_flashinfer_attn-") as folder:
         answer = Path(folder) / "answer"
@@ -308,13 +308,13 @@ def _compile_elsewhere(arch: str, request: tuple[Any, ...]) -> tuple[Path, tuple
 
 
 def _answer(file: str) -> None:
-    """Runs in that process: request on stdin, result or error into a file."""
-    found: tuple[object, ...]
+    """Runs in the subprocess: reads a request from stdin, writes the result or error to a file."""
+    result: tuple[object, ...]
     try:
-        found = cache_directory(), _compile_all(*pickle.load(sys.stdin.buffer)), None
+        result = cache_directory(), _compile_all(*pickle.load(sys.stdin.buffer)), None
     except BackendUnavailableError as error:
-        found = None, None, (error.reason, error.way_out)
-    Path(file).write_bytes(pickle.dumps(found))
+        result = None, None, (error.reason, error.way_out)
+    Path(file).write_bytes(pickle.dumps(result))
 
 
 def _check_graphs(name: str, dtype: torch.dtype, shapes: Sequence[tuple[int, int]]) -> GraphCheck:

@@ -1,7 +1,7 @@
 """Predicted backend and kernels of each attention layer, from a model's config alone.
 
-Weights and activations stay on the meta device, where tensors have shapes and no memory. The model's own code says
-which mask, heads and extras each layer asks for; the rules that serve real calls say what would compute it.
+The model runs on the meta device, where tensors have shapes and no memory. The attention specs of its layers are
+recorded; `select` chooses their backends and kernels as for real calls.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ _HEADER = ("layers", "pattern", "heads", "head_dim", "kernels", "extras")
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What layers that ask for the same attention would use, for batches with padding on the right."""
+    """Kernels of all layers with the same attention spec, for batches with padding on the right."""
 
     # Such as "0-11", "0, 3, 6" or "decoder 0-5 EncDecAttention".
     layers: str
     pattern: str
-    # Keys before and after its own position that a query sees; None for all.
+    # Number of visible keys before and after a query; None for all.
     left: int | None
     right: int | None
-    # The widest of the query's and the value's, and what FlashInfer's kernels take it as, where they run.
+    # Maximum of the query's and the value's head_dim, and its padded size where FlashInfer runs.
     head_dim: int
     padded_head_dim: int
     num_heads: int
     num_kv_heads: int
     softcap: float | None
-    # What may run, depending on lengths: FlashInfer's "fa3", "fa2" or "auto" (its own choice), "sdpa" for small
-    # batches; "torch" or "dense" where FlashInfer does not. Nothing where the call would be refused.
+    # Kernels that may run, depending on lengths: FlashInfer's "fa3", "fa2" or "auto" (FlashInfer chooses), "sdpa" for
+    # small batches; "torch" or "dense" as fallbacks. Empty if the call would raise an error.
     kernels: tuple[str, ...]
     biased: bool
     sinks: bool
-    # Why FlashInfer does not compute it on a GPU that it runs on, or what else there is to know.
+    # Reason for a fallback on a supported GPU, or another remark.
     reason: str | None
-    # Why padded queries are computed.
+    # Reason to compute padded queries.
     note: str | None = None
 
     @property
     def remarks(self) -> str:
-        """The reason and the note."""
+        """Reason and note."""
         return "; ".join(filter(None, (self.reason, self.note)))
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What a table shows."""
+        """Cells of a table row."""
         heads, kv_heads, size, padded = self.num_heads, self.num_kv_heads, self.head_dim, self.padded_head_dim
         extras = [] if self.softcap is None else [f"softcap {self.softcap:g}"]
         extras += ["position_bias"] * self.biased + ["sinks"] * self.sinks
@@ -86,20 +86,20 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan(Screen):
-    """What a model would use; `print(plan)` shows a table."""
+    """Predicted attention of a model; `print(plan)` shows a table."""
 
     model_type: str
-    # That of the config where no model could be built.
+    # Class of the model, or of the config if the model cannot be built.
     class_name: str
     dtype: torch.dtype
-    # Of the GPU; None for none, where the torch backend runs.
+    # Compute capability of the GPU; None without a GPU, where the torch backend runs.
     capability: tuple[int, int] | None
-    # Whether `unpad` takes the model, whether it captures CUDA graphs of it on a GPU, and why not.
+    # Whether `unpad` supports the model, whether it can capture CUDA graphs, and the reasons if not.
     unpad: bool
     unpad_reason: str | None
     cuda_graphs: bool
     cuda_graphs_reason: str | None
-    # One row for all layers that ask for the same; none where there is a problem.
+    # One row per spec; empty if there is a problem.
     layers: tuple[LayerPlan, ...]
     problem: str | None
 
@@ -109,7 +109,7 @@ class ModelPlan(Screen):
         return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch."), "capability": capability}
 
     def _blocks(self) -> tuple[Block, Block]:
-        """Returns what is shown: layers, and facts about the model."""
+        """Returns two blocks: the layers, and facts about the model."""
         where = "without a GPU" if self.capability is None else "compute capability {}.{}".format(*self.capability)
         title = f"{self.class_name} ({self.model_type}), {str(self.dtype).removeprefix('torch.')}, {where}"
         layers = [replace(layer, layers=_abbreviated(layer.layers)) for layer in self.layers]
@@ -117,7 +117,7 @@ class ModelPlan(Screen):
         if self.problem is not None:
             facts.append(("attention", f"not known, {self.problem}"))
         facts.append(("unpad", "yes" if self.unpad else f"no, {self.unpad_reason}"))
-        # One reason is said once.
+        # Without a reason that the line above has.
         if self.cuda_graphs:
             facts.append(("CUDA graphs", "yes" + ", on a GPU" * (self.capability is None)))
         elif self.unpad:
@@ -134,11 +134,11 @@ def _abbreviated(layers: str) -> str:
 def plan_of_config(
     config: PreTrainedConfig, *, dtype: torch.dtype = torch.float16, capability: tuple[int, int] | None = None
 ) -> ModelPlan:
-    """Says what each attention layer of a model would use, without weights and without a GPU.
+    """Predicts the kernels of each attention layer, without weights and without a GPU.
 
-    Attention is that of padded batches of the model's main input, text where it takes text, with the settings in force.
-    Batches without padding may run on torch's sdpa too. By default the plan is for the current GPU; where FlashInfer
-    does not run on it, for the torch backend.
+    The plan is for padded batches of the model's main input (text if possible) with the current settings; batches
+    without padding may also run on torch's sdpa. By default it is for the current GPU, or for the torch backend if
+    FlashInfer does not run there.
     """
     if capability is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -149,8 +149,8 @@ def plan_of_config(
         model = _build(config, dtype)
     except FOREIGN_ERRORS as error:
         name, is_ours = type(config).__name__, isinstance(error, FlashInferAttentionError)
-        why = str(error) if is_ours else f"the model cannot be built: {first_line(error)}"
-        return ModelPlan(config.model_type, name, dtype, capability, False, why, False, why, (), why)
+        reason = str(error) if is_ours else f"the model cannot be built: {first_line(error)}"
+        return ModelPlan(config.model_type, name, dtype, capability, False, reason, False, reason, (), reason)
     unpad_reason = _reason_against_unpad(model)
     calls, problem = _run(model)
     built = dtype
@@ -172,10 +172,10 @@ def plan_of_config(
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    # The encoder of T5 and its like is a model of its own, which AutoModel does not know of.
-    is_known = type(config) in MODEL_MAPPING and not (named is not None and named.__name__.endswith("EncoderModel"))
+    # AutoModel does not map configs to encoder-only classes such as T5EncoderModel.
+    by_config = type(config) in MODEL_MAPPING and not (named is not None and named.__name__.endswith("EncoderModel"))
     with torch.device("meta"):
-        build = AutoModel.from_config if is_known or named is None else named._from_config
+        build = AutoModel.from_config if by_config or named is None else named._from_config
         model: PreTrainedModel = build(config, attn_implementation=NAME, dtype=dtype)
     return model.eval()
 
@@ -186,7 +186,7 @@ def _backbones(model: PreTrainedModel) -> dict[Any, Family]:
 
 def _reason_against_unpad(model: PreTrainedModel) -> str | None:
     if not (backbones := _backbones(model)):
-        # Without the list of what is known.
+        # Without the list of supported models.
         return reason_against(model).partition(";")[0]
     return next(filter(None, (family.refuse(part) for part, family in backbones.items())), None)
 
@@ -210,7 +210,7 @@ def _reason_against_graphs(model: PreTrainedModel, layers: Iterable[LayerPlan]) 
 
 
 def _run(model: PreTrainedModel) -> tuple[list[tuple[str, SpecOfLayer]] | None, str | None]:
-    """Runs a model without values; returns the names of its layers with what they asked for, or None and why not."""
+    """Runs a model on the meta device; returns the names and specs of its layers, or None and the reason."""
     if _reason_against_unpad(model) is None:
         for part, family in _backbones(model).items():
             if family.own_attention is not None:
@@ -235,7 +235,8 @@ def _calls(model: PreTrainedModel, inputs: dict[str, object]) -> list[SpecOfLaye
             with keep_specs() as calls:
                 model(**inputs)
         except FOREIGN_ERRORS:
-            # Perhaps it asks for a value on which attention does not depend, such as whether all is finite.
+            # The model may read values that do not affect attention, such as a check for finite values. If the specs
+            # are the same for two different constants, they do not depend on the values.
             answered = []
             for answer in (False, True):
                 with keep_specs() as calls, _Answers(answer):
@@ -247,7 +248,7 @@ def _calls(model: PreTrainedModel, inputs: dict[str, object]) -> list[SpecOfLaye
 
 
 class _Answers(TorchFunctionMode):
-    """Reads a constant where code asks a meta tensor for its value."""
+    """Answers `.item()` and conversions to Python numbers on meta tensors with a constant."""
 
     def __init__(self, answer: bool) -> None:
         super().__init__()
@@ -263,7 +264,7 @@ class _Answers(TorchFunctionMode):
 
 
 def _inputs(model: PreTrainedModel) -> Iterator[dict[str, object]]:
-    """Makes inputs without values: the main ones alone, then all that the model is known to take."""
+    """Yields inputs on the meta device: the main input alone, then together with the others."""
     config, main = model.config, model.main_input_name
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None) or 224
@@ -276,23 +277,23 @@ def _inputs(model: PreTrainedModel) -> Iterator[dict[str, object]]:
     tries: list[tuple[str, ...]] = [(main,)] if main in shapes else [text]
     tries += [(*text, "pixel_values")] if main not in ("input_values", "input_features") else []
     others = ("decoder_input_ids", "decoder_attention_mask") if config.is_encoder_decoder else ()
-    known = inspect.signature(type(model).forward).parameters
+    parameters = inspect.signature(type(model).forward).parameters
     for chosen in tries:
-        inputs: dict[str, object] = {"use_cache": False} if "use_cache" in known else {}
-        for name in known.keys() & {*chosen, *others}:
+        inputs: dict[str, object] = {"use_cache": False} if "use_cache" in parameters else {}
+        for name in parameters.keys() & {*chosen, *others}:
             dtype = model.dtype if name in shapes else torch.long
             inputs[name] = torch.ones(2, *shapes.get(name, (8,)), dtype=dtype, device="meta")
         yield inputs
 
 
 def _join(plans: Sequence[tuple[str, LayerPlan]], otherwise: str) -> tuple[LayerPlan, ...]:
-    """Joins plans, by the names of their layers in the model, that ask for the same.
+    """Merges equal plans, and shortens the names of their layers.
 
-    Of "encoder.layer.3.attention" stays the number, and what not all names have in common; `otherwise` for nothing.
+    Of "encoder.layer.3.attention" the number remains, and words that not all names share; `otherwise` if none remain.
     """
     paths = [name.split(".") for name, _ in plans]
     shared = set[str]().union(*paths).intersection(*paths)
-    # A layer that is called more than once, as ALBERT's is, stands for as many.
+    # A layer that runs several times, like ALBERT's, counts once per call.
     is_repeated = len({name for name, _ in plans}) < len(plans)
     seen: Counter[str] = Counter()
     groups: dict[tuple[str, LayerPlan], list[int]] = {}
@@ -309,7 +310,7 @@ def _join(plans: Sequence[tuple[str, LayerPlan]], otherwise: str) -> tuple[Layer
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """Writes numbers as "0-3, 7"."""
+    """Formats numbers like "0-3, 7"."""
     runs = itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0])
     ends = [(run[0][1], run[-1][1]) for _, pairs in runs if (run := list(pairs))]
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
@@ -322,7 +323,7 @@ def _plan(
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
 ) -> LayerPlan:
-    """Plans the spec of a model that was built in one dtype, for another."""
+    """Plans a spec for `dtype`; it was recorded from a model built in the dtype `built`."""
     spec = replace(spec, dtype=dtype) if spec.dtype == built else spec
     pattern, head_dim, fallback = spec.pattern, spec.widest_head_dim, fallback_of(spec)
     kernels, reason = _kernels(spec, capability, fallback)
@@ -342,7 +343,7 @@ def _plan(
 def _kernels(
     spec: AttentionSpec, capability: tuple[int, int] | None, fallback: Choice | None
 ) -> tuple[tuple[str, ...], str | None]:
-    """Returns what may run a spec, and why that is not FlashInfer."""
+    """Returns the kernels that may run a spec, and the reason if FlashInfer does not."""
     settings, pattern = current_settings(), spec.pattern
     is_forbidden = settings.backend == "flashinfer" or settings.strict
     no_gpu = None if capability is None else flashinfer.capability_reason(capability)
@@ -356,10 +357,10 @@ def _kernels(
         fallback = Choice(Backend.TORCH, reason)
     if fallback is not None:
         return () if is_forbidden else (fallback.backend.value,), fallback.reason
-    most = float("inf") if pattern.left is None or pattern.right is None else pattern.left + pattern.right + 1
-    # From the longest rows to the shortest.
+    visible = float("inf") if pattern.left is None or pattern.right is None else pattern.left + pattern.right + 1
+    # The kernel of the longest rows first, then that of the shortest.
     names: list[str] = [
-        kernel_for(capability, spec.widest_head_dim, min(most, keys), biased=spec.biased, sinks=spec.sinks)
+        kernel_for(capability, spec.widest_head_dim, min(visible, keys), biased=spec.biased, sinks=spec.sinks)
         for keys in (float("inf"), 1.0)
     ]
     if pattern == FULL and settings.backend == "auto" and may_run_sdpa(spec):
@@ -371,13 +372,13 @@ _KERNELS = ("fa2", "fa3", "auto")
 
 
 def modules_of(plan: ModelPlan, dtype: torch.dtype | None = None) -> tuple[KernelModule, ...]:
-    """Returns all modules that a model may need, whatever the lengths in its batches, in another dtype if need be.
+    """Returns all modules that a model may need for any row lengths, by default in the dtype of the plan.
 
-    What FlashInfer itself chooses on some Blackwell GPUs is left out, but for what it falls back to there.
+    Where FlashInfer chooses a kernel itself ("auto", on some Blackwell GPUs), only its fallback fa2 is included.
     """
     modules: dict[KernelModule, None] = {}
     for layer in plan.layers:
-        # Where no row reaches a window, it is none.
+        # Rows shorter than a window need the kernel without one.
         windows = (False,) if layer.left is None or layer.biased else (False, True)
         names = [name for name in layer.kernels if name in _KERNELS]
         for name, window in itertools.product(names, windows):

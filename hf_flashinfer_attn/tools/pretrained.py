@@ -1,4 +1,4 @@
-"""Errors of reading a model or its config by path or id, as one line."""
+"""One-line errors for a model or config that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _WAY_OUT = "Pass a folder with a config.json, or the id of a model on the hub."
 
 
 class UnreadableModelError(FlashInferAttentionError):
-    """There is no model that transformers can read at this path or id."""
+    """transformers cannot read a model at this path or Hub id."""
 
 
 @contextmanager
 def reading(name: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what transformers raises while it reads the model `name` into an `UnreadableModelError`."""
+    """Converts the errors of loading the model `name` to an `UnreadableModelError`."""
     path = os.fspath(name)
-    # Not a valid id, so the hub is not asked.
+    # Not a valid Hub id, so no request is made.
     if path.startswith(("/", ".", "~")) and not os.path.exists(path):
         raise UnreadableModelError(f"there is no folder {path!r}. {_WAY_OUT}")
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        said = first_line(error).rstrip(".:")
-        raise UnreadableModelError(f"the model {path!r} cannot be read: {said}. {_WAY_OUT}") from error
+        reason = first_line(error).rstrip(".:")
+        raise UnreadableModelError(f"the model {path!r} cannot be read: {reason}. {_WAY_OUT}") from error

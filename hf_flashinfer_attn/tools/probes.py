@@ -1,4 +1,4 @@
-"""Probes of this machine, one line per question. A probe that fails is a line that says so, and hides no other."""
+"""Probes of this machine: versions, GPUs, compilers, kernel cache. A failed probe is reported as a problem."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ LITTLE_SPACE = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One line of a diagnosis: an answer as plain values for JSON, None where there is none, and as text."""
+    """One line of a diagnosis: a plain value for JSON (None if the probe failed), and its text."""
 
     name: str
     value: Any
     shown: str
-    # Or a warning.
+    # An error or a warning.
     is_problem: bool = False
 
 
 def probe_versions() -> tuple[Probe, ...]:
-    """Returns the versions of Python, of the packages that matter, and of the GPU's driver."""
+    """Returns the versions of Python, the relevant packages, and the GPU driver."""
     version, cuda, hip = platform.python_version(), torch.version.cuda, torch.version.hip
     build = f", CUDA {cuda}" if cuda is not None else f", ROCm {hip}" if hip is not None else ", built without CUDA"
     kernels = ((name, installed_version(name)) for name in ("flashinfer-jit-cache", "flashinfer-cubin"))
@@ -59,7 +59,7 @@ def probe_versions() -> tuple[Probe, ...]:
 
 
 def probe_gpus() -> tuple[Probe, ...]:
-    """Returns the GPUs that torch can use; or why there are none."""
+    """Returns the GPUs that torch can use, or the reason for none."""
     probes = []
     why = "torch sees no GPU"
     try:
@@ -78,7 +78,7 @@ def probe_gpus() -> tuple[Probe, ...]:
 
 
 def probe_compilers() -> tuple[Probe, ...]:
-    """Returns what FlashInfer compiles its kernels with, and Triton the rest."""
+    """Returns the compilers of FlashInfer (nvcc, ninja, C++) and of Triton (C)."""
     nvcc = nvcc_path()
     no_nvcc = "none (FLASHINFER_NVCC, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda): install the CUDA toolkit"
     c_compilers = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
@@ -93,7 +93,7 @@ def probe_compilers() -> tuple[Probe, ...]:
 
 
 def probe_cache() -> tuple[Probe, ...]:
-    """Returns where compiled kernels are kept, which there are, how large they are, and the free space there."""
+    """Returns the kernel cache: folder, size, compiled kernels and free space."""
     try:
         folder = cache_directory()
     except BackendUnavailableError as error:
@@ -120,7 +120,7 @@ def _package(name: str, distribution: str, remark: str = "", *, required: bool =
     if version is None:
         return Probe(name, None, "not installed" + f": pip install {distribution}" * required, required)
     try:
-        # Without the build tag: 2.13.0+cpu is not newer than 2.13.0.
+        # Without the local version: 2.13.0+cpu is not newer than 2.13.0.
         public = Version(Version(version).public)
     except InvalidVersion:
         return Probe(name, version, f"{version}, expected a version number", is_problem=True)
@@ -133,7 +133,7 @@ def _package(name: str, distribution: str, remark: str = "", *, required: bool =
 
 
 def _requirements() -> list[Requirement]:
-    """Returns what this package asks of others; nothing where it runs without being installed."""
+    """Returns this package's requirements; none if it is not installed."""
     try:
         requirements = map(Requirement, importlib.metadata.requires("hf-flashinfer-attn") or [])
     except importlib.metadata.PackageNotFoundError:
@@ -142,7 +142,7 @@ def _requirements() -> list[Requirement]:
 
 
 def _driver() -> Probe:
-    """Asks the kernel module first: containers may lack nvidia-smi."""
+    # The kernel module first: containers may lack nvidia-smi.
     try:
         module = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
@@ -159,7 +159,7 @@ def _driver() -> Probe:
 
 
 def _program(name: str, path: str | None, version: str, missing: str, *query: str) -> Probe:
-    """Asks a program for its version."""
+    """Returns path and version of a program."""
     if path is None:
         return Probe(name, None, missing, is_problem=True)
     command = [path, *(query or ["--version"])]
@@ -168,8 +168,8 @@ def _program(name: str, path: str | None, version: str, missing: str, *query: st
     except (OSError, subprocess.SubprocessError) as error:
         return Probe(name, None, f"{path} does not run: {first_line(error)}", is_problem=True)
     if ran.returncode != 0:
-        said = (ran.stderr or ran.stdout).strip().partition("\n")[0]
-        return Probe(name, None, f"{' '.join(command)} fails with status {ran.returncode}: {said}", is_problem=True)
+        output = (ran.stderr or ran.stdout).strip().partition("\n")[0]
+        return Probe(name, None, f"{' '.join(command)} fails with status {ran.returncode}: {output}", is_problem=True)
     found = re.search(version, ran.stdout)
     number = None if found is None else found[1]
     return Probe(name, {"path": path, "version": number}, f"{number or 'of unknown version'}, {path}")
@@ -186,16 +186,16 @@ def _size(folder: Path) -> Probe:
 
 def _kernels(folder: Path) -> Probe:
     if folder.exists():
-        # What cannot be listed must not look empty.
+        # Raises if the folder cannot be listed.
         os.listdir(folder)
     sizes = list(itertools.product(DTYPES, KERNEL_HEAD_DIMS))
     features = list(itertools.product((False, True), (False, True)))
-    # All modules that this package may ask for.
-    known = [KernelModule(kernel, *size, *flags) for kernel in _KERNELS for size in sizes for flags in features]
-    known += [KernelModule("fa2", *size, window=False, softcap=False, biased=True) for size in sizes]
-    ours = {module.name: str(module) for module in known if is_compiled(module)}
+    # All modules that this package may compile.
+    usable = [KernelModule(kernel, *size, *flags) for kernel in _KERNELS for size in sizes for flags in features]
+    usable += [KernelModule("fa2", *size, window=False, softcap=False, biased=True) for size in sizes]
+    ours = {module.name: str(module) for module in usable if is_compiled(module)}
     others = [name for name in compiled_modules() if name not in ours]
-    # A line per kernel and dtype.
+    # One line per kernel and dtype.
     lines: defaultdict[str, list[str]] = defaultdict(list)
     for module in ours.values():
         kernel, _, rest = module.partition(", head_dim ")
@@ -207,7 +207,7 @@ def _kernels(folder: Path) -> Probe:
 
 
 def _free(folder: Path) -> Probe:
-    # Of the file system that the folder will be made on.
+    # The nearest existing parent, if the folder does not exist yet.
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     little = free < LITTLE_SPACE

@@ -1,4 +1,4 @@
-"""Findings shown as blocks of text, and as HTML tables in notebooks."""
+"""Display of results: blocks of text, and HTML tables in notebooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Block", "Screen"]
 
 
 class Block(NamedTuple):
-    """A table below a title; either may be empty. A first cell that starts with "! " marks a problem."""
+    """A title and a table; either may be empty. A first cell that starts with "! " marks a problem."""
 
     title: str
     rows: Sequence[Sequence[str]]
@@ -20,12 +20,12 @@ class Block(NamedTuple):
 
 
 class Screen:
-    """Base of classes that are shown as some blocks."""
+    """Base class of results that are shown as blocks."""
 
     __slots__ = ()
 
     def _blocks(self) -> Iterable[Block]:
-        """Returns what is shown."""
+        """Returns the blocks."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class Screen:
 
 
 def _lines(block: Block) -> Iterator[str]:
-    """Yields the title and the rows, their last cells wrapped."""
+    """Yields the title and the rows; long last cells are wrapped."""
     yield from [block.title] * bool(block.title)
     rows = [row for row in (block.header, *block.rows) if row]
     rows = [(first if first.startswith("! ") else f"  {first}", *others) for first, *others in rows]
@@ -48,7 +48,7 @@ def _lines(block: Block) -> Iterator[str]:
     for *cells, last in rows:
         head = "".join(f"{cell:<{width}}  " for cell, width in zip(cells, widths))
         for line in last.splitlines() or [""]:
-            # Paths stay whole, to be copied.
+            # Paths are not broken, so that they can be copied.
             yield from textwrap.wrap(
                 line, 100, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False,
                 break_on_hyphens=False,

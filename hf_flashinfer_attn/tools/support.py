@@ -1,4 +1,4 @@
-"""Support tables of the documentation, made from the rules of `select` and `unpad`."""
+"""Support tables of the documentation, generated from the rules of `select` and `unpad`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..unpadding.families import FAMILIES, REFUSED
 
 __all__ = ["refused_table", "support_table", "unpadding_table"]
 
-# What no rule takes away from FlashInfer.
+# Features without a fallback rule.
 _NATIVE = (
     "full and causal attention, with a cache or without",
     "sliding windows, causal and two-sided, of any width",
@@ -21,12 +21,12 @@ _NATIVE = (
     "head_dim up to 256, softcap, any softmax scale",
     "attention sinks (`s_aux`), `position_bias` (T5, and MPNet after `unpad`; compiles a kernel of its own)",
 )
-# Where torch's own kernel is faster (benchmarks/NOTES.md); `backend="flashinfer"` does without it.
+# Cases where torch's kernel is faster (benchmarks/NOTES.md); `backend="flashinfer"` disables this choice.
 _FASTER_ELSEWHERE = (
     "full or causal attention without padding, of a head_dim that would be padded",
     "padded batches of under 67 million logits per layer, for which planning costs more than it saves",
 )
-# transformers detects packed sequences only when it makes a causal mask (EmbeddingGemma's included).
+# transformers detects packed sequences only when it makes a causal mask, which includes EmbeddingGemma's.
 _NOT_NOTICED = (
     "packed sequences by restarting `position_ids` alone, in encoders and in decoders with `config.is_causal=False`",
 )
@@ -40,7 +40,7 @@ _RUNS_ON = {Backend.DENSE: "dense attention", Backend.TORCH: "ragged torch backe
 
 
 def support_table() -> str:
-    """Returns what runs where on a GPU that FlashInfer supports, as a Markdown table."""
+    """Returns the backend of each feature on a GPU that FlashInfer supports, as a Markdown table."""
     rows = [
         *((feature, "FlashInfer") for feature in _NATIVE),
         *((feature, "torch's sdpa") for feature in _FASTER_ELSEWHERE),
@@ -52,22 +52,22 @@ def support_table() -> str:
 
 
 def unpadding_table() -> str:
-    """Returns the families of models that `unpad` takes, as a Markdown table."""
+    """Returns the model families that `unpad` supports, as a Markdown table."""
     rows = []
     for name, family in sorted(FAMILIES.items()):
-        besides = {
+        remarks = {
             "packed with `use_cache=False`": family.is_causal,
             "embeddings run padded, before packing; no CUDA graphs": family.embeds_rows,
             "its own attention is replaced; no CUDA graphs": family.own_attention is not None,
             "rows with holes stay padded": family.measures_slots,
         }
-        remarks = "; ".join(text for text, applies in besides.items() if applies)
-        rows.append((f"`{name}`", family.positions.value, remarks))
+        shown = "; ".join(text for text, applies in remarks.items() if applies)
+        rows.append((f"`{name}`", family.positions.value, shown))
     return _table(("backbone", "tokens are numbered", "besides"), rows)
 
 
 def refused_table() -> str:
-    """Returns the model types that `unpad` refuses by name, and why, as a Markdown table."""
+    """Returns the model types that `unpad` refuses, with the reasons, as a Markdown table."""
     return _table(("model type", "why"), [(f"`{model_type}`", reason) for model_type, reason in REFUSED.items()])
 
 

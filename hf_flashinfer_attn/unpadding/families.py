@@ -1,7 +1,8 @@
-"""Packing rules of model families: positions, pooler, reasons to refuse a model, attention of its own."""
+"""Packing rules of model families: position ids, refused models, own attention code."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -14,10 +15,10 @@ __all__ = ["FAMILIES", "REFUSED", "Family", "Positions", "family_of", "reason_ag
 
 
 class Positions(Enum):
-    """How a model numbers the tokens of a padded row when it is given no `position_ids`."""
+    """Default position ids of a model, without a `position_ids` argument."""
 
-    SLOTS = "by slot, from 0"
-    AFTER_PADDING_ID = "by token, from the id of padding + 1"
+    SLOTS = "by padded position, from 0"
+    AFTER_PADDING_ID = "by token, from padding_idx + 1"
 
 
 def _refuse_rotary_layers(model: PreTrainedModel) -> str | None:
@@ -27,7 +28,7 @@ def _refuse_rotary_layers(model: PreTrainedModel) -> str | None:
 
 
 def _mpnet() -> ModuleType:
-    # Its import from transformers is slow, and few models need it.
+    # A lazy import: it is slow, and few models need it.
     from . import mpnet
 
     return mpnet
@@ -35,18 +36,18 @@ def _mpnet() -> ModuleType:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How to run a backbone on packed tokens."""
+    """Packing rules of a backbone class."""
 
     positions: Positions = Positions.SLOTS
-    # Transformers' causal helpers make its mask and take restarting positions for packed sequences; it caches keys.
+    # A decoder: it may cache keys, and transformers detects packed sequences by restarting position ids.
     is_causal: bool = False
-    # Its embeddings read whole rows, so they run before packing.
+    # The embeddings read whole rows, so they run before packing.
     embeds_rows: bool = False
-    # A bias depends on distances in padded rows.
+    # The attention bias depends on distances in padded rows.
     measures_slots: bool = False
-    # Returns why a model of the family cannot be packed after all.
+    # Returns the reason if a model of the family cannot be packed.
     refuse: Callable[[PreTrainedModel], str | None] = lambda model: None
-    # Imports the module that replaces the family's own attention (`route`) and puts it back (`restore`).
+    # Imports the module that replaces (`route`) and restores (`restore`) the family's own attention code.
     own_attention: Callable[[], ModuleType] | None = None
 
     @property
@@ -78,7 +79,7 @@ FAMILIES = {
     **dict.fromkeys(_ENCODERS, Family()),
     **dict.fromkeys(_ROBERTAS, Family(Positions.AFTER_PADDING_ID)),
     **dict.fromkeys(_DECODERS, Family(is_causal=True)),
-    # Its token dropout scales a row by how much of it is masked.
+    # Token dropout scales each row by its share of mask tokens.
     "EsmModel": Family(embeds_rows=True, refuse=_refuse_rotary_layers),
     "MPNetModel": Family(
         Positions.AFTER_PADDING_ID,
@@ -91,23 +92,28 @@ FAMILIES = {
 
 
 def family_of(model: torch.nn.Module | None) -> Family | None:
-    """Returns how to pack the tokens of a backbone; None for any other module."""
-    for parent in type(model).__mro__:
+    """Returns the packing rules of a backbone; None for any other module."""
+    return _family_of_type(type(model))  # type: ignore[arg-type]  # mypy: a class is not Hashable
+
+
+@functools.cache
+def _family_of_type(model_class: type) -> Family | None:
+    for parent in model_class.__mro__:
         if parent.__module__.startswith("transformers.models.") and parent.__name__ in FAMILIES:
             return FAMILIES[parent.__name__]
     return None
 
 
 def required_family(backbone: torch.nn.Module) -> Family:
-    """Returns the family of a backbone, which must have one."""
+    """Returns the packing rules of a supported backbone."""
     family = family_of(backbone)
     assert family is not None
     return family
 
 
 def reason_against(model: torch.nn.Module) -> str:
-    """Says why a model without a known backbone cannot be packed."""
+    """Returns the reason to refuse a model without a supported backbone."""
     inner = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
-    known = ", ".join(sorted(name.removesuffix("Model") for name in FAMILIES))
-    return REFUSED.get(model_type or "", f"nothing is known about packing it; known are {known}")
+    supported = ", ".join(sorted(name.removesuffix("Model") for name in FAMILIES))
+    return REFUSED.get(model_type or "", f"nothing is known about packing it; known are {supported}")

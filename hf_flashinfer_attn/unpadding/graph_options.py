@@ -15,12 +15,13 @@ class GraphOptions:
     """Options of CUDA graph capture.
 
     Args:
-        max_tokens: Most tokens of a graph. Larger batches run without one; they are not bound by the host.
-        max_rows: Most rows of a graph.
-        max_memory_gib: GPU memory that all graphs share, in GiB. A size that would exceed it runs without a graph; at
-            most once in 1,000 replays all graphs are dropped and captured anew instead.
-        compile: Whether to capture the model as compiled by `torch.compile`. The first capture then takes up to a
-            minute, once for all sizes; see `graph_statistics(model).compile_seconds`.
+        max_tokens: Maximum number of tokens in a graph. Larger batches run without graphs: they keep the GPU busy
+            anyway.
+        max_rows: Maximum number of rows in a graph.
+        max_memory_gib: Memory limit of all graphs together, in GiB. A size that would exceed it runs without a graph.
+            At most once in 1,000 replays, all graphs are evicted instead and captured again on use.
+        compile: Whether to compile the model with `torch.compile` before capture. This takes up to a minute, once for
+            all sizes; see `graph_statistics(model).compile_seconds`.
 
     Raises:
         ValueError: If a number is not positive, or `compile` is not a bool.
@@ -50,12 +51,12 @@ class GraphStatistics:
 
     Args:
         captured: Number of captured graphs.
-        dropped: Number of graphs dropped, for memory or because the model changed.
-        replayed: Number of forwards run by graphs.
-        tokens: Tokens in those forwards.
-        slots: Tokens in those forwards, filler included.
+        dropped: Number of evicted graphs: out of memory budget, or the model changed.
+        replayed: Number of forwards that replayed a graph.
+        tokens: Number of tokens in the replayed forwards.
+        slots: Number of tokens in the replayed forwards, filler tokens included.
         memory_bytes: Size of the graphs' GPU memory pool.
-        compile_seconds: Time of the first runs with `compile=True`, compilation included.
+        compile_seconds: Duration of the first runs with `compile=True`, compilation included.
 
     Examples:
         >>> from hf_flashinfer_attn import GraphStatistics
@@ -73,7 +74,7 @@ class GraphStatistics:
 
     @property
     def waste(self) -> float:
-        """Share of filler among the tokens that graphs computed, 0 to 1."""
+        """Fraction of filler tokens in the replayed forwards, 0 to 1."""
         return 1 - self.tokens / self.slots if self.slots else 0.0
 
     @classmethod
@@ -83,7 +84,7 @@ class GraphStatistics:
 
 
 def token_bucket(tokens: int) -> int:
-    """Rounds a number of tokens up to the size of a graph: 8 sizes per doubling, 16 from 2,048 on.
+    """Rounds a number of tokens up to a graph size: 8 sizes per power of two, 16 from 2,048 tokens on.
 
     Examples:
         >>> from hf_flashinfer_attn.unpadding.graph_options import token_bucket
@@ -98,7 +99,7 @@ def token_bucket(tokens: int) -> int:
 
 
 def row_bucket(rows: int) -> int:
-    """Rounds a number of rows up to that of a graph: a power of two, since empty rows cost little.
+    """Rounds a number of rows up to a power of two, at least 8; empty rows cost little.
 
     Examples:
         >>> from hf_flashinfer_attn.unpadding.graph_options import row_bucket

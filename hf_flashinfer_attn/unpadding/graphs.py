@@ -1,8 +1,8 @@
-"""CUDA graphs of a backbone on packed tokens: one launch in place of hundreds.
+"""CUDA graphs of a backbone on packed tokens: one launch replaces hundreds.
 
-A graph has fixed shapes. Packed batches are therefore filled up to one of a few sizes: with rows of length zero, which
-cost attention nothing, and with tokens that belong to no row. Their values are never returned, but must be finite: fa3
-reads keys and values after the last row, and weighs them with zero.
+A graph has fixed shapes, so packed batches are padded to one of a few sizes: with empty rows, which cost attention
+nothing, and with filler tokens outside of all rows. Filler values are never returned, but they must be finite: fa3
+reads keys and values after the last row, and multiplies them by zero.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["GraphedForward", "graphs_of", "install_graphs", "is_copied_with", "u
 # Serialises captures: garbage collection is disabled process-wide.
 _capture_lock = threading.Lock()
 _INPUTS = ("input_ids", "token_type_ids", "position_ids")
-# Arguments of every packed forward, which do not change what is computed.
+# Arguments that do not need a graph of their own.
 _KNOWN = frozenset(
     {
         *_INPUTS, "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache",
@@ -53,29 +53,29 @@ _KNOWN = frozenset(
 
 @dataclass(slots=True)
 class _Graph:
-    """A captured forward, whose layout gets new plans before each replay. `inputs` are kept alive for the graph."""
+    """A captured forward. Its layout is planned again before each replay; `inputs` are kept alive for the graph."""
 
     graph: torch.cuda.CUDAGraph
     layout: RaggedLayout
-    # Filler included.
+    # Including filler tokens.
     tokens: int
     output_class: type[ModelOutput]
     has_pooler: bool
-    # For traces.
+    # Recorded during capture, and added to traces by each replay.
     calls: tuple[AttentionCall, ...]
     inputs: dict[str, Any]
 
 
 @dataclass(slots=True)
 class _Failure:
-    """A size whose capture failed: how often, and the number of its forwards before the next attempt."""
+    """Failed captures of one size: their number, and the number of forwards until the next attempt."""
 
     attempts: int = 0
     wait: int = 0
 
 
 class _Memory:
-    """Memory, stream and workspace that all graphs of a model share."""
+    """Memory pool, stream, workspace and static tensors, shared by all graphs of a model."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -84,30 +84,31 @@ class _Memory:
         self.workspace = GraphWorkspace(device)
         self.pool: Any = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
-        # Recorded after the last replay's results were copied, and the stream of that copy.
+        # Event after the copy of the last replay's outputs, and the stream of that copy.
         self.done = torch.cuda.Event()
         self.last_stream: int | None = None
-        # Replays since the pool was made.
+        # Number of replays since the pool was created.
         self.replayed = 0
 
     def pool_bytes(self) -> int:
-        """Returns the size of the graphs' memory pool, unused parts included."""
+        """Returns the size of the memory pool, including unused blocks."""
         return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self.pool))
 
 
-# Forwards of a size that run without a graph after its first failed capture; doubled by each further failure.
+# Number of forwards between a failed capture and the next attempt for that size; each failure doubles it.
 _FIRST_WAIT, _LONGEST_WAIT = 16, 4_096
-# Least number of replays before graphs that fill their pool are dropped for a new pool.
+# Minimum number of replays before a full pool is replaced, and its graphs evicted.
 _REPLAYS_OF_A_POOL = 1_000
 
 
 class GraphedForward:
-    """Replaces the forward of a backbone, to which it has a weak reference: packed batches run as captured graphs.
+    """Replacement of a backbone's `forward` that runs packed batches as CUDA graphs.
 
-    Calls from several threads take turns, and streams wait for each other. What is returned belongs to the caller.
+    Thread-safe: a lock serialises replays, and streams wait for each other. Outputs are copies. The backbone is weakly
+    referenced.
     """
 
-    # In slots, because wrappers of a forward, such as accelerate's, copy its dictionary (`functools.update_wrapper`).
+    # Slots, because accelerate's wrapper copies `__dict__` (by `functools.update_wrapper`).
     __slots__ = (
         "__dict__", "__weakref__", "_failures", "_graphs", "_lock", "_memory", "_module", "_refused", "_state",
         "options", "statistics",
@@ -123,12 +124,12 @@ class GraphedForward:
         self._failures: dict[tuple[Any, ...], _Failure] = {}
         self._memory: _Memory | None = None
         self._state: ModelState | None = None
-        # The reason, and the settings that it was found with.
+        # Reason, and the settings it depends on.
         self._refused: tuple[str, Settings] | None = None
 
     @property
     def module(self) -> PreTrainedModel | None:
-        """The backbone; None if it is gone."""
+        """The backbone; None if it was freed."""
         return self._module()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
@@ -154,13 +155,13 @@ class GraphedForward:
             packed = self._accepted_state(module, kwargs)
         if packed is not None:
             with self._lock:
-                # Another thread may have set a refusal meanwhile.
+                # Another thread may have set a refusal while this one waited.
                 if self.refusal() is None and (outputs := self._replay(module, packed, kwargs)) is not None:
                     return outputs
         return type(module).forward(module, *args, **kwargs)
 
     def takes(self, module: PreTrainedModel, device: torch.device, rows: int, tokens: int) -> bool:
-        """Whether a batch of this size would go through a graph, as far as can be told before it is packed."""
+        """Whether a batch of this size may run as a graph, from what is known before packing."""
         return (
             self.refusal() is None
             and 0 < tokens <= self.options.max_tokens
@@ -171,31 +172,31 @@ class GraphedForward:
         )
 
     def look(self) -> ModelState | None:
-        """Returns the fingerprint of the captured model if it still holds; the host has time while lengths travel."""
+        """Returns the fingerprint of the captured model if it still matches; called while row lengths are copied."""
         state = self._state
         return state if state is not None and state.refusal is None and state.holds() else None
 
     def reset(self) -> None:
-        """Drops all graphs and their memory; sizes are captured again on their next use."""
+        """Evicts all graphs and frees their memory; sizes are captured again on their next use."""
         with self._lock:
             self._refused = None
             self._drop_all()
 
     def refusal(self) -> str | None:
-        """Returns why the model in its current state runs without graphs; None if no reason is known (yet)."""
+        """Returns the reason if the model runs without graphs in its current state; None if none was found so far."""
         refused, state = self._refused, self._state
-        # After `configure`, another attempt is made.
+        # New settings allow another attempt.
         if refused is not None and refused[1] is current_settings():
             return refused[0]
         return state.refusal if state is not None and state.refusal is not None and state.holds() else None
 
     def _accepted_state(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> PackedState | None:
-        """Returns the state of a packed batch that may go through a graph; None for any other."""
+        """Returns the state of a packed batch that may run as a graph; None for any other batch."""
         ids, mask, cu_seqlens = kwargs.get("input_ids"), kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
         if ids is None or cu_seqlens is None or cu_seqlens is not kwargs.get("cu_seq_lens_k") or not ids.is_cuda:
             return None
         state, shape = attached_state(cu_seqlens), (ids.shape[0], ids.shape[1])
-        # Only of `unpad`, which pools again from padded rows: a model's own pooler sees the first packed row alone.
+        # Only batches packed by `unpad`, which computes the pooler output from padded rows.
         if state is None or state.packing is None or not (mask is None or is_mask_of_ones(mask)):
             return None
         if shape[0] != 1 or not state.is_of(None, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], (shape, shape)):
@@ -226,7 +227,7 @@ class GraphedForward:
         extras = tuple(sorted((name, value) for name, value in kwargs.items() if name not in _KNOWN))
         key = (token_bucket(tokens), row_bucket(len(lengths)), names, extras, current_settings(), numerics())
         if torch.cuda.current_device() != device.index:
-            # Plans and replays go to the current device.
+            # Plans and replays use the current device.
             with torch.cuda.device(device):
                 return self._replay(module, packed, kwargs)
         state: ModelState | None = packed.model_state
@@ -242,8 +243,8 @@ class GraphedForward:
         if state.refusal is not None:
             log_once(f"no CUDA graphs of {type(module).__name__}: {state.refusal}")
             return None
-        found = self._graphs.get(key)
-        if found is None and (failure := self._failures.get(key)) is not None and failure.wait > 0:
+        captured = self._graphs.get(key)
+        if captured is None and (failure := self._failures.get(key)) is not None and failure.wait > 0:
             failure.wait -= 1
             return None
         if memory is None:
@@ -252,41 +253,41 @@ class GraphedForward:
         if memory.last_stream is not None and memory.last_stream != stream.cuda_stream:
             stream.wait_event(memory.done)
         try:
-            # In one launch, if they are of one dtype.
+            # One launch if all dtypes are equal.
             torch._foreach_copy_(
                 [self._input(memory, name, kwargs[name])[:, :tokens] for name in names],
                 [kwargs[name] for name in names],
                 non_blocking=True,
             )
-            if found is None:
-                # Tensors made in inference mode could not be written to outside of it.
+            if captured is None:
+                # Inference tensors could not be written to outside of inference mode.
                 with torch.inference_mode(False), torch.no_grad():
-                    found = self._capture(module, memory, key, lengths, kwargs)
-                if found is None:
+                    captured = self._capture(module, memory, key, lengths, kwargs)
+                if captured is None:
                     return None
-            plan_graph(found.layout, lengths)
-            found.graph.replay()
+            plan_graph(captured.layout, lengths)
+            captured.graph.replay()
             assert memory.output is not None
             hidden = memory.output[:, :tokens].clone()
         finally:
-            # Whatever became of it, inputs and plans were written to on this stream.
+            # Also on errors: inputs and plans were written on this stream.
             memory.done.record(stream)
             memory.last_stream = stream.cuda_stream
         statistics = self.statistics
         statistics.replayed += 1
         memory.replayed += 1
         statistics.tokens += tokens
-        statistics.slots += found.tokens
+        statistics.slots += captured.tokens
         if is_tracing():
-            for call in found.calls:
+            for call in captured.calls:
                 record_call(call)
-        # Poolers are computed again from padded rows; of packed ones they have seen the first alone.
-        pooled = {"pooler_output": hidden[:, 0]} if found.has_pooler else {}
-        return found.output_class(last_hidden_state=hidden, **pooled)
+        # A placeholder: `spread` computes the pooler output from padded rows.
+        pooled = {"pooler_output": hidden[:, 0]} if captured.has_pooler else {}
+        return captured.output_class(last_hidden_state=hidden, **pooled)
 
     def _input(self, memory: _Memory, name: str, value: torch.Tensor) -> torch.Tensor:
         if name not in memory.inputs:
-            # Zeros are valid ids, and what earlier batches leave behind is valid, too.
+            # Filler must be valid ids: zeros, later the ids of earlier batches.
             with torch.inference_mode(False):
                 memory.inputs[name] = torch.zeros(
                     1, token_bucket(self.options.max_tokens), dtype=value.dtype, device=memory.device
@@ -303,15 +304,15 @@ class GraphedForward:
     ) -> _Graph | None:
         tokens, rows, names, *_ = key
         layout = RaggedLayout.for_graph(lengths, rows, tokens, memory.workspace)
-        offsets = cu_seqlens_of(layout)
+        cu_seqlens = cu_seqlens_of(layout)
         inputs = {**kwargs, **{name: memory.inputs[name][:, :tokens] for name in names}}
-        inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=tokens, max_length_k=tokens)
+        inputs.update(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=tokens, max_length_k=tokens)
         if kwargs.get("attention_mask") is not None:
             inputs["attention_mask"] = mask_of_ones(1, tokens, memory.device)
 
         forward = type(module).forward
         if self.options.compile:
-            leave_sizes_open((inputs.get(name) for name in (*names, "attention_mask")), offsets)
+            leave_sizes_open((inputs.get(name) for name in (*names, "attention_mask")), cu_seqlens)
             forward = torch.compile(forward)
 
         def run() -> ModelOutput:
@@ -328,7 +329,7 @@ class GraphedForward:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.stream(memory.stream):
-                # Compiles kernels, makes plans, and finds out whether it can be done at all.
+                # Warm-up: compiles kernels, makes plans, and raises if the model is unsupported.
                 start = time.perf_counter()
                 run()
                 memory.stream.synchronize()
@@ -344,12 +345,12 @@ class GraphedForward:
                         raise
                     graph.capture_end()
         except KernelPendingError:
-            # Not for long; meanwhile forwards run without a graph, and other sizes keep theirs.
+            # The kernel is still compiling; retry the capture later.
             memory.stream.synchronize()
             return None
         except RuntimeError as error:
-            # This package's error, an operation that cannot be captured, or out of memory. An error of the model itself
-            # is raised again without a graph.
+            # Unsupported attention, an operation that cannot be captured, or out of memory. If the model itself raises,
+            # it does so again in the forward without a graph.
             torch.cuda.synchronize(memory.device)
             reason = first_line(error)
             if isinstance(error, UnsupportedAttentionError) and not self._graphs:
@@ -362,7 +363,7 @@ class GraphedForward:
             current.wait_stream(memory.stream)
         taken, most = memory.pool_bytes(), self.options.max_memory_gib
         if taken > most * 2**30 and self._graphs:
-            # Graphs share one pool: dropping some of them would free nothing.
+            # Graphs share one pool, so evicting some of them would free nothing.
             graph.reset()
             reason = f"graphs take {taken / 2**30:.2f} GiB with it, more than max_memory_gib={most}"
             if memory.replayed < _REPLAYS_OF_A_POOL:
@@ -373,12 +374,12 @@ class GraphedForward:
                 memory.pool, memory.replayed = torch.cuda.graph_pool_handle(), 0
             return None
         has_pooler = outputs.get("pooler_output") is not None
-        found = _Graph(graph, layout, tokens, type(outputs), has_pooler, tuple(recorded.calls), inputs)
-        self._graphs[key] = found
+        captured = _Graph(graph, layout, tokens, type(outputs), has_pooler, tuple(recorded.calls), inputs)
+        self._graphs[key] = captured
         self._failures.pop(key, None)
         self.statistics.captured += 1
         self.statistics.memory_bytes = taken
-        return found
+        return captured
 
     def _back_off(self, module: PreTrainedModel, key: tuple[Any, ...], reason: str) -> None:
         failure = self._failures.setdefault(key, _Failure())
@@ -391,7 +392,7 @@ class GraphedForward:
         )
 
     def _drop_graphs(self) -> None:
-        # A replay may be under way, and resetting frees what it reads.
+        # Resetting a graph frees memory that a running replay reads.
         if self._memory is not None:
             self._memory.done.synchronize()
         for dropped in self._graphs.values():
@@ -413,25 +414,25 @@ def is_copied_with(module: torch.nn.Module) -> bool:
 
 
 def graphs_of(module: torch.nn.Module) -> GraphedForward | None:
-    """Returns what replaces the forward of a module, beneath the hooks of accelerate or without; None for nothing."""
-    kept = (vars(module).get(name) for name in ("forward", "_old_forward"))
-    return next((found for found in kept if isinstance(found, GraphedForward)), None)
+    """Returns a module's graphs, also beneath a wrapper of accelerate; None if it has none."""
+    forwards = (vars(module).get(name) for name in ("forward", "_old_forward"))
+    return next((forward for forward in forwards if isinstance(forward, GraphedForward)), None)
 
 
 def install_graphs(module: PreTrainedModel, options: GraphOptions) -> None:
-    """Replaces a backbone's forward by captured graphs."""
-    # Accelerate keeps the forward that it wraps, and restores it afterwards.
+    """Replaces a backbone's forward by a `GraphedForward`."""
+    # Accelerate saves the forward that it wraps as `_old_forward`.
     name = "_old_forward" if "_old_forward" in vars(module) else "forward"
     setattr(module, name, GraphedForward(module, options))
 
 
 def uninstall_graphs(module: torch.nn.Module) -> None:
-    """Undoes `install_graphs`; without effect on other modules."""
+    """Undoes `install_graphs`; has no effect on other modules."""
     for name in ("forward", "_old_forward"):
-        if not isinstance(found := vars(module).get(name), GraphedForward):
+        if not isinstance(graphs := vars(module).get(name), GraphedForward):
             continue
-        if found.module is module:
-            found.reset()
+        if graphs.module is module:
+            graphs.reset()
         if name == "forward":
             del module.forward
         else:
@@ -440,7 +441,7 @@ def uninstall_graphs(module: torch.nn.Module) -> None:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Disables garbage collection, which may free memory of a GPU, an error while a graph is captured."""
+    """Disables garbage collection, which may free GPU memory; that is an error during capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,6 @@
 """Forward hooks of a backbone: its inputs are packed, its outputs padded again.
 
-There is no state between forwards: cu_seqlens, which every layer gets, have the packing attached.
+No state outlives a forward: the packing is attached to cu_seqlens, which every layer receives.
 """
 
 from __future__ import annotations
@@ -39,48 +39,48 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 HANDLES = "_flashinfer_unpadding"
 _NOTE = "_flashinfer_head_note"
 _READ_ON_THE_HOST = frozenset({*PER_TOKEN, "cu_seq_lens_q", "cu_seq_lens_k"})
-# Larger batches without padding are bound by the GPU, and torch's kernels are faster than a packed forward.
+# Larger batches without padding are GPU-bound, and torch's kernels are faster than a packed forward.
 _MOST_TOKENS_WITHOUT_PADDING = 8_192
 
 signature_of = functools.cache(inspect.signature)
 
 
 def has_other_hooks(module: torch.nn.Module) -> bool:
-    """Whether a module has forward hooks besides those of `unpad`, which expect padded rows."""
-    own = {handle.id for handle in vars(module).get(HANDLES, ())}
-    return not own.issuperset((*module._forward_hooks, *module._forward_pre_hooks))
+    """Whether a module has forward hooks other than those of `unpad`; they expect padded rows."""
+    ours = {handle.id for handle in vars(module).get(HANDLES, ())}
+    return not ours.issuperset((*module._forward_hooks, *module._forward_pre_hooks))
 
 
 def _named(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns all arguments of a forward by name."""
+    """Returns the arguments of a forward as keyword arguments."""
     if not args:
         return dict(kwargs)
-    # The class's forward: accelerate replaces the instance's.
+    # The class's forward, since accelerate replaces that of the instance.
     bound = signature_of(type(module).forward).bind(module, *args, **kwargs).arguments
     del bound["self"]
     return {**bound.pop("kwargs", {}), **bound}
 
 
 def _device_of(module: PreTrainedModel, default: torch.device) -> torch.device:
-    # Replicas of DataParallel have no parameters. Offloaded weights are on "meta" until accelerate loads them.
+    # DataParallel replicas have no parameters. Offloaded weights are on "meta" until accelerate loads them.
     weight = next(module.parameters(), None)
     return default if weight is None or weight.device.type == "meta" else weight.device
 
 
 def _between_graphs(hook: Hook) -> Hook:
-    """Makes torch.compile break the graph before a hook, without guards on what the hook reads."""
+    """Makes torch.compile break the graph before a hook, without guards on the values that the hook reads."""
     untraced: Hook = torch.compiler.disable(hook, reason="hf_flashinfer_attn.unpad reads row lengths on the host")
     return untraced
 
 
 class _HeadNote(NamedTuple):
-    """Message from a head's pre-hook to the backbone's, an attribute of the mask that the head passes on."""
+    """Note from a head's pre-hook to the backbone's, stored as an attribute of the attention mask."""
 
-    # The same mask on the CPU; None if it was not moved.
+    # CPU copy of the mask; None if the mask was not moved.
     host_mask: torch.Tensor | None
     # Version of the mask when the note was made, to detect writes.
     version: int
-    # Why the backbone must stay padded; None if it need not.
+    # Reason if the backbone must stay padded.
     reason: str | None
 
 
@@ -88,7 +88,7 @@ class _HeadNote(NamedTuple):
 def move_to_head(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook of a head: moves labels and masks to its device; inputs that are packed or read on the CPU stay."""
+    """Pre-hook of a head: moves labels and masks to its device, but no inputs that are packed or read on the CPU."""
     inputs = _named(module, args, kwargs)
     reason, device = reason_of_head(module, inputs), _device_of(module, torch.device("cpu"))
     if device.type == "cpu" and reason is None:
@@ -108,13 +108,13 @@ def move_to_head(
 
 
 def _note_on(mask: torch.Tensor) -> tuple[torch.Tensor, _HeadNote | None]:
-    """Returns a mask as it was before a head reshaped it, and the note of the head's pre-hook on it."""
+    """Returns the mask that a head received, before any reshape, and the note of the head's pre-hook on it."""
     whole = mask if mask._base is None else mask._base
     return whole, getattr(whole, _NOTE, None)
 
 
 def _read_from(mask: torch.Tensor) -> torch.Tensor:
-    """Returns the CPU copy of a mask, reshaped as the head did, if it is still valid; otherwise the mask."""
+    """Returns the CPU copy of a mask, with the same reshape, if it is still valid; otherwise the mask."""
     moved, note = _note_on(mask)
     if note is None or note.host_mask is None or note.version != moved._version:
         return mask
@@ -127,11 +127,11 @@ def _read_from(mask: torch.Tensor) -> torch.Tensor:
 def pack(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pre-hook of a backbone: packs its inputs, or leaves them padded."""
+    """Pre-hook of a backbone: packs its inputs, if they can be packed."""
     refuse_recording()
     inputs = _named(module, args, kwargs)
     if is_copied_with(module):
-        # A reference, not the module: accelerate would move the module to a device.
+        # A weak reference, since accelerate would move a module to another device.
         inputs[CALLER] = weakref.ref(module)
     tokens = next((value for name in PER_TOKEN if (value := inputs.get(name)) is not None), None)
     if tokens is not None:
@@ -152,7 +152,7 @@ def pack(
 
 
 def leave_own_attention(module: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    """Ends what `pack` began for a backbone with its own attention."""
+    """Removes the cu_seqlens that `pack` set for a backbone with its own attention code."""
     if (family := family_of(module)) is not None and family.own_attention is not None:
         family.own_attention().leave(inputs.get("cu_seq_lens_q"))
 
@@ -169,7 +169,7 @@ def spread(
 ) -> ModelOutput | tuple[Any, ...] | None:
     """Forward hook of a backbone: pads its outputs again, with zeros."""
     leave_own_attention(module, kwargs)
-    # A hook of a backbone with its own attention is called after errors, too.
+    # This hook also runs on errors if the backbone has its own attention code.
     if (packing := packing_of(kwargs)) is None or output is None:
         return None
     last = output["last_hidden_state"]
@@ -180,17 +180,17 @@ def spread(
             padded if states is last else states if states is None else packing.spread(states) for states in layers
         )
     if output.get("pooler_output") is not None:
-        # The model's pooler saw only the first packed row.
+        # The model's pooler read the first position of the packed batch only.
         output["pooler_output"] = _pool(module, padded)
     return output if packing.returns_dict else output.to_tuple()
 
 
 def _pool(module: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
-    """Computes `pooler_output` from padded hidden states."""
+    """Computes `pooler_output` from padded hidden states, shape `(rows, padded_length, hidden_size)`."""
     pooler, activation = getattr(module, "pooler", None), getattr(module, "pooler_activation", None)
     pooled: torch.Tensor | None = None
     if pooler is not None:
-        # ALBERT's pooler is a linear layer, for the first position of each row.
+        # ALBERT's pooler is a linear layer; the model selects the first position of each row itself.
         pooled = pooler(hidden) if activation is None else activation(pooler(hidden[:, 0]))
     return pooled
 
@@ -198,9 +198,9 @@ def _pool(module: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
 def _find_packing(
     module: PreTrainedModel, inputs: dict[str, Any], device: torch.device, graphs: GraphedForward | None
 ) -> Packing | None:
-    """Returns the packing of a padded batch, or of one for a graph; None for a batch that must stay as it is."""
+    """Returns the packing of a batch with padding, or of a small one for a graph; None if it runs unchanged."""
     if packing_of(inputs) is not None:
-        # Never padded.
+        # Already packed.
         return None
     mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
 
@@ -214,7 +214,7 @@ def _find_packing(
 
     returns_dict = inputs.get("return_dict", getattr(module.config, "return_dict", True)) is not False
     if mask is None:
-        # Without padding, packing is only useful for a graph. Decoders detect packed sequences by their positions.
+        # Without padding, packing only helps to use a graph. Explicit position ids may mark packed sequences.
         if ids is None or ids.ndim != 2 or inputs.get("position_ids") is not None or not has_graph(*ids.shape):
             return None
         if reason_to_stay(module, {**inputs, "attention_mask": ids}) is not None:
@@ -228,7 +228,7 @@ def _find_packing(
         measure = measure_of_distance(module)
         packing = Packing.of(_read_from(mask), returns_dict=returns_dict, find_holes=measure is not None)
         if packing.is_pending:
-            # The host works while the lengths are copied.
+            # Host work that overlaps the copy of the row lengths.
             _pack_tokens(module, inputs, packing)
             if graphs is not None:
                 packing.model_state = graphs.look()
@@ -236,7 +236,7 @@ def _find_packing(
         if packing.is_full:
             if has_graph(*packing.shape):
                 return packing
-            # So that attention does not read the lengths again.
+            # A mask known to be all ones spares attention a second copy of the row lengths.
             inputs["attention_mask"] = mask_of_ones(*packing.shape, device)
             return None
         if packing.layout.query.total_tokens == 0:
@@ -256,7 +256,7 @@ def _find_packing(
 
 
 def _pack_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing, device: torch.device) -> None:
-    """Puts a packed batch in the place of a padded one."""
+    """Replaces a padded batch by a packed one, in place."""
     family, padded_ids = required_family(module), inputs.get("input_ids")
     if family.embeds_rows and padded_ids is not None:
         names = ("input_ids", "attention_mask", "position_ids")
@@ -265,21 +265,21 @@ def _pack_inputs(module: PreTrainedModel, inputs: dict[str, Any], packing: Packi
     _pack_tokens(module, inputs, packing)
     _name_dropped_ids(module, padded_ids, packing.packed.get("input_ids"))
     layout = packing.layout
-    offsets, length = cu_seqlens_of(layout), layout.query.max_length
-    state = attached_state(offsets)
+    cu_seqlens, length = cu_seqlens_of(layout), layout.query.max_length
+    state = attached_state(cu_seqlens)
     assert state is not None
     state.packing, state.model_state = packing, packing.model_state
     inputs.update(packing.move(packing.packed, device))
-    # A mask of ones keeps transformers from detecting packed sequences in the positions, and models without mask
-    # helpers from detecting padding in the ids.
+    # A mask of ones stops transformers from detecting packed sequences in the position ids, and models without mask
+    # helpers from detecting padding in the input ids.
     has_mask = family.is_causal or family.own_attention is not None
     inputs["attention_mask"] = mask_of_ones(1, layout.query.total_tokens, device) if has_mask else None
-    inputs.update(cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=length, max_length_k=length)
+    inputs.update(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=length, max_length_k=length)
     inputs["return_dict"] = True
 
 
 def _pack_tokens(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> None:
-    """Packs the inputs per token that are not packed yet; of a pending batch only integers on the mask's device."""
+    """Packs the per-token inputs that are not packed yet; if `packing` is pending, only integers on its device."""
     ids, is_pending = inputs.get("input_ids"), packing.is_pending
     if is_pending and (ids is None or ids.device != packing.device or required_family(module).embeds_rows):
         return
@@ -294,7 +294,7 @@ def _pack_tokens(module: PreTrainedModel, inputs: dict[str, Any], packing: Packi
 
 
 def _positions(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing) -> torch.Tensor:
-    """Numbers tokens as the model would in a padded batch, shape `(1, tokens)`."""
+    """Returns the default position ids of a padded batch, packed, shape `(1, tokens)`."""
     ids = inputs.get("input_ids")
     device = packing.device if ids is None else ids.device
     if required_family(module).positions is Positions.SLOTS:
@@ -307,7 +307,7 @@ def _positions(module: PreTrainedModel, inputs: dict[str, Any], packing: Packing
 
 
 def _name_dropped_ids(module: PreTrainedModel, padded: torch.Tensor | None, packed: torch.Tensor | None) -> None:
-    """Logs masked ids other than padding, as in ColBERT's queries, if the ids are on the host."""
+    """Logs masked ids other than padding (as in ColBERT's queries), if the ids are on the CPU."""
     pad_id = getattr(module.config, "pad_token_id", None)
     if pad_id is None or padded is None or packed is None or padded.device.type != "cpu" or packed.device.type != "cpu":
         return

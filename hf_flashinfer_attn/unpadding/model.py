@@ -1,4 +1,4 @@
-"""`unpad`, `repad` and `capture_graphs`: add hooks and graphs to a model, and remove them."""
+"""`unpad`, `repad` and `capture_graphs`: hooks and graphs of a model, added and removed."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ _AS_IT_IS = "Use the model as it is: its attention skips padding where it goes t
 
 
 def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
-    """Makes a model skip padding: it is removed before the embeddings, and zero in the outputs.
+    """Makes a model skip padding: tokens are packed before the embeddings, and outputs are padded with zeros.
 
-    Calls, output types and output shapes do not change. Batches without padding run as before, and so do forwards that
-    cannot be packed: the reason is logged once, or raised with `configure(strict=True)`. Examples are
+    Calls, output types and output shapes do not change. Batches without padding run unchanged. Forwards that cannot be
+    packed run padded: the reason is logged once, or raised with `configure(strict=True)`. Examples:
     `output_attentions=True`, caches (decoders need `use_cache=False`), masks that are not `(batch, length)`,
     cross-attention, losses over padding, and windows over padding with holes.
 
-    Inputs may stay on the CPU while the model is on a GPU: only tokens are copied, and the host does not wait.
+    Inputs may stay on the CPU while the model is on a GPU: only tokens are copied, asynchronously.
 
     Args:
-        model: A transformers model with `attn_implementation="flashinfer"`, or any module with such models in it.
+        model: A transformers model with `attn_implementation="flashinfer"`, or any module that contains such models.
             Changed in place: hooks are added to its backbones, and MPNet's attention layers get another class.
             Weights and config do not change.
-        cuda_graphs: Whether to run forwards without gradients, in half precision on a GPU, as CUDA graphs, or the
-            options for it. A size is captured on first use, or ahead of time by `capture_graphs`. Models that do not
-            support it run without graphs, which is logged once.
+        cuda_graphs: Whether to use CUDA graphs, or their options. They run forwards without gradients, in half
+            precision on a GPU. Each size is captured on first use, or ahead of time by `capture_graphs`. Models that
+            cannot be captured run without graphs; the reason is logged once.
 
     Returns:
         The same model.
@@ -104,14 +104,14 @@ def unpad(model: Module, *, cuda_graphs: bool | GraphOptions = False) -> Module:
 
 
 def _add_hooks(module: torch.nn.Module) -> list[RemovableHandle] | None:
-    """Adds the hooks that a module needs; None if it is neither a backbone nor around one."""
+    """Adds hooks to a module; returns None if it neither is nor contains a backbone."""
     if (family := family_of(module)) is not None:
         if family.own_attention is not None:
             family.own_attention().route(module)
-        always = family.own_attention is not None
+        on_errors = family.own_attention is not None
         return [
             module.register_forward_pre_hook(pack, with_kwargs=True),
-            module.register_forward_hook(spread, prepend=True, with_kwargs=True, always_call=always),
+            module.register_forward_hook(spread, prepend=True, with_kwargs=True, always_call=on_errors),
         ]
     if not any(map(family_of, module.modules())):
         return None
@@ -129,13 +129,13 @@ def _add_hooks(module: torch.nn.Module) -> list[RemovableHandle] | None:
 
 
 def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *, token_type_ids: bool = False) -> None:
-    """Captures the CUDA graphs of given sizes ahead of time.
+    """Captures CUDA graphs for a list of sizes, ahead of time.
 
     Args:
         model: The model passed to `unpad`, on a GPU.
-        shapes: Rows and tokens (without padding) of the expected batches; each is rounded up to the size of a graph.
-        token_type_ids: Whether batches have `token_type_ids`, as from BERT's tokenizer; forwards without them use
-            other graphs.
+        shapes: Numbers of rows and of tokens (without padding) of the expected batches, rounded up to graph sizes.
+        token_type_ids: Whether batches have `token_type_ids`, such as those of BERT's tokenizer. Forwards with and
+            without them use different graphs.
 
     Raises:
         ValueError: If the model is not on a GPU, was not unpadded with `cuda_graphs`, cannot be captured as it is, or
@@ -168,11 +168,11 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *,
         lengths[: tokens % rows] += 1
         width = int(lengths.max())
         mask = (torch.arange(width, device="cpu") < lengths[:, None]).long()
-        # The rows of a shape may be longer than the model has positions for; a batch of that size need not be.
-        nothing = torch.zeros_like(mask)
-        types = {"token_type_ids": nothing} if token_type_ids else {}
+        # Zeros as position ids: these rows may be longer than the position table, unlike those of real batches.
+        zeros = torch.zeros_like(mask)
+        types = {"token_type_ids": zeros} if token_type_ids else {}
         for backbone, graphs in graphed.items():
-            # A graph asked for ahead is worth waiting for its kernels.
+            # Wait for kernels that are still compiling.
             with torch.no_grad(), jit.waiting():
                 _require_graphs(backbone, graphs)
                 if tokens < rows or not graphs.takes(backbone, backbone.device, rows, tokens):
@@ -180,7 +180,7 @@ def capture_graphs(model: torch.nn.Module, shapes: Iterable[tuple[int, int]], *,
                         f"there is no graph of {tokens} tokens in {rows} rows; expected 1 token a row to "
                         f"{graphs.options.max_tokens} tokens, a model on a GPU, and eval()."
                     )
-                backbone(input_ids=nothing, position_ids=nothing, attention_mask=mask, use_cache=False, **types)
+                backbone(input_ids=zeros, position_ids=zeros, attention_mask=mask, use_cache=False, **types)
                 _require_graphs(backbone, graphs)
 
 
@@ -190,10 +190,10 @@ def _require_graphs(backbone: PreTrainedModel, graphs: GraphedForward) -> None:
 
 
 def graph_statistics(model: torch.nn.Module) -> GraphStatistics:
-    """Returns the statistics of a model's CUDA graphs since `unpad`, summed over its backbones.
+    """Returns statistics of a model's CUDA graphs since `unpad`, summed over its backbones.
 
     Args:
-        model: What `unpad` was called with.
+        model: The model passed to `unpad`.
 
     Examples:
         >>> import hf_flashinfer_attn
@@ -204,15 +204,15 @@ def graph_statistics(model: torch.nn.Module) -> GraphStatistics:
         >>> hf_flashinfer_attn.graph_statistics(model).captured
         0
     """
-    found = (graphs_of(module) for module in model.modules())
-    return GraphStatistics.total(graphs.statistics for graphs in found if graphs is not None)
+    parts = (graphs_of(module) for module in model.modules())
+    return GraphStatistics.total(graphs.statistics for graphs in parts if graphs is not None)
 
 
 def repad(model: Module) -> Module:
     """Undoes `unpad`, in place; has no effect on other models.
 
     Args:
-        model: What `unpad` was called with, or a copy.
+        model: The model passed to `unpad`, or a copy.
 
     Returns:
         The same model.

@@ -10,24 +10,24 @@ import torch
 
 __all__ = ["ModelState", "numerics"]
 
-# Attributes of `torch.nn.Module` itself, and a flag that transformers sets; all others belong to the module.
+# Attributes of `torch.nn.Module`, and a flag of transformers; all others are specific to a layer.
 _PRIVATE = frozenset({*vars(torch.nn.Module()), "_is_hf_initialized"})
-# Attributes of torch's layers that do not affect a forward in eval mode. They are the majority.
+# Attributes of torch's layers, the most frequent ones, that do not affect a forward in eval mode.
 _INERT = frozenset(
     {
         "in_features", "out_features", "num_embeddings", "embedding_dim", "normalized_shape", "elementwise_affine",
         "p", "inplace", "padding_idx", "scale_grad_by_freq", "sparse",
     }
 )  # fmt: skip
-# Of each weight.
+# Compared properties of each weight.
 _READ = (torch.Tensor.data_ptr, torch.Tensor.stride, torch.Tensor.numel, operator.attrgetter("dtype"))
 
 
 class ModelState:
-    """Fingerprint of a model, except for the values of its weights, which may be updated in place.
+    """Fingerprint of a model, without the values of its weights, which may be updated in place.
 
-    Any other change is detected: moved or cast weights (`to`, `half`), replaced modules or parameters, hooks, a
-    replaced forward, attributes of a layer, `train` and `eval`.
+    Detects moved or cast weights (`to`, `half`), replaced modules, parameters and forwards, hooks, changed attributes
+    of layers, and calls of `train` and `eval`.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -35,13 +35,13 @@ class ModelState:
         self._dicts = [vars(module) for module in modules]
         stores = [one[name] for one in self._dicts for name in ("_parameters", "_buffers", "_modules")]
         self._stores = [store for store in stores if store]
-        # The model's own hooks run outside of graphs.
+        # Without the model's own hooks, which run outside of graphs.
         inner = modules[1:]
         hooks = [vars(module)[name] for module in inner for name in ("_forward_hooks", "_forward_pre_hooks")]
         self._hooks = [store for store in hooks if store]
-        # Empty stores (most are), which must stay empty.
+        # Most stores are empty; they must stay so.
         self._empty = [store for store in stores + hooks if not store]
-        # Kept alive, here and below, so that no new object can get the id of a freed one.
+        # References, here and below, so that no new object gets the id of a freed one.
         self._held = list(itertools.chain.from_iterable(map(dict.values, self._stores)))
         tensors = [value for value in self._held if isinstance(value, torch.Tensor)]
         # Other tensor types, such as quantized weights, may have no memory or strides to compare.
@@ -62,7 +62,7 @@ class ModelState:
         self._seen = self._look()
 
     def _refuse(self, inner: list[torch.nn.Module], other: type[torch.Tensor] | None) -> str | None:
-        """Returns why the model cannot be captured in its current state; None if it can."""
+        """Returns the reason if the model cannot be captured in its current state."""
         if other is not None:
             return f"weights of type {other.__name__} are not supported"
         if next((value.dtype.itemsize for value in self._tensors if value.is_floating_point()), 0) != 2:
@@ -80,14 +80,14 @@ class ModelState:
         return None
 
     def _look(self) -> tuple[Any, ...]:
-        # Runs once per forward over hundreds of modules, so the loops are in C.
+        # Runs once per forward over hundreds of modules, hence `map` instead of Python loops.
         return (
             *(list(map(read, self._tensors)) for read in _READ),
             any(self._empty),
             list(itertools.chain.from_iterable(self._hooks)),
             list(map(dict.get, self._dicts, itertools.repeat("training"))),
             list(map(type, self._modules)),
-            # Includes methods set on an instance.
+            # Detects methods set on an instance.
             sum(map(len, self._dicts[1:])),
         )
 
@@ -108,7 +108,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def numerics() -> tuple[bool, ...]:
-    """What torch's matrix products depend on besides their operands."""
+    """Returns torch's global settings of matrix products."""
     matmul = torch.backends.cuda.matmul
     return (
         matmul.allow_fp16_reduced_precision_reduction,

@@ -1,7 +1,7 @@
 """MPNet, which computes attention in its own code: two of its classes, with this package's attention.
 
-Its layers pass on a mask and a bias, and nothing else; transformers 5.5 computes the mask anew. cu_seqlens therefore go
-from the backbone to the encoder in a context variable, and from there to the layers with the bias.
+MPNet's layers receive only a mask and a bias, and transformers 5.5 makes the mask again. cu_seqlens are therefore
+passed to the encoder in a context variable, and to the layers together with the bias.
 """
 
 from __future__ import annotations
@@ -25,61 +25,61 @@ from ..settings import NAME
 __all__ = ["RaggedMPNetEncoder", "RaggedMPNetSelfAttention", "enter", "leave", "reason_to_refuse", "restore", "route"]
 
 
-# cu_seqlens of the forwards under way, None for padded ones: a hook in a forward may run another one.
+# Stack of the cu_seqlens of nested forwards (a hook may run another forward); None for a padded forward.
 _entered: ContextVar[tuple[torch.Tensor | None, ...]] = ContextVar("flashinfer_mpnet_forwards", default=())
 
 
 class PackedBias(NamedTuple):
-    """Bias of the longest packed row, `(1, heads, longest, longest)`, which contains the others', and cu_seqlens.
+    """Bias of the longest packed row, shape `(1, heads, longest, longest)`, and cu_seqlens.
 
-    A tuple, whose tensors accelerate and checkpoints know to move.
+    A tuple, because accelerate and checkpointing move the tensors of tuples.
     """
 
     values: torch.Tensor
-    offsets: torch.Tensor
+    cu_seqlens: torch.Tensor
 
 
 class RaggedMPNetEncoder(MPNetEncoder):  # type: ignore[misc]
-    """MPNet's encoder, whose bias is the same for all rows, and as wide as the longest."""
+    """MPNet's encoder with one bias for all rows, of the size of the longest row."""
 
     def compute_position_bias(
         self, x: torch.Tensor, position_ids: torch.Tensor | None = None, num_buckets: int = 32
     ) -> torch.Tensor | PackedBias:
-        """Makes the bias of a forward for hidden states of shape `(batch, slots, width)`."""
-        if (offsets := next(reversed(_entered.get()), None)) is None:
-            alone: torch.Tensor = super().compute_position_bias(x[:1], position_ids, num_buckets)
-            return alone
-        if is_of_graph(offsets):
+        """Computes the bias for hidden states of shape `(batch, length, hidden_size)`."""
+        if (cu_seqlens := next(reversed(_entered.get()), None)) is None:
+            padded_bias: torch.Tensor = super().compute_position_bias(x[:1], position_ids, num_buckets)
+            return padded_bias
+        if is_of_graph(cu_seqlens):
             raise UnsupportedAttentionError(
                 "a relative position bias, as large as the longest row, in a captured graph",
                 "Use unpad without cuda_graphs for MPNet.",
             )
         shape = (x.shape[0], x.shape[1])
-        longest = packed_state(self, offsets, offsets, (shape, shape)).layout().query.max_length
-        # Of hidden states, only shape and device are read.
+        longest = packed_state(self, cu_seqlens, cu_seqlens, (shape, shape)).layout().query.max_length
+        # transformers reads only the shape and device of the hidden states.
         bias = super().compute_position_bias(x.new_empty(1, longest), position_ids, num_buckets)
-        return PackedBias(bias, offsets)
+        return PackedBias(bias, cu_seqlens)
 
     def relative_position_bucket(
         self, relative_position: torch.Tensor, num_buckets: int = 32, max_distance: int = 128
     ) -> torch.Tensor:
-        """Finds the bucket of each distance once, where the model would for each pair of slots."""
+        """Computes the bucket of each distance once, instead of for each pair of positions."""
         if relative_position.ndim != 2:
-            of_pairs: torch.Tensor = super().relative_position_bucket(relative_position, num_buckets, max_distance)
-            return of_pairs
+            pairs: torch.Tensor = super().relative_position_bucket(relative_position, num_buckets, max_distance)
+            return pairs
         length = relative_position.shape[-1]
-        # Computed where the model does, for the same rounding. But what travels to a GPU is short, and nobody waits.
+        # On the same device as in the model, for the same rounding; then one small asynchronous copy to the GPU.
         distances = torch.arange(1 - length, length, device=relative_position.device)
         buckets: torch.Tensor = super().relative_position_bucket(distances, num_buckets, max_distance)
         device = self.relative_attention_bias.weight.device
         if device.type != "meta":
             buckets = buckets.to(device, non_blocking=True)
-        # Query i is i slots ahead of the first key.
+        # Row i of the result: distances from query i to all keys.
         return buckets.unfold(0, length, 1).flip(0)
 
 
 class RaggedMPNetSelfAttention(MPNetSelfAttention):  # type: ignore[misc]
-    """MPNet's attention, computed by ours where nobody asks for its weights and the mask is ours."""
+    """MPNet's attention by 'flashinfer', unless attention weights are requested or the mask is not a lazy mask."""
 
     def forward(
         self,
@@ -89,9 +89,9 @@ class RaggedMPNetSelfAttention(MPNetSelfAttention):  # type: ignore[misc]
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, ...]:
-        """Projects hidden states of shape `(batch, slots, width)`, attends, and projects back to the same shape."""
-        bias, offsets = position_bias if isinstance(position_bias, PackedBias) else (position_bias, None)
-        if offsets is None and (output_attentions or not isinstance(attention_mask, RaggedMask)):
+        """Computes attention for hidden states of shape `(batch, length, hidden_size)`; returns the same shape."""
+        bias, cu_seqlens = position_bias if isinstance(position_bias, PackedBias) else (position_bias, None)
+        if cu_seqlens is None and (output_attentions or not isinstance(attention_mask, RaggedMask)):
             outputs: tuple[torch.Tensor, ...]
             outputs = super().forward(hidden_states, attention_mask, bias, output_attentions, **kwargs)
             return outputs
@@ -102,23 +102,23 @@ class RaggedMPNetSelfAttention(MPNetSelfAttention):  # type: ignore[misc]
             query,
             key,
             value,
-            attention_mask if offsets is None else None,
+            attention_mask if cu_seqlens is None else None,
             dropout=self.dropout.p if self.training else 0.0,
             scaling=self.attention_head_size**-0.5,
             is_causal=False,
             position_bias=bias,
-            cu_seq_lens_q=offsets,
-            cu_seq_lens_k=offsets,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
         )
         return (self.o(output.flatten(2)),)
 
 
 def reason_to_refuse(backbone: PreTrainedModel) -> str | None:
-    """Returns why the attention of a model cannot be replaced; None if it can."""
+    """Returns the reason if the attention of a model cannot be replaced."""
     parameters = list(inspect.signature(MPNetSelfAttention.forward).parameters)[1:5]
-    known = ["hidden_states", "attention_mask", "position_bias", "output_attentions"]
+    expected = ["hidden_states", "attention_mask", "position_bias", "output_attentions"]
     methods = ("compute_position_bias", "relative_position_bucket")
-    if parameters != known or not all(hasattr(MPNetEncoder, name) for name in methods):
+    if parameters != expected or not all(hasattr(MPNetEncoder, name) for name in methods):
         return "its attention is put together in another way in this version of transformers"
     if type(backbone.encoder) not in (MPNetEncoder, RaggedMPNetEncoder):
         return f"its encoder is a {type(backbone.encoder).__name__}"
@@ -132,7 +132,7 @@ def reason_to_refuse(backbone: PreTrainedModel) -> str | None:
 
 
 def route(backbone: PreTrainedModel) -> None:
-    """Replaces a model's attention with ours. Only classes of modules change: copies, pickles and weights do not."""
+    """Replaces a model's attention by changing the classes of its modules; copies and pickles keep working."""
     _become(backbone, RaggedMPNetEncoder, RaggedMPNetSelfAttention)
 
 
@@ -150,17 +150,17 @@ def _become(backbone: PreTrainedModel, encoder: type[MPNetEncoder], attention: t
 
 
 def _own_forwards(module: torch.nn.Module) -> list[str]:
-    """Returns the attributes in which accelerate keeps the forward of a module's class, around hooks and after them."""
-    kept, own = vars(module), type(module).forward
-    return [name for name in ("forward", "_old_forward") if getattr(kept.get(name), "__func__", None) is own]
+    """Returns the instance attributes in which accelerate stores the class's forward, bound to the module."""
+    attributes, own = vars(module), type(module).forward
+    return [name for name in ("forward", "_old_forward") if getattr(attributes.get(name), "__func__", None) is own]
 
 
-def enter(offsets: torch.Tensor | None) -> None:
-    """Tells the encoder the cu_seqlens of a forward, None of a padded one, until `leave` is called with the same."""
-    _entered.set((*_entered.get(), offsets))
+def enter(cu_seqlens: torch.Tensor | None) -> None:
+    """Pushes the cu_seqlens of a forward for the encoder, None if padded; `leave` pops them."""
+    _entered.set((*_entered.get(), cu_seqlens))
 
 
-def leave(offsets: torch.Tensor | None) -> None:
-    """Returns to the outer forward; without effect where another one, of other cu_seqlens, was entered last."""
-    if (entered := _entered.get()) and entered[-1] is offsets:
+def leave(cu_seqlens: torch.Tensor | None) -> None:
+    """Pops the cu_seqlens of a forward; has no effect if others are on top."""
+    if (entered := _entered.get()) and entered[-1] is cu_seqlens:
         _entered.set(entered[:-1])

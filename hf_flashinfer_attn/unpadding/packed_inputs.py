@@ -26,7 +26,7 @@ _ONE_TOKEN = torch.zeros(1, 1, dtype=torch.long, device="cpu")
 
 
 def reason_against_packed_inputs(backbone: torch.nn.Module) -> str | None:
-    """Returns why a model cannot take `PackedTokens`; None if it can."""
+    """Returns the reason if a model cannot take `PackedTokens`."""
     family = family_of(backbone)
     if family is None or HANDLES not in vars(backbone):
         return f"{type(backbone).__name__} is not unpadded"
@@ -39,11 +39,10 @@ def reason_against_packed_inputs(backbone: torch.nn.Module) -> str | None:
 
 
 class PackedTokens:
-    """Tokens on the host, ready for one copy to a device. Any thread may create them.
+    """Packed tokens on the CPU, for one copy to a device. Any thread may create them.
 
-    `lengths` (of rows), `ids`, `type_ids` (None if the model takes none) and `slots` are int64. `slots`, of shape
-    `(rows,)`, has the padded position of each row's first token, if the caller pads the rows again. Raises an
-    `IndexError` if a row is longer than the model's position table.
+    All arrays are int64. `slots`, of shape `(rows,)`, has the padded position of each row's first token; None if the
+    rows are not padded again. Raises an `IndexError` if a row is longer than the model's position table.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class PackedTokens:
                 parts["position_ids"] = _positions_after(padding_id, ids, lengths)
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._sizes = [len(part) for part in self._parts.values()]
-        # Copies from unpinned memory wait for all earlier launches. Pinning uses the current device.
+        # Pinned, since copies from pageable memory wait for all earlier launches. Pinning uses the current device.
         on_gpu = device.type == "cuda"
         with torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
             size = sum(self._sizes) + len(lengths) + 1
@@ -75,27 +74,27 @@ class PackedTokens:
         np.concatenate([*self._parts.values(), [0], np.cumsum(lengths)], out=self._numbers.numpy())
 
     def inputs(self) -> dict[str, Any]:
-        """Copies the tokens to the device asynchronously and returns the keyword arguments of a packed forward.
+        """Copies the tokens to the device asynchronously; returns the keyword arguments of a packed forward.
 
-        Tensors of tokens, and `slots` (padded position of each token), are int64, of shape `(1, total_tokens)`;
-        `cu_seq_lens_q` is int64, of shape `(rows + 1,)`. `last_hidden_state` is `(1, total_tokens, hidden_size)`.
+        Per-token tensors, including `slots` (padded positions), are int64, of shape `(1, total_tokens)`;
+        `cu_seq_lens_q` is int64, of shape `(rows + 1,)`.
         """
         layout = RaggedLayout.from_lengths(self._lengths)
         total, longest, rows = layout.query.total_tokens, layout.query.max_length, len(self._lengths)
         moved = self._numbers.to(self._device, non_blocking=True)
         *parts, cu_seqlens = moved.split([*self._sizes, rows + 1])
         inputs: dict[str, Any] = {name: part[None] for name, part in zip(self._parts, parts)}
-        places = torch.arange(total, device=self._device)
+        positions = torch.arange(total, device=self._device)
         if rows > 1:
             row_of = torch.repeat_interleave(cu_seqlens.diff(), output_size=total)
-            places -= cu_seqlens[row_of]
+            positions -= cu_seqlens[row_of]
             if "slots" in inputs:
-                inputs["slots"] = (inputs["slots"][0, row_of] + places)[None]
+                inputs["slots"] = (inputs["slots"][0, row_of] + positions)[None]
         if "position_ids" not in inputs:
-            inputs["position_ids"] = (places + self._first_position if self._first_position else places)[None]
+            inputs["position_ids"] = (positions + self._first_position if self._first_position else positions)[None]
         attach_state(cu_seqlens, layout).packing = Packing((1, total), returns_dict=True, layout=layout)
         if self._family.is_causal:
-            # The mask keeps transformers from detecting packed sequences in the positions.
+            # A mask stops transformers from detecting packed sequences in the position ids.
             inputs.update(attention_mask=mask_of_ones(1, total, self._device), use_cache=False)
         inputs.update(
             cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=longest, max_length_k=longest,
@@ -105,7 +104,7 @@ class PackedTokens:
 
 
 def _positions_after(padding_id: int, ids: Numbers, lengths: Numbers) -> Numbers:
-    """Returns RoBERTa's position ids: tokens other than padding are numbered, padding gets the padding id."""
+    """Returns RoBERTa's position ids: padding ids get padding_idx, other tokens count from padding_idx + 1."""
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     is_token = ids != padding_id
     counts = np.concatenate([[0], np.cumsum(is_token)])

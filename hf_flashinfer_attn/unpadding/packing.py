@@ -14,21 +14,21 @@ from ..ragged.token_map import TokenMap
 
 __all__ = ["CALLER", "Packing", "leave_sizes_open"]
 
-# Argument that tells a forward which module it was called of, by weak reference, if that is not its own.
+# Keyword argument of a shared forward: weak reference to the calling module, if that is a shallow copy or replica.
 CALLER = "_flashinfer_caller"
 
 
 class Packing:
-    """Where the tokens of a padded batch of a shape `(rows, padded_length)` are.
+    """Positions of the tokens in a padded batch of shape `(rows, padded_length)`.
 
-    The lengths of a mask on a GPU are on their way to the host until `finish`. Until then `pack` and `position_ids`
-    return `rows * padded_length` tokens, of which the first `total_tokens` count.
+    The row lengths of a mask on a GPU are copied to the host asynchronously; `finish` waits for them. Until then the
+    packing is pending: `pack` and `position_ids` return `rows * padded_length` tokens, and the first `total_tokens` are
+    valid.
 
     Args:
-        shape: Rows and padded length.
-        returns_dict: Whether the caller wants an output object rather than a tuple.
-        layout: Layout of the packed batch, of shape `(1, total_tokens)`; None if it is not known yet.
-        positions: Padded position of each token, counted through all rows, by device; none without padding.
+        returns_dict: Whether the forward returns an output object instead of a tuple.
+        layout: Layout of the packed batch; None while pending.
+        positions: Padded position of each token in the flattened batch, by device; empty without padding.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class Packing:
     ) -> None:
         self.shape = shape
         self.returns_dict = returns_dict
-        # Whether padding splits a row; False unless asked for.
+        # Whether padding splits a row; only computed with `find_holes`.
         self.has_holes = False
-        # Packed inputs by name, and the fingerprint of the model if it was verified before `finish`.
+        # Packed inputs by name, and the model's fingerprint if it was verified while pending.
         self.packed: dict[str, torch.Tensor] = {}
         self.model_state: Any = None
         self._layout = layout
@@ -52,13 +52,13 @@ class Packing:
 
     @classmethod
     def of(cls, attention_mask: torch.Tensor, *, returns_dict: bool, find_holes: bool) -> Packing:
-        """Reads a mask of ones and zeros, shape `(rows, padded_length)`; of one on a GPU, the copy is started."""
+        """Makes a packing from a mask of ones and zeros, shape `(rows, padded_length)`; pending if it is on a GPU."""
         if attention_mask.device.type != "cpu":
             return cls.pending(attention_mask.to(torch.bool), returns_dict=returns_dict, find_holes=find_holes)
         rows, length = attention_mask.shape
-        # In numpy, which is done before torch's threads have woken up.
-        known = attention_mask.to(torch.bool) if attention_mask.is_floating_point() else attention_mask
-        positions = np.flatnonzero(known.numpy() != 0)
+        # numpy is faster than torch here, whose threads must wake up first.
+        valid = attention_mask.to(torch.bool) if attention_mask.is_floating_point() else attention_mask
+        positions = np.flatnonzero(valid.numpy() != 0)
         ends = np.searchsorted(positions, np.arange(rows + 1) * length)
         layout = RaggedLayout.from_lengths(np.diff(ends).tolist())
         packing = cls((rows, length), returns_dict=returns_dict, layout=layout)
@@ -69,7 +69,7 @@ class Packing:
 
     @classmethod
     def pending(cls, valid: torch.Tensor, *, returns_dict: bool, find_holes: bool) -> Packing:
-        """Starts to read a mask, bool, shape `(rows, padded_length)`, on any device."""
+        """Makes a pending packing from a bool mask, shape `(rows, padded_length)`, on any device."""
         counts = valid.sum(-1, dtype=torch.int32)
         if find_holes:
             starts = torch.nn.functional.pad(valid, (1, 0)).to(torch.int8).diff(dim=1) == 1
@@ -82,11 +82,11 @@ class Packing:
 
     @property
     def is_pending(self) -> bool:
-        """Whether lengths are still on their way to the host."""
+        """Whether the copy of the row lengths is not finished yet."""
         return self._read is not None
 
     def finish(self) -> Packing:
-        """Waits for the lengths."""
+        """Waits for the row lengths."""
         if self._read is not None:
             read, self._read = self._read.values, None
             lengths, runs = read if read and isinstance(read[0], list) else (read, ())
@@ -105,16 +105,16 @@ class Packing:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no padding."""
+        """Whether the batch has no padding."""
         return self.layout.query.total_tokens == self.shape[0] * self.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Device of the mask; the CPU without padding."""
+        """Device of the mask; the CPU if there is no padding."""
         return next(iter(self._positions), torch.device("cpu"))
 
     def _positions_on(self, device: torch.device) -> torch.Tensor | None:
-        """Returns the padded position of each token; None without padding."""
+        """Returns the padded position of each token; None if there is no padding."""
         if not self._positions:
             return None
         if device not in self._positions:
@@ -137,30 +137,30 @@ class Packing:
         positions = self._positions_on(padded.device)
         if positions is None:
             return flat[None]
-        if _is_host_number(padded):
+        if _is_host_integer(padded):
             return torch.from_numpy(flat.numpy().take(positions.numpy()))[None]
         return flat.index_select(0, positions)[None]
 
     def move(self, packed: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-        """Copies packed inputs to a device: integers of the CPU in one copy, with the positions that `spread` needs."""
-        numbers = [name for name, value in packed.items() if _is_host_number(value)]
-        if device.type != "cuda" or not numbers:
+        """Copies packed inputs to a device; int64 CPU tensors in one copy, with the positions for `spread`."""
+        integers = [name for name, value in packed.items() if _is_host_integer(value)]
+        if device.type != "cuda" or not integers:
             return {name: to_device_async(value, device) for name, value in packed.items()}
-        rows = [packed[name] for name in numbers]
+        rows = [packed[name] for name in integers]
         positions = self._positions.get(torch.device("cpu"))
         if positions is not None and device not in self._positions:
             rows.append(positions[None])
-        # As `to_device_async` does, for all of them at once.
+        # One pinned buffer for all, otherwise like `to_device_async`.
         pinned = torch.empty(len(rows), rows[0].shape[1], dtype=torch.long, device="cpu", pin_memory=True)
         np.concatenate([row.numpy() for row in rows], out=pinned.numpy())
         moved = pinned.to(device, non_blocking=True).unsqueeze(1)
-        if len(rows) > len(numbers):
+        if len(rows) > len(integers):
             self._positions[device] = moved[-1, 0]
-        others = {name: to_device_async(value, device) for name, value in packed.items() if name not in numbers}
-        return others | dict(zip(numbers, moved))
+        others = {name: to_device_async(value, device) for name, value in packed.items() if name not in integers}
+        return others | dict(zip(integers, moved))
 
     def spread(self, packed: torch.Tensor) -> torch.Tensor:
-        """Undoes `pack`, with zeros in padding; differentiable."""
+        """Undoes `pack`: scatters tokens into rows padded with zeros; differentiable."""
         positions = self._positions_on(packed.device)
         if positions is None:
             return packed.view(*self.shape, *packed.shape[2:])
@@ -170,7 +170,7 @@ class Packing:
 
 
 def leave_sizes_open(inputs: Iterable[torch.Tensor | None], cu_seqlens: torch.Tensor) -> None:
-    """Has torch.compile make one graph for packed batches of all sizes; inputs have shape `(1, total_tokens, ...)`."""
+    """Marks the token dimension of packed inputs, shape `(1, total_tokens, ...)`, as dynamic for torch.compile."""
     for value in inputs:
         if value is not None:
             torch._dynamo.maybe_mark_dynamic(value, 1)
@@ -182,5 +182,5 @@ def _has_holes(positions: np.ndarray[Any, Any], length: int) -> bool:
     return bool(((after - before != 1) & (after // length == before // length)).any())
 
 
-def _is_host_number(value: torch.Tensor) -> bool:
+def _is_host_integer(value: torch.Tensor) -> bool:
     return value.dtype == torch.long and value.device.type == "cpu" and value.ndim == 2

@@ -1,4 +1,4 @@
-"""Reasons why a forward stays padded, found before row lengths are read."""
+"""Reasons to leave a forward padded, checked before row lengths are read."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _PACKED = frozenset({*PER_TOKEN, "attention_mask", CALLER})
 
 
 def is_asked_for(name: str, module: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
-    """Whether a forward is asked for something, by its arguments or else by its configuration."""
-    asked = kwargs.get(name)
-    return bool(getattr(module.config, name, False) if asked is None else asked)
+    """Returns a flag of a forward, from its arguments or by default from the config."""
+    value = kwargs.get(name)
+    return bool(getattr(module.config, name, False) if value is None else value)
 
 
 def implementation_of(module: torch.nn.Module) -> str | None:
-    """Returns the name of a model's attention implementation; None where its config has none."""
+    """Returns the name of a model's attention implementation; None if its config has none."""
     implementation: str | None = getattr(module.config, "_attn_implementation", None)
     return implementation
 
 
 def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
-    """Returns why a forward cannot run on packed tokens, without reading row lengths; None if it can."""
+    """Returns the reason if a forward cannot be packed, without reading row lengths."""
     mask, ids = inputs["attention_mask"], inputs.get("input_ids")
     if implementation_of(module) != NAME:
         return f"attn_implementation={implementation_of(module)!r}, expected {NAME!r}"
@@ -47,7 +47,7 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
         return "output_attentions=True"
     if inputs.get("encoder_hidden_states") is not None:
         return "cross-attention"
-    # By class, because transformers renamed the argument and accepts both names for a while.
+    # By class, because the argument has different names in different versions of transformers.
     if any(isinstance(value, Cache) for value in inputs.values()) or (
         (required_family(module).is_causal or getattr(module.config, "is_decoder", False))
         and is_asked_for("use_cache", module, inputs)
@@ -66,10 +66,10 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
         if padding_id is None and width > size:
             # The model raises its own error.
             return f"{width} positions in a row, more than the model's {size}"
-        # Families that embed padded rows number tokens by themselves.
+        # A family that embeds padded rows makes its own position ids.
         is_numbered = ids is not None or not required_family(module).embeds_rows
         if padding_id is not None and padding_id + 1 + width > size and is_numbered:
-            # Before anything is launched.
+            # Raise before any launch.
             require_positions(module, width if ids is None else HostCopy(ids.ne(padding_id).sum(1).max()).values)
     for name, value in inputs.items():
         if name not in _PACKED and not _is_of_whole_batch(value):
@@ -78,7 +78,7 @@ def reason_to_stay(module: PreTrainedModel, inputs: dict[str, Any]) -> str | Non
 
 
 def _position_table(module: PreTrainedModel) -> tuple[int, int | None] | None:
-    """Returns the size and padding_idx of a table of learned positions; None if the model has none."""
+    """Returns the size and padding_idx of the table of learned positions; None if the model has none."""
     table = getattr(getattr(module, "embeddings", None), "position_embeddings", None)
     size: int | None = getattr(table, "num_embeddings", None)
     return None if table is None or size is None else (size, table.padding_idx)
@@ -89,7 +89,7 @@ def require_positions(module: PreTrainedModel, longest: int) -> None:
     if (table := _position_table(module)) is None:
         return
     size, padding_id = table
-    # After padding, whose position is padding_id.
+    # Positions up to padding_id are reserved for padding.
     first = 0 if padding_id is None else padding_id + 1
     if first + longest > size:
         raise IndexError(
@@ -99,7 +99,7 @@ def require_positions(module: PreTrainedModel, longest: int) -> None:
 
 
 def reason_of_head(head: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
-    """Returns what a head reads in masked positions, which a packed backbone fills with zeros; None for nothing."""
+    """Returns the reason if a head reads masked positions, which a packed backbone fills with zeros."""
     mask = inputs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return None
@@ -116,12 +116,12 @@ def reason_of_head(head: PreTrainedModel, inputs: dict[str, Any]) -> str | None:
 
 
 def _counts_padding(head: PreTrainedModel, labels: torch.Tensor, mask: torch.Tensor) -> bool:
-    """Whether a token loss counts a masked position."""
+    """Whether a per-token loss includes masked positions."""
     if labels.is_floating_point() or labels.shape[:2] != mask.shape:
         return False
     counted = labels.flatten(2).ne(-100).any(2) if labels.ndim > 2 else labels.ne(-100)
     if head.get_output_embeddings() is not None:
-        # A causal language model predicts a label from the position before it.
+        # Causal language models shift labels by one position.
         is_causal = any(family.is_causal for family in map(family_of, head.modules()) if family is not None)
         if is_causal or getattr(head.config, "is_decoder", False):
             counted = torch.nn.functional.pad(counted[:, 1:], (0, 1))
@@ -136,7 +136,7 @@ def _is_of_whole_batch(value: object) -> bool:
 
 
 def measure_of_distance(module: PreTrainedModel) -> str | None:
-    """Returns the part of a model's attention that depends on distances in padded rows; None if there is none."""
+    """Names the part of a model's attention that depends on distances in padded rows; None if there is none."""
     if required_family(module).measures_slots:
         return "a relative position bias"
     layer_types = getattr(module.config, "layer_types", None)

@@ -1,4 +1,4 @@
-"""Benchmarks of whole models against sdpa, on the user's texts or named workloads; outputs are verified first."""
+"""`bench`: whole models against sdpa, on the user's texts or a preset workload; outputs are verified first."""
 
 from .measure import run_bench
 from .plan import Plan

@@ -1,6 +1,6 @@
-"""The contenders: how each prepares a model and a batch, runs it, and pools its output.
+"""Contenders of the benchmark: each prepares a model and batches, runs them, and pools the outputs.
 
-A new contender is one entry of `CONTENDERS`.
+To add a contender, add an entry to `CONTENDERS`.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def twin(model: PreTrainedModel, implementation: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Builds the same model as if loaded with another attention implementation; weights are shared, or widened."""
+    """Builds a model with another attention implementation; weights are shared, or converted to a wider dtype."""
     dtype = model.dtype if dtype is None else dtype
     with torch.device("meta"):
-        made: PreTrainedModel = type(model)._from_config(
+        copied: PreTrainedModel = type(model)._from_config(
             copy.deepcopy(model.config), attn_implementation=implementation, dtype=dtype
         )
     for name, tensor in _tensors(model).items():
         owner, _, leaf = name.rpartition(".")
         try:
-            setattr(made.get_submodule(owner), leaf, _widen(tensor, dtype))
+            setattr(copied.get_submodule(owner), leaf, _widen(tensor, dtype))
         except AttributeError:
             raise BenchError(f"{type(model).__name__} with {implementation!r} has no weight {name!r}.") from None
-    left = [name for name, tensor in _tensors(made).items() if tensor.is_meta]
+    left = [name for name, tensor in _tensors(copied).items() if tensor.is_meta]
     if left:
         raise BenchError(f"{type(model).__name__} with {implementation!r} has weights of its own: {left}.")
-    return made.eval()
+    return copied.eval()
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -60,22 +60,22 @@ def _widen(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _PackedBatch:
-    """The tokens of a batch in one row."""
+    """Packed tokens of a batch."""
 
     inputs: dict[str, Any]
-    rows: torch.Tensor  # row that each token came from, int64, `(tokens,)`
-    divisors: torch.Tensor  # tokens of each row, float32, `(rows, 1)`
+    rows: torch.Tensor  # row of each token, int64, shape `(tokens,)`
+    divisors: torch.Tensor  # number of tokens per row, float32, shape `(rows, 1)`
 
 
 def run_model(model: Any, batch: PaddedBatch | _PackedBatch) -> torch.Tensor:
-    """Returns the last hidden states, shape `(rows, length, hidden_size)`; a classifier's logits, `(rows, labels)`."""
+    """Returns last hidden states, shape `(rows, length, hidden_size)`, or a classifier's logits, `(rows, labels)`."""
     outputs = model(**batch.inputs)
-    found: torch.Tensor = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
-    return found
+    hidden: torch.Tensor = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+    return hidden
 
 
 def pool_padded(hidden: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
-    """Returns the mean of each row's tokens, whatever padding holds, NaN included; logits are returned as they are."""
+    """Returns the mean of each row's tokens; padding may be NaN. Logits are returned unchanged."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if hidden.ndim == 2:
         return hidden.to(wide)
@@ -89,22 +89,22 @@ def _pool_packed(hidden: torch.Tensor, batch: _PackedBatch) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to run a model: `run` and `pool` are timed, what prepares is not."""
+    """One way to run a model. Only `run` and `pool` are timed."""
 
     name: str
     prepare_model: Callable[[PreTrainedModel], Any]
     ours: bool = False
-    # Why it cannot run on a device in a dtype.
+    # Returns the reason if the contender cannot run on a device in a dtype.
     refuse: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     prepare_batch: Callable[[PaddedBatch, PreTrainedModel], Any] = lambda batch, model: batch
     run: Callable[[Any, Any], torch.Tensor] = run_model
-    # Mean of each row's hidden states, shape `(rows, hidden_size)`, float32 or wider.
+    # Returns the mean of each row's hidden states, shape `(rows, hidden_size)`, float32 or wider.
     pool: Callable[[torch.Tensor, Any], torch.Tensor] = pool_padded
 
 
 def compiled(model: PreTrainedModel, backend: str = "inductor") -> Any:
-    """Returns the model with sdpa under torch.compile."""
-    # Compilations of other models count against the limit per layer.
+    """Compiles the model with sdpa."""
+    # Compilations of other models count towards torch's recompile limit.
     torch.compiler.reset()
     return torch.compile(twin(model, BASELINE), dynamic=True, backend=backend)
 
@@ -128,22 +128,22 @@ def _to_host(batch: PaddedBatch, model: PreTrainedModel) -> PaddedBatch:
 
 
 def _on_host(contender: Contender, **changes: Any) -> Contender:
-    """The same, with inputs left on the CPU, where a tokenizer makes them."""
+    """Returns a contender with inputs on the CPU, as from a tokenizer."""
     return replace(contender, name=f"{contender.name}_host", prepare_batch=_to_host, **changes)
 
 
 def _pack(batch: PaddedBatch, model: PreTrainedModel) -> _PackedBatch:
     valid = ~batch.padding[:, :, 0]
-    offsets = nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    cu_seqlens = nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     longest = max(batch.lengths)
     packed = {name: tensor[valid][None] for name, tensor in batch.inputs.items() if name != "attention_mask"}
     packed["position_ids"] = (valid.cumsum(1)[valid] - 1 + first_position(model))[None]
-    bounds = dict(zip(_BOUNDS, (offsets, offsets, longest, longest)))
+    bounds = dict(zip(_BOUNDS, (cu_seqlens, cu_seqlens, longest, longest)))
     return _PackedBatch(packed | bounds, valid.nonzero()[:, 0], batch.divisors)
 
 
 def first_position(model: PreTrainedModel) -> int:
-    """Returns the position of a row's first token: RoBERTa-like models count from the id of padding plus 1."""
+    """Returns the position id of a row's first token: padding_idx + 1 in RoBERTa-like models, otherwise 0."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else module.padding_idx + 1
@@ -181,7 +181,7 @@ def _varlen_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of transformers' signature over packed tokens, in the kernel that comes with torch."""
+    """Attention function for packed tokens with torch's `varlen_attn`, with the signature of transformers."""
     from torch.nn.attention import varlen
 
     attend: Any = varlen.varlen_attn
@@ -215,7 +215,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender(BASELINE, lambda model: model),
         Contender("eager", partial(twin, implementation="eager")),
         Contender("flex_attention", partial(twin, implementation="flex_attention")),
-        # The whole model on packed tokens, packed before the clock starts.
+        # The whole model on packed tokens; packing is not timed.
         Contender("varlen", _varlen_model, refuse=_refuse_varlen, prepare_batch=_pack, pool=_pool_packed),
         Contender("compile", compiled),
         Contender(NAME, partial(twin, implementation=NAME), ours=True),

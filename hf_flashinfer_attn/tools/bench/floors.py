@@ -1,4 +1,4 @@
-"""Lower bounds of time: operations over the machine's matrix rate, bytes over its copy rate."""
+"""Lower bounds of time: operations / matmul rate, bytes / copy rate of the machine."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ Band = tuple[int | None, int | None]
 
 @dataclass(frozen=True, slots=True)
 class MachineRates:
-    """Measured rates of a large matrix product and a large copy."""
+    """Measured rates of a large matrix product and of a large copy."""
 
     matrix_flops_per_second: float
     copy_bytes_per_second: float
 
     def floor_seconds(self, flops: int, bytes: int) -> float:
-        """Returns the time below which the machine cannot go."""
+        """Returns the lower bound of time for this work."""
         return max(flops / self.matrix_flops_per_second, bytes / self.copy_bytes_per_second)
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits for the work given to a device."""
+    """Waits until all work on a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> MachineRates:
-    """Measures both rates with random numbers, for about `seconds` each; the best of many samples."""
+    """Measures both rates with random numbers, for about `seconds` each; returns the best sample."""
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 1024
-    # As a layer of a model does it: on a CPU, torch.mm may take another and far slower kernel.
+    # F.linear, like a layer: on a CPU, torch.mm may use a much slower kernel.
     tokens, weight = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     matrix = _best_seconds(lambda: F.linear(tokens, weight), device, seconds)
     source = torch.randint(256, (2**30 if on_gpu else 2**26,), dtype=torch.uint8, device=device)
@@ -51,7 +51,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.3
 def _best_seconds(step: Callable[[], object], device: torch.device, seconds: float) -> float:
     step()
     synchronise(device)
-    # Several per sample, so that launching and waiting do not count.
+    # Several calls per sample, so that launch and synchronisation are negligible.
     calls = 8 if device.type == "cuda" else 1
     best, deadline = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < deadline or best == float("inf"):
@@ -64,11 +64,11 @@ def _best_seconds(step: Callable[[], object], device: torch.device, seconds: flo
 
 
 def count_work(model: PreTrainedModel, batches: Sequence[PaddedBatch]) -> tuple[int, int] | None:
-    """Counts the operations and bytes of a pass over all batches that no implementation can do without.
+    """Counts the minimum operations and bytes of a pass over all batches.
 
-    Operations: two per token and weight outside of embeddings and pooler, and four per layer, element of all heads and
-    pair of a query and a key it sees. Bytes: those weights once per batch, and the embeddings of the tokens. None where
-    the configuration does not tell, or where a token does not meet every weight.
+    Operations: 2 * tokens * weights (without embeddings and pooler) + 4 * layers * width of all heads * visible pairs
+    of query and key. Bytes: these weights once per batch, and the embeddings of the tokens. Returns None if the config
+    lacks the numbers, and for mixtures of experts.
     """
     config = model.config.get_text_config()
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")
@@ -93,7 +93,7 @@ def count_work(model: PreTrainedModel, batches: Sequence[PaddedBatch]) -> tuple[
 
 
 def bands_of(config: PreTrainedConfig, layers: int, causal: bool) -> list[Band]:
-    """Returns how many keys before and after its own position a query of each layer sees; None for all."""
+    """Returns the number of visible keys before and after a query, per layer; None for all."""
     whole = (None, 0 if causal else None)
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if not window or kinds is None:
@@ -104,6 +104,6 @@ def bands_of(config: PreTrainedConfig, layers: int, causal: bool) -> list[Band]:
 
 
 def count_pairs(length: int, left: int | None, right: int | None) -> int:
-    """Counts the pairs of a query and a key it sees: its own, and on either side the sum of min(i, limit)."""
+    """Counts visible pairs of query and key: one on the diagonal, and on each side the sum of min(i, limit)."""
     reaches = [length - 1 if limit is None else min(limit, length - 1) for limit in (left, right)]
     return length + sum(reach * (reach + 1) // 2 + (length - 1 - reach) * reach for reach in reaches)

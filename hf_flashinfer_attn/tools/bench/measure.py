@@ -1,4 +1,4 @@
-"""Runs contenders in turn, pass by pass, after checking their outputs."""
+"""Measurement: verifies the contenders' outputs, then times them in turn, pass by pass."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def run_bench(
     on_step: OnStep = lambda step, detail: None,
     on_cell: Callable[[BenchReport], None] = lambda report: None,
 ) -> BenchReport:
-    """Measures everything in a plan; `on_cell` is given the report so far, after each cell.
+    """Measures everything in a plan; calls `on_cell` with the report so far after each cell.
 
-    `on_step` must be quick: it is called while passes are timed.
+    `on_step` must be fast: it is called while passes are timed.
     """
     plan.check()
     device, dtype = plan.place()
@@ -47,7 +47,7 @@ def run_bench(
         for workload in plan.workloads(subject, device, report.skipped):
             report.cells.append(_measure(plan, contenders, subject, workload, report.rates, on_step))
             on_cell(report)
-        # Before the next model is loaded.
+        # Free memory before the next model is loaded.
         subject.prepared.clear()
         _free(device)
     if not report.cells:
@@ -63,7 +63,7 @@ def _free(device: torch.device) -> None:
 
 @dataclass(slots=True)
 class _Entry:
-    """A contender on its way through a cell."""
+    """A contender in one cell."""
 
     contender: Contender
     outcome: Outcome
@@ -73,7 +73,7 @@ class _Entry:
     output: torch.Tensor | None = None
 
     def attempt(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Runs a step; its failure is a result like any other, and must not cost those of other contenders."""
+        """Runs a step; a failure becomes the contender's result, and other contenders go on."""
         outcome = self.outcome
         if outcome.reason is not None:
             return
@@ -85,13 +85,13 @@ class _Entry:
             outcome.status, outcome.reason = "unsupported", str(error)
         except (RuntimeError, ValueError) as error:
             outcome.status, outcome.reason = "failed", f"{type(error).__name__}: {first_line(error)}"
-        # Not inside `except`, where the error still holds on to the tensors of its frames.
+        # After `except`, since the error references tensors in its frames.
         if outcome.reason is not None:
             self.batches, outcome.passes_seconds, outcome.peak_memory_bytes = [], (), None
             _free(self.device)
 
     def warm_up(self, subject: Subject, batches: Sequence[PaddedBatch], on_batch: OnBatch) -> None:
-        """Prepares the model and the batches, and keeps the outputs of a first pass."""
+        """Prepares the model and the batches, and stores the outputs of a first pass."""
         contender, outcome = self.contender, self.outcome
         if (reason := contender.refuse(self.device, subject.model.dtype)) is not None:
             raise BenchError(reason)
@@ -105,7 +105,7 @@ class _Entry:
             outcome.kernels, outcome.fallbacks = recorded.kernels, recorded.fallbacks
 
     def run(self, on_batch: OnBatch) -> torch.Tensor:
-        """Runs all batches; the mean-pooled outputs, on the host, end the pass."""
+        """Runs all batches; returns the pooled outputs on the CPU."""
         pooled = []
         with torch.inference_mode():
             for at, batch in enumerate(self.batches, start=1):
@@ -131,7 +131,7 @@ class _Entry:
 def _measure(
     plan: Plan, contenders: list[Contender], subject: Subject, workload: Workload, rates: MachineRates, on_step: OnStep
 ) -> Cell:
-    """Checks and times all contenders on one workload."""
+    """Verifies and times all contenders on one workload."""
     model, batches = subject.model, workload.batches
     device = batches[0].padding.device
 
@@ -163,7 +163,7 @@ def _measure(
     work = count_work(model, batches)
     floor = None if work is None else rates.floor_seconds(*work)
     if floor is not None and any(seconds < floor for outcome in outcomes for seconds in outcome.passes_seconds):
-        # The rates were no ceilings, and a fraction of such a floor would say nothing.
+        # A pass was faster than the measured rates allow, so the floor is wrong.
         floor = None
     for outcome in outcomes:
         _summarise(outcome, min(outcomes[0].passes_seconds, default=None), tokens, floor)

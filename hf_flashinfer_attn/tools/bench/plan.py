@@ -1,4 +1,4 @@
-"""Benchmark plan: what to measure, validated, and the models and batches that it names."""
+"""Benchmark plan: validated options, and the models and batches made from them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from .workload import BenchError, PaddedBatch, RequestSet, shown_name
 __all__ = ["OnStep", "Plan", "Subject", "Workload"]
 
 TEXTS_BATCH_SIZE = 64
-# Given a step and its progress, such as "batch 3 of 40".
+# Arguments: a step and its progress, such as "batch 3 of 40".
 OnStep = Callable[[str, str], None]
 
 
 @dataclass(slots=True)
 class Subject:
-    """A model to measure, with sdpa."""
+    """A model to measure, loaded with sdpa."""
 
     name: str
     model: PreTrainedModel
-    prepared: dict[str, Any] = field(default_factory=dict)  # the model of each contender
+    prepared: dict[str, Any] = field(default_factory=dict)  # models by contender
 
     @property
     def longest(self) -> int | None:
-        """Most tokens of a request; None without a limit."""
+        """Maximum number of tokens in a request; None without a limit."""
         longest: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if longest is None else longest - first_position(self.model)
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests of one name, in batches."""
+    """A named list of batches."""
 
     name: str
     batch_size: int
@@ -48,26 +48,26 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure: named shapes with random weights, or a model of the user's; request sets, or texts."""
+    """Options of a benchmark: named shapes with random weights or a user's model, and request sets or texts."""
 
     shapes: tuple[str, ...] = ()
     model: str | None = None  # folder or id
     texts: tuple[str, ...] | None = None
     request_sets: tuple[RequestSet, ...] = ()
-    against: tuple[str, ...] = (BASELINE,)  # rivals; sdpa always takes part
-    ours: tuple[str, ...] | None = None  # contenders of this package; all that can run here by default
-    batch_size: int | None = None  # instead of that of the request sets
-    requests: int | None = None  # most of each request set
-    layers: int | None = None  # instead of the shapes' own number
-    sort: bool = False  # texts, longest first
-    max_length: int | None = None  # texts are cut at so many tokens; what the model takes by default
+    against: tuple[str, ...] = (BASELINE,)  # rivals; sdpa is always included
+    ours: tuple[str, ...] | None = None  # variants of this package; by default all that can run here
+    batch_size: int | None = None  # overrides that of the request sets
+    requests: int | None = None  # maximum number per request set
+    layers: int | None = None  # overrides the number of the shapes
+    sort: bool = False  # sorts texts, longest first
+    max_length: int | None = None  # truncates texts to this many tokens; by default to the model's limit
     device: str = "auto"  # or "cpu", "cuda"
     dtype: str = "auto"  # or "float32", "float16", "bfloat16"; auto is float16 on a GPU and float32 elsewhere
-    repeats: int = 3  # timed passes of each contender
-    seconds: float | None = None  # per request set and model: after it no further round of passes starts
+    repeats: int = 3  # timed passes per contender
+    seconds: float | None = None  # per request set and model; no new round of passes starts after it
 
     def check(self) -> None:
-        """Raises `BenchError` for what excludes each other or is unknown."""
+        """Raises a `BenchError` for unknown or conflicting options."""
         for shape in self.shapes:
             if shape not in workload.SHAPES:
                 raise BenchError(f"{shape!r} is no shape; expected some of {list(workload.SHAPES)}.")
@@ -93,7 +93,7 @@ class Plan:
         return torch.device("cuda" if on_gpu else "cpu"), getattr(torch, name)
 
     def contenders(self, device: torch.device, dtype: torch.dtype) -> list[Contender]:
-        """Returns who takes part, sdpa first; contenders given by name take part even where they cannot run."""
+        """Returns the contenders, sdpa first; named contenders are included even if they cannot run here."""
         ours = self.ours
         if ours is None:
             ours = tuple(name for name, one in CONTENDERS.items() if one.ours and one.refuse(device, dtype) is None)
@@ -110,12 +110,12 @@ class Plan:
             model = _random_model(name, self.layers, device, dtype) if self.shapes else _load(name, dtype)
             model.to(device).eval()
             if hasattr(model.config, "use_cache"):
-                # Nothing is generated here, and a cache of all layers would cost memory.
+                # Nothing is generated, and a cache would cost memory.
                 model.config.use_cache = False
             yield Subject(name, model)
 
     def workloads(self, subject: Subject, device: torch.device, skipped: list[str]) -> Iterator[Workload]:
-        """Yields the texts or each request set; those too long for the model go to `skipped`."""
+        """Yields the texts or each request set; request sets too long for the model are appended to `skipped`."""
         longest = subject.longest
         if self.texts is not None:
             try:

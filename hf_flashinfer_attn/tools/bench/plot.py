@@ -1,4 +1,4 @@
-"""Bar chart of reports: tokens per second, and the speed-up over sdpa."""
+"""Bar chart of reports: tokens per second and speed-up over sdpa."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def require_matplotlib() -> None:
 
 
 def draw_chart(reports: Sequence[dict[str, Any]], file: Path, *, description: str = "") -> None:
-    """Draws reports of one machine and dtype as a PNG; `description` is kept in the file's metadata.
+    """Draws reports of one machine and dtype as a PNG, with `description` in its metadata.
 
     One panel per model, one group of bars per request set, one bar per contender.
     """
@@ -63,7 +63,7 @@ def draw_chart(reports: Sequence[dict[str, Any]], file: Path, *, description: st
     for axes, (shape, panel) in zip(grid, panels.items()):
         _draw_panel(axes, panel, colours)
         axes.set_title(shown_name(shape), loc="left", size=10, weight="bold", color=_INK)
-        # Bars are as high in all panels.
+        # The same bar height in all panels.
         axes.set_ylim(bars - _GAP_BARS - 0.2, -0.8)
     for axes in grid[len(panels) :]:
         axes.remove()
@@ -85,7 +85,7 @@ def _draw_panel(axes: Any, cells: Sequence[dict[str, Any]], colours: dict[str, s
     axes.set_yticks(ticks, names, size=8, color=_INK)
     axes.set_xticks([])
     axes.tick_params(length=0)
-    # Room for the labels.
+    # Space for the labels.
     axes.set_xlim(0, axes.dataLim.xmax * 1.28 or 1)
     axes.set_frame_on(False)
 

@@ -1,4 +1,4 @@
-"""Progress: one updated line on a terminal or in a notebook, plain lines elsewhere."""
+"""Progress on stderr: one updated line on a terminal or in a notebook, otherwise plain lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS_BETWEEN_UPDATES, SECONDS_BETWEEN_LINES = 0.5, 10.0
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """The current step, on stderr; by default as a bar where one can be redrawn. Results go to stdout.
+    """Shows the current step on stderr, by default as a bar on terminals and in notebooks; prints results to stdout.
 
     Examples:
         >>> from hf_flashinfer_attn.tools.bench import Progress
@@ -45,7 +45,7 @@ class Progress(AbstractContextManager["Progress"]):
             print(f"[{now - self._start:6.1f} s] {shown}", file=sys.stderr, flush=True)
 
     def print(self, text: str) -> None:
-        """Prints a result to stdout; the bar is drawn again by the next step."""
+        """Prints a result to stdout; the next step draws the bar again."""
         self._bar.clear()
         print(text, flush=True)
 

@@ -1,4 +1,4 @@
-"""Results of a benchmark, as text, as HTML and as plain values for JSON."""
+"""Benchmark results: text, HTML, and plain values for JSON."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ error         relative error of sampled outputs against a wider dtype"""
 
 @dataclass(slots=True)
 class Outcome:
-    """What one contender did in one cell. Times are None unless its status is "measured"."""
+    """Result of one contender in one cell. Times are None unless the status is "measured"."""
 
     name: str
     ours: bool
     status: str = "measured"  # or "wrong", "out of memory", "failed", "unsupported"
-    reason: str | None = None  # why it was not measured
-    verified: bool | None = None  # whether its outputs were right; None if there were none to check
-    error: float | None = None  # norm(output - exact) / norm(exact), mean-pooled, over the sample of the reference
-    difference_from_sdpa: float | None = None  # the same against sdpa over all requests
+    reason: str | None = None  # reason if not measured
+    verified: bool | None = None  # whether outputs were accurate; None if there were none
+    error: float | None = None  # norm(output - exact) / norm(exact) of pooled outputs, over the reference's sample
+    difference_from_sdpa: float | None = None  # relative difference over all requests
     passes_seconds: tuple[float, ...] = ()
     best_seconds: float | None = None
     median_seconds: float | None = None
-    spread: float | None = None  # longest minus shortest pass, over the median
-    tokens_per_second: float | None = None  # in the best pass, padding left out
-    speedup_over_sdpa: float | None = None  # sdpa's best time over this one's; above 1 is faster than sdpa
-    floor_fraction: float | None = None  # the cell's floor over the best time
+    spread: float | None = None  # (slowest - fastest pass) / median
+    tokens_per_second: float | None = None  # in the best pass, without padding
+    speedup_over_sdpa: float | None = None  # sdpa's best time / this best time; above 1 is faster than sdpa
+    floor_fraction: float | None = None  # the cell's floor / best time
     peak_memory_bytes: int | None = None  # of torch's CUDA allocator, weights and batches included; None on a CPU
-    kernels: tuple[str, ...] = ()  # what computed attention, where it was ours
-    fallbacks: tuple[str, ...] = ()  # why something else than the selected backend did
+    kernels: tuple[str, ...] = ()  # attention kernels, for contenders of this package
+    fallbacks: tuple[str, ...] = ()  # reasons of fallbacks
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One model on one request set."""
 
-    shape: str  # or the model as the user gave it
+    shape: str  # name of the shape; path or id of a user's model
     lengths: str  # name of the request set; "texts" for the user's
     layers: int | None
     batch_size: int
@@ -67,10 +67,10 @@ class Cell:
     batches: int
     tokens: int
     padded_fraction: float
-    flops: int | None  # what no implementation can do without; see `count_work`
+    flops: int | None  # minimum work; see `count_work`
     bytes: int | None
-    floor_seconds: float | None  # None without a count, or where a pass beat it: the rates were not the machine's best
-    reference: str  # what the errors are measured against
+    floor_seconds: float | None  # None without a count, or if a pass was faster than it
+    reference: str  # description of the reference for errors
     sdpa_error: float | None
     contenders: tuple[Outcome, ...]  # sdpa first
 
@@ -85,7 +85,7 @@ class Cell:
 
 @dataclass(slots=True)
 class BenchReport:
-    """All that was measured, cell by cell as they finish."""
+    """Report of a benchmark; cells are appended as they finish."""
 
     environment: dict[str, object]
     device: str
@@ -115,7 +115,7 @@ def report_figures(report: BenchReport) -> dict[str, Any]:
 
 
 def load_reports(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Reads reports that `--json` wrote."""
+    """Reads reports written by `bench --json`."""
     reports = []
     for file in files:
         figures = json.loads(file.read_text(encoding="utf-8"))
@@ -126,7 +126,7 @@ def load_reports(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def format_cell(cell: Cell) -> str:
-    """Returns one cell as a table, at most 100 columns wide."""
+    """Returns one cell as a text table of at most 100 columns."""
     table = _table(cell)
     widths = [max(map(len, column)) for column in zip(*(row for row in table if len(row) == len(table[0])))]
     widths[0] = max(len(row[0]) for row in table)
@@ -140,7 +140,7 @@ def format_cell(cell: Cell) -> str:
 
 
 def format_html(cell: Cell) -> str:
-    """Returns one cell as a table for notebooks."""
+    """Returns one cell as an HTML table."""
     header, *rows = _table(cell)
     filled = [[*row, *[""] * (len(header) - len(row))] for row in rows]
     notes = [*_fallbacks(cell), f"error: against {cell.reference}"]
@@ -148,7 +148,7 @@ def format_html(cell: Cell) -> str:
 
 
 def _table(cell: Cell) -> list[list[str]]:
-    """Returns the header and a row per contender, without empty columns; an unmeasured row is a name and a reason."""
+    """Returns a header and a row per contender, without empty columns; an unmeasured row is a name and a reason."""
     rows = [_row(outcome) for outcome in cell.contenders]
     measured = [row for row in rows if len(row) == len(_COLUMNS)]
     columns = [at for at in range(len(_COLUMNS)) if at == 0 or any(row[at] != "-" for row in measured)]

@@ -1,4 +1,4 @@
-"""Verification before timing: a contender's error against a wider reference, beside that of sdpa."""
+"""Verification before timing: errors of a contender and of sdpa against a reference in a wider dtype."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Reference", "Verdict", "judge", "make_reference"]
 
 # Allowed error as a multiple of sdpa's, in the same dtype on the same input.
 BUDGET = 1.25
-# Errors of float32 are so small that another order of a sum multiplies them.
+# Minimum allowed error in float32, where the order of a sum matters more than the kernel.
 FLOAT32_ERROR = 1e-6
-# Allowed distance of one request from sdpa, as a multiple of sdpa's worst error in the sample.
+# Allowed difference of one request from sdpa, as a multiple of sdpa's worst error in the sample.
 WORST_REQUEST = 10.0
 SAMPLE_REQUESTS = 32
-# Of a classifier: with few numbers per request, errors of one sample would differ by chance.
+# Sample size for a classifier, whose requests have only a few numbers each.
 SAMPLE_CLASSIFIED = 256
 SAMPLE_POSITIONS = 65_536
 GOLDEN = 0.618034
@@ -28,17 +28,17 @@ GOLDEN = 0.618034
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Pooled outputs of a sample of requests, each computed alone."""
+    """Pooled reference outputs of a sample of requests, computed one by one."""
 
-    summary: str  # what computed it
-    requests: torch.Tensor  # their indices, evenly spread over all batches
-    exact: torch.Tensor  # float64 on the host, `(sample, hidden_size)`
+    summary: str  # description of the reference
+    requests: torch.Tensor  # indices of the sample, spread over all batches
+    exact: torch.Tensor  # float64 on the CPU, shape `(sample, hidden_size)`
     yardstick: torch.Tensor  # sdpa's outputs in the measured dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Relative errors of one contender, in norms, and why its outputs are wrong; None if they are right."""
+    """Relative errors of one contender, and the reason if its outputs are wrong."""
 
     error: float  # over the sample
     sdpa_error: float
@@ -51,7 +51,7 @@ def _sample(batches: Sequence[PaddedBatch], most: int) -> list[tuple[int, Padded
     count = min(len(rows), max(4, min(most, len(rows) // 8)))
     chosen: list[tuple[int, PaddedBatch]] = []
     positions = 0
-    # One from each stretch, at a place that shifts, so that no period of the lengths is met at one phase alone.
+    # One request per stretch, at a shifting position, so that a period of the lengths cannot bias the sample.
     stretch = len(rows) / count
     for request in sorted({int((at + at * GOLDEN % 1) * stretch) for at in range(count)}):
         batch, row = rows[request]
@@ -66,7 +66,7 @@ def _sample(batches: Sequence[PaddedBatch], most: int) -> list[tuple[int, Padded
 def make_reference(
     model: PreTrainedModel, batches: Sequence[PaddedBatch], on_request: Callable[[str], None] = lambda detail: None
 ) -> Reference:
-    """Computes the sample in float32 with eager attention; in float64 with sdpa if the model is float32."""
+    """Computes a sample in float32 with eager attention, or in float64 with sdpa for a float32 model."""
     sample = _sample(batches, SAMPLE_REQUESTS if model.base_model is model else SAMPLE_CLASSIFIED)
 
     def outputs(runner: PreTrainedModel) -> torch.Tensor:
@@ -78,7 +78,7 @@ def make_reference(
         return torch.cat(pooled)
 
     dtype = torch.float32 if model.dtype.itemsize == 2 else torch.float64
-    # Not eager in float64: its additive mask overflows to -inf, and rows without any key become NaN.
+    # Not eager in float64: its additive mask overflows to -inf, and rows without keys become NaN.
     implementations = ["eager", BASELINE] if dtype == torch.float32 else [BASELINE]
     for implementation in implementations:
         try:
@@ -97,9 +97,9 @@ def _relative(output: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _distances(output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Distance of each request from the truth, relative to its norm or, if larger, the root mean square of all norms.
+    """Returns each request's error, relative to its norm or, if larger, to the root mean square of all norms.
 
-    A classifier's logits may happen to be next to zero, where a relative error says nothing.
+    The latter is for a classifier's logits close to zero, where a relative error is meaningless.
     """
     norms = truth.norm(dim=1)
     distances: torch.Tensor = (output - truth).norm(dim=1) / norms.clamp(min=float(norms.square().mean().sqrt()))
@@ -107,11 +107,12 @@ def _distances(output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def judge(output: torch.Tensor, sdpa: torch.Tensor | None, reference: Reference, dtype: torch.dtype) -> Verdict:
-    """Compares pooled outputs of all requests, `(requests, hidden_size)` on the host, with the reference and sdpa's.
+    """Compares pooled outputs of all requests, shape `(requests, hidden_size)`, with the reference and with sdpa.
 
-    Wrong are: a value that is not finite; an error over the sample above `BUDGET` times sdpa's; a difference from sdpa
-    over all requests above the sum of both allowed errors; one request further from sdpa than `WORST_REQUEST` times
-    sdpa's worst error of the sample. Without outputs of sdpa, only the sample is checked.
+    Outputs are wrong if a value is not finite, if the error over the sample is above `BUDGET` times sdpa's, if the
+    difference from sdpa over all requests is above the sum of both allowed errors, or if one request differs from sdpa
+    by more than `WORST_REQUEST` times sdpa's worst error in the sample. Without sdpa's outputs, only the sample is
+    checked.
     """
     smallest = 0.0 if dtype.itemsize == 2 else FLOAT32_ERROR
     sample = reference.requests
@@ -120,7 +121,7 @@ def judge(output: torch.Tensor, sdpa: torch.Tensor | None, reference: Reference,
     allowed = max(BUDGET * sdpa_error, smallest)
     difference = None if sdpa is None else _relative(output, sdpa)
     reason = None
-    # "not <=", so that NaN is wrong too.
+    # "not <=", so that NaN fails too.
     if not bool(output.isfinite().all()):
         reason = "an output is not finite"
     elif not error <= allowed:

@@ -1,4 +1,4 @@
-"""Workloads: shapes of models, request sets, and the batches they make."""
+"""Workloads: model shapes, request sets, and batches."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = [
     "shape_config", "shown_name", "synthetic_batches", "text_batches",
 ]  # fmt: skip
 
-# Ids below are special tokens in every shape.
+# First id that is not a special token in any shape.
 FIRST_ID = 5
 
 
 class BenchError(FlashInferAttentionError):
-    """What was asked for cannot be measured here."""
+    """The benchmark cannot run, or one of its options is invalid."""
 
 
 @dataclass(frozen=True, slots=True)
 class PaddedBatch:
-    """One padded batch on the device."""
+    """A padded batch on a device."""
 
-    inputs: dict[str, torch.Tensor]  # `input_ids`, `attention_mask` and what else the tokenizer made
-    padding: torch.Tensor  # True at padded positions, bool, `(rows, padded length, 1)`
-    lengths: tuple[int, ...]  # tokens of each row, known on the host
-    divisors: torch.Tensor  # the same on the device, float32, `(rows, 1)`
+    inputs: dict[str, torch.Tensor]  # `input_ids`, `attention_mask` and other outputs of the tokenizer
+    padding: torch.Tensor  # True at padded positions, bool, shape `(rows, padded_length, 1)`
+    lengths: tuple[int, ...]  # number of tokens per row
+    divisors: torch.Tensor  # the same on the device, float32, shape `(rows, 1)`
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, torch.Tensor], device: torch.device) -> PaddedBatch:
@@ -48,7 +48,7 @@ class PaddedBatch:
 
     @property
     def slots(self) -> int:
-        """Positions of the batch, padding included."""
+        """Number of positions, padding included."""
         return self.padding.numel()
 
     def row(self, index: int) -> PaddedBatch:
@@ -63,7 +63,7 @@ Draw = Callable[[int, torch.Generator], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class RequestSet:
-    """Requests of known lengths; `draw(requests, generator)` draws the lengths."""
+    """A set of requests; `draw(requests, generator)` draws their lengths."""
 
     name: str
     draw: Draw
@@ -73,7 +73,7 @@ class RequestSet:
     sort: bool = False  # longest first
 
     def lengths(self, limit: int | None = None) -> list[int]:
-        """Returns the tokens of each request: always the same, and a smaller limit gives a prefix."""
+        """Returns the number of tokens of each request; deterministic, and a smaller limit returns a prefix."""
         lengths: list[int] = self.draw(self.requests, torch.Generator().manual_seed(0)).tolist()[:limit]
         return sorted(lengths, reverse=True) if self.sort else lengths
 
@@ -84,7 +84,7 @@ def chat_lengths(requests: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _pair_lengths(requests: int, generator: torch.Generator) -> torch.Tensor:
-    # A query of 8 to 32 tokens before each passage.
+    # Each request is a query of 8 to 32 tokens and a passage.
     queries = torch.randint(8, 33, (requests,), generator=generator, device="cpu")
     return (chat_lengths(requests, generator) + queries).clamp(max=512)
 
@@ -113,7 +113,7 @@ REQUEST_SETS: dict[str, RequestSet] = {
 
 
 def parse_request_set(text: str) -> RequestSet:
-    """Reads the name of a request set, a length (`128`), alternating lengths (`16+32+128`) or `uniform:LOW:HIGH`.
+    """Parses the name of a request set, a length (`128`), alternating lengths (`16+32+128`) or `uniform:LOW:HIGH`.
 
     Examples:
         >>> from hf_flashinfer_attn.tools.bench.workload import parse_request_set
@@ -140,7 +140,7 @@ def _bert(layers: int, hidden: int, heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# Configurations of known checkpoints; the weights are random.
+# Configurations of published checkpoints; the weights are random.
 SHAPES: dict[str, dict[str, Any]] = {
     "gte-small": _bert(12, 384, 12),
     "bge-base": _bert(12, 768, 12),
@@ -159,24 +159,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def shape_config(name: str, layers: int | None = None) -> PreTrainedConfig:
-    """Returns the configuration of a shape, with its own number of layers by default."""
+    """Returns the config of a shape; `layers` overrides its number of layers."""
     options = SHAPES[name] if layers is None else SHAPES[name] | {"num_hidden_layers": layers}
     config: PreTrainedConfig = AutoConfig.for_model(**options, vocab_size=30_522)
-    # Queries and keys of unit variance: at the usual 0.02, attention of random weights is all but uniform, and a check
-    # of the outputs would see less.
+    # Makes queries and keys of unit variance. At the usual 0.02, attention is almost uniform, which would hide errors.
     config.initializer_range = config.hidden_size**-0.5
     return config
 
 
 def shown_name(model: str) -> str:
-    """Returns the displayed name of a model: the last part of an absolute path, otherwise the whole id."""
+    """Returns the displayed name of a model: the folder's name for an absolute path, otherwise the whole id."""
     return Path(model).name if Path(model).is_absolute() else model
 
 
 def synthetic_batches(
     lengths: Sequence[int], batch_size: int, config: PreTrainedConfig, device: torch.device
 ) -> list[PaddedBatch]:
-    """Makes right-padded batches of random token ids, always the same ones."""
+    """Makes right-padded batches of random token ids; deterministic."""
     generator = torch.Generator().manual_seed(0)
     pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
     batches = []
@@ -184,7 +183,7 @@ def synthetic_batches(
         rows = torch.tensor(lengths[start : start + batch_size], device="cpu")
         shape = (len(rows), int(rows.max()))
         ids = torch.randint(FIRST_ID, config.vocab_size, shape, generator=generator, device="cpu")
-        # Some models tell padding by its id.
+        # Some models detect padding by its id.
         ids[ids == pad_id] = FIRST_ID + 1 if pad_id == FIRST_ID else FIRST_ID
         valid = torch.arange(shape[1], device="cpu") < rows[:, None]
         inputs = {"input_ids": ids.masked_fill(~valid, pad_id), "attention_mask": valid.long()}
@@ -200,7 +199,7 @@ def text_batches(
     device: torch.device,
     sort: bool,
 ) -> list[PaddedBatch]:
-    """Tokenises texts, cut at `max_length` tokens, in order or longest first, and pads them batch by batch."""
+    """Tokenises texts, truncated to `max_length` tokens, in order or longest first, and pads them by batch."""
     cut = {"truncation": True, "max_length": max_length}
     if sort:
         lengths = [-len(ids) for ids in tokenizer(list(texts), **cut)["input_ids"]]
