@@ -18,8 +18,8 @@ PACKAGE = Path(hf_flashinfer_attn.__file__).parent
 NAME = hf_flashinfer_attn.__name__
 # Lines.
 MOST_OF_A_FILE = 500
-MOST_OF_THE_PACKAGE = 14_900
-MOST_WITHOUT_TOOLS = 11_000
+MOST_OF_THE_PACKAGE = 14_600
+MOST_WITHOUT_TOOLS = 10_700
 
 
 def lines_of(file: Path) -> int:
