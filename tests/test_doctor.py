@@ -20,9 +20,9 @@ from paired_models import decoder_config
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn import settings
-from hf_flashinfer_attn.html_table import html_table
 from hf_flashinfer_attn.kernels import flashinfer as flashinfer_backend
 from hf_flashinfer_attn.kernels.modules import KernelModule
+from hf_flashinfer_attn.tables import html_table
 from hf_flashinfer_attn.tools import accuracy, cli, diagnosis, environment, probes
 from hf_flashinfer_attn.tools.diagnosis import KernelCheck, Section
 from hf_flashinfer_attn.tools.pretrained import UnreadableModelError

@@ -13,7 +13,7 @@ import torch
 
 import hf_flashinfer_attn
 from hf_flashinfer_attn.kernels import wrapper_pool as wrappers
-from hf_flashinfer_attn.kernels.plan_replay import find
+from hf_flashinfer_attn.kernels.recorded_calls import find
 from hf_flashinfer_attn.kernels.wrapper_pool import (
     GraphWorkspace,
     GraphWrapper,

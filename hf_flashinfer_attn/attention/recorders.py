@@ -19,7 +19,7 @@ def is_exporting() -> bool:
 
 
 def recorder() -> str | None:
-    """Returns the tool that records this forward; None without one, or for torch.compile, whose graphs read lengths."""
+    """Returns the tool that records this forward; None without one, or for torch.compile (its ops read lengths)."""
     if is_exporting():
         return "torch.export"
     if torch.compiler.is_compiling():

@@ -1,1 +1,1 @@
-"""Entry points of transformers and torch.compile: mask and attention functions, ops, registration."""
+"""Entry points for transformers and torch.compile: mask and attention functions, ops, registration."""

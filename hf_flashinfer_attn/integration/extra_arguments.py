@@ -1,4 +1,4 @@
-"""Unnamed keyword arguments of the attention function: refused, ignored with a log line, or harmless."""
+"""Extra keyword arguments of the attention function: refused, ignored with a log line, or harmless."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..settings import current_settings
 
 __all__ = ["check_extra_arguments"]
 
-# Arguments of attention kernels and of models elsewhere that change the result.
+# Arguments of other attention kernels and models that change the result.
 _CHANGES_RESULT = frozenset(
     {
         # Added to the logits, or multiplied with the weights.
@@ -30,7 +30,7 @@ _CHANGES_RESULT = frozenset(
         "k_descale", "k_scale", "q_descale", "q_scale", "v_descale", "v_scale",
     }
 )  # fmt: skip
-# Arguments of a model's forward that reach attention layers through **kwargs and do not affect attention.
+# Arguments of a model's forward that reach attention layers through **kwargs without affecting attention.
 _HARMLESS = frozenset(
     {
         "cache_position", "encoder_attention_mask", "encoder_hidden_states", "input_ids", "inputs_embeds", "labels",
@@ -58,13 +58,13 @@ def check_extra_arguments(arguments: dict[str, Any]) -> None:
                 "Use attn_implementation='eager' for this model.",
             )
         if isinstance(value, torch.Tensor):
-            # Sizes are symbolic in a graph.
+            # Sizes are symbolic while torch.compile traces.
             shape = f"{value.ndim} dimensions" if torch.compiler.is_compiling() else f"shape {tuple(value.shape)}"
-            _tell_of_unknown(name, shape)
+            _ignore_or_refuse(name, shape)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _tell_of_unknown(name: str, shape: str) -> None:
+def _ignore_or_refuse(name: str, shape: str) -> None:
     if current_settings().strict:
         raise UnsupportedAttentionError(
             f"the argument {name} of the attention function, an unknown tensor of {shape}, and strict=True forbids to "

@@ -1,4 +1,4 @@
-"""flash-attn's functions over this package's backends, for callers that ask transformers for a flash kernel."""
+"""flash-attn's functions on this package's backends, for models that get a flash kernel from transformers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def _refuse(window_size: object, softcap: float, alibi_slopes: object) -> None:
             f"softcap={softcap} in a direct flash-attention call, expected 0", "Use attn_implementation='eager'."
         )
     if alibi_slopes is not None:
-        given = (
+        value = (
             f"of shape {tuple(alibi_slopes.shape)}" if isinstance(alibi_slopes, torch.Tensor) else repr(alibi_slopes)
         )
         raise UnsupportedAttentionError(
-            f"alibi_slopes {given} in a direct flash-attention call, expected None",
+            f"alibi_slopes {value} in a direct flash-attention call, expected None",
             "Use attn_implementation='eager'.",
         )
 
@@ -56,16 +56,16 @@ def flash_attn_varlen_func(
         q: Shape `(total_query_tokens, heads, head_dim)`.
         k: Shape `(total_key_tokens, kv_heads, head_dim)`.
         v: Shape `(total_key_tokens, kv_heads, value_head_dim)`.
-        cu_seqlens_q: Offsets of the sequences, int32, shape `(batch + 1,)`.
-        cu_seqlens_k: The same of the keys.
-        max_seqlen_q: Not needed.
-        max_seqlen_k: Not needed.
+        cu_seqlens_q: cu_seqlens of the queries, int32, shape `(batch + 1,)`.
+        cu_seqlens_k: The same for the keys.
+        max_seqlen_q: Unused.
+        max_seqlen_k: Unused.
         dropout_p: Probability of dropping an attention weight.
-        softmax_scale: What logits are multiplied with; `head_dim ** -0.5` by default.
-        causal: Whether a query sees no later key; aligned to the last key.
-        window_size: Only "no window".
-        softcap: Only 0.
-        alibi_slopes: Only None.
+        softmax_scale: Factor of the logits; `head_dim ** -0.5` by default.
+        causal: Whether no query sees a later key; the last query is aligned with the last key.
+        window_size: Must be (-1, -1), (None, None) or None.
+        softcap: Must be 0.
+        alibi_slopes: Must be None.
 
     Returns:
         Shape `(total_query_tokens, heads, value_head_dim)`.

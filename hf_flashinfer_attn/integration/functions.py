@@ -1,4 +1,4 @@
-"""The two functions that transformers calls: the mask function, once per forward, and the attention function."""
+"""Functions that transformers calls: the mask function (once per forward) and the attention function (per layer)."""
 
 from __future__ import annotations
 
@@ -54,20 +54,19 @@ def attention_mask(
 
     Args:
         batch_size: Rows.
-        q_length: Query slots per row.
-        kv_length: Key slots per row.
+        q_length: Padded length of the queries.
+        kv_length: Padded length of the keys.
         q_offset: Position of the first query.
         kv_offset: Position of the first key.
-        mask_function: Which keys a query may see, padding aside.
-        attention_mask: Valid positions, bool, shape `(batch, tokens seen so far)`.
-        dtype: Of the additive mask.
-        device: Of the additive mask.
-        use_vmap: Whether the mask function needs vmap to be evaluated.
+        mask_function: transformers' mask function: which keys a query sees, padding aside.
+        attention_mask: Padding mask, bool, True for valid positions, shape `(batch, tokens seen so far)`.
+        dtype: dtype of the additive mask.
+        device: Device of the additive mask.
+        use_vmap: Whether the mask function must be evaluated with vmap.
 
     Returns:
-        A mask of shape `(batch, 1, q_length, kv_length)` without memory. While torch.compile traces, a `GraphMask` for
-        bands, so that the graph stays whole, and a graph break for any other mask. While torch.export or
-        torch.jit.trace records, the mask of eager attention.
+        A lazy mask, shape `(batch, 1, q_length, kv_length)`. While torch.compile traces: a `GraphMask` for bands; for
+        any other mask the graph breaks. While torch.export or torch.jit.trace records: eager attention's mask.
     """
     if (
         mask_function is bidirectional_mask_function
@@ -76,17 +75,17 @@ def attention_mask(
     ):
         return None
     if recorder() is not None:
-        # Models that compute attention by themselves can be recorded.
+        # Models with their own attention code can be recorded.
         recorded: torch.Tensor = eager_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, dtype=dtype,
             use_vmap=use_vmap, device=device,
         )  # fmt: skip
         return recorded
     if torch.compiler.is_compiling():
-        # Not None: not every module takes its absence for what was asked.
+        # Not None: modules may interpret a missing mask as causal.
         if mask_function is bidirectional_mask_function and attention_mask is None:
             return GraphMask(None, (batch_size, q_length, kv_length), None, None, dtype, torch.device(device))
-        # Some models hand a mask that they were given to a mask helper again.
+        # Some models pass a mask through a mask helper twice.
         if isinstance(attention_mask, GraphMask):
             return attention_mask
         traced = trace_mask(
@@ -137,38 +136,39 @@ def attention_forward(
         query: Shape `(batch, heads, q_length, head_dim)`.
         key: Shape `(batch, kv_heads, kv_length, head_dim)`.
         value: Shape `(batch, kv_heads, kv_length, value_head_dim)`.
-        attention_mask: The lazy mask of `attention_mask`; or a 4D mask of the user's, bool or additive; or a 2D padding
+        attention_mask: The lazy mask of the function `attention_mask`; a user's 4D mask, bool or additive; a 2D padding
             mask; or None.
         dropout: Probability of dropping an attention weight.
-        scaling: What logits are multiplied with; `head_dim ** -0.5` by default.
-        is_causal: Causality where there is no mask; the module's own by default.
-        sliding_window: Carried by the mask; refused where there is none to carry it.
+        scaling: Factor of the logits; `head_dim ** -0.5` by default.
+        is_causal: Whether a call without a mask is causal; the module's attribute by default.
+        sliding_window: Window size; the mask contains the window. Without a mask, a window shorter than the keys is
+            refused.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
         s_aux: Attention sinks, shape `(heads,)`.
-        position_bias: Added to the logits, broadcastable to `(batch, heads, q_length, kv_length)`; of packed sequences
-            to `(sequences, heads, longest, longest)`, by the place of a token in its own sequence.
+        position_bias: Added to the logits, broadcastable to `(batch, heads, q_length, kv_length)`; for packed sequences
+            to `(sequences, heads, longest_query, longest_key)`, by position in the sequence.
         output_attentions: Whether to return the weights.
-        cu_seq_lens_q: Offsets of packed sequences.
-        cu_seq_lens_k: The same of the keys.
+        cu_seq_lens_q: cu_seqlens of packed queries, integers, shape `(sequences + 1,)`.
+        cu_seq_lens_k: The same for the keys.
         max_length_q: Length of the longest packed sequence; unused, but named so that torch.compile adds no guard.
         max_length_k: The same for the keys.
         position_ids: Positions that restart at each image, for Pixtral's vision tower, which passes no cu_seqlens.
-        cache: The paged cache of continuous batching, which is refused; or the cache that the layer has updated.
-        indices: The keys that a layer of sparse attention chose for each query, integers, shape
-            `(batch, q_length, chosen)`.
-        block_indices: The same in blocks of keys, shape `(batch, groups, q_length, chosen)`.
-        sinks: A logit for each query that takes weight and gives nothing; refused.
+        cache: The cache that the layer has updated, which is ignored; a paged cache of continuous batching is refused.
+        indices: Keys that a layer of sparse attention selected for each query, integers, shape
+            `(batch, q_length, selected)`.
+        block_indices: The same in blocks of keys, shape `(batch, groups, q_length, selected)`.
+        sinks: Attention sinks per query; refused.
         kwargs: Other arguments that models pass to their layers. Those that would change the result raise an error;
             unknown tensors are ignored, as in transformers' sdpa, and logged once.
 
     Returns:
-        The output, shape `(batch, q_length, heads, value_head_dim)`, in padding zero or anything finite; and the
+        The output, shape `(batch, q_length, heads, value_head_dim)`, with any finite values in padding; and the
         weights, or None.
 
     Raises:
-        BackendUnavailableError: If the backend asked for by name cannot run.
-        UnsupportedAttentionError: If the request is not supported, or needs a fallback that was forbidden, or the
-            forward is recorded by torch.export or torch.jit.trace.
+        BackendUnavailableError: If the backend of the settings cannot run.
+        UnsupportedAttentionError: If the call is not supported, the settings forbid its fallback, or torch.export or
+            torch.jit.trace records the forward.
     """
     if kwargs:
         check_extra_arguments(kwargs)
@@ -200,12 +200,12 @@ def attention_forward(
     elif indices is not None and indices.shape[-1] < key.shape[2]:
         mask = _values(attention_mask)
         attention_mask = mask_of_chosen(mask, indices, query, key, pattern_of(module, mask, is_causal))
-    given = LayerArguments(
+    arguments = LayerArguments(
         dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, output_attentions, cu_seq_lens_q,
         cu_seq_lens_k, position_ids,
     )  # fmt: skip
     if not torch.compiler.is_compiling():
-        return _attend_layer(module, query, key, value, _eager_mask(attention_mask), given)
+        return _attend_layer(module, query, key, value, _eager_mask(attention_mask), arguments)
     if is_exporting():
         refuse_export()
     lazy = None
@@ -219,10 +219,10 @@ def attention_forward(
     whole_mask = whole_mask or is_one_of(type(module), PACKED_IMAGES | CAUSAL_PADDING_IS_READ)
     if whole_mask or needs_grad(query, key, value):
         untraced: tuple[torch.Tensor, torch.Tensor | None]
-        untraced = _untraced_attend(module, query, key, value, attention_mask, given)
+        untraced = _untraced_attend(module, query, key, value, attention_mask, arguments)
         return untraced
-    offsets = cu_seq_lens_q, cu_seq_lens_k
-    return _attend_traced(module, query, key, value, lazy, offsets, scaling, is_causal, softcap), None
+    cu_seqlens = cu_seq_lens_q, cu_seq_lens_k
+    return _attend_traced(module, query, key, value, lazy, cu_seqlens, scaling, is_causal, softcap), None
 
 
 def _attend_layer(
@@ -231,25 +231,25 @@ def _attend_layer(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    given: LayerArguments,
+    arguments: LayerArguments,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention outside of torch.compile's graphs: with the plan of an earlier layer, or by the driver."""
-    found = find_plan(module, query, key, value, mask, given)
-    if found is not None and found.plan is not None:
-        output = found.plan(query, key, value)
+    """Attention outside of compiled graphs: runs the cached plan of an earlier layer, or the driver."""
+    cached = find_plan(module, query, key, value, mask, arguments)
+    if cached is not None and cached.plan is not None:
+        output = cached.plan(query, key, value)
         if is_tracing():
-            record_call(replace(found.plan.record, layer=layer_name(module)))
+            record_call(replace(cached.plan.record, layer=layer_name(module)))
         return output, None
-    kept = specs_kept() if query.is_meta else None
-    inputs = AttentionInputs.of_layer(module, query, key, value, mask, given, has_values=kept is None)
-    if kept is not None:
-        kept.append((module, inputs.spec(has_values=False)))
+    specs = specs_kept() if query.is_meta else None
+    inputs = AttentionInputs.of_layer(module, query, key, value, mask, arguments, has_values=specs is None)
+    if specs is not None:
+        specs.append((module, inputs.spec(has_values=False)))
         return query.new_empty(key.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
-    if found is not None and given.cu_seq_lens_q is not None:
-        inputs.state = found.state
+    if cached is not None and arguments.cu_seq_lens_q is not None:
+        inputs.state = cached.state
     output, weights, plan = attend(inputs)
-    if found is not None and plan is not None and inputs.query is query and inputs.state is found.state:
-        found.keep(plan)
+    if cached is not None and plan is not None and inputs.query is query and inputs.state is cached.state:
+        cached.keep(plan)
     return output, weights
 
 
@@ -259,12 +259,12 @@ def _attend_traced(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: GraphMask | None,
-    offsets: tuple[torch.Tensor | None, torch.Tensor | None],
+    cu_seqlens: tuple[torch.Tensor | None, torch.Tensor | None],
     scaling: float | None,
     is_causal: bool | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention for torch.compile: nothing but an op and the moves of data around it."""
+    """Attention inside a compiled graph: one op, and transposes around it."""
     if is_cast_as_flash(query):
         query, key, value = cast_as_flash(module, query, key, value)
     left, right = (mask.left, mask.right) if mask is not None else (None, _causal_bound(module, is_causal))
@@ -273,7 +273,7 @@ def _attend_traced(
         key.transpose(1, 2).contiguous(),
         value.transpose(1, 2).contiguous(),
         None if mask is None else mask.handle,
-        *offsets,
+        *cu_seqlens,
         left,
         right,
         None if mask is None or mask.handle is None else padded_queries_reason(module, is_causal=mask.right == 0),
@@ -294,14 +294,14 @@ def _untraced_attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | GraphMask | None,
-    given: LayerArguments,
+    arguments: LayerArguments,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    given = given._replace(output_attentions=bool(given.output_attentions) or weights_are_collected())
-    return _attend_layer(module, query, key, value, _eager_mask(attention_mask), given)
+    arguments = arguments._replace(output_attentions=bool(arguments.output_attentions) or weights_are_collected())
+    return _attend_layer(module, query, key, value, _eager_mask(attention_mask), arguments)
 
 
 def _eager_mask(mask: torch.Tensor | GraphMask | None) -> torch.Tensor | None:
-    """Returns what an uncompiled forward gets for a mask, which a graph break may carry out of a graph."""
+    """Converts a `GraphMask`, which a graph break may carry out of a graph, to the mask of an uncompiled forward."""
     if not isinstance(mask, GraphMask):
         return mask
     return mask.lazy() if mask.values is None else mask.values
@@ -319,15 +319,9 @@ def _mask_of_blocks(
     key: torch.Tensor,
     position_ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Returns an additive mask that also hides all keys but those of chosen blocks, which only the layer knows.
+    """Returns the additive mask of block-sparse attention, made by the layer from its selected blocks.
 
-    Args:
-        module: The layer.
-        mask: As a model gave it.
-        block_indices: Blocks chosen for each query, shape `(batch, groups, q_length, chosen)`.
-        query: Shape `(batch, heads, q_length, head_dim)`.
-        key: Shape `(batch, kv_heads, kv_length, head_dim)`.
-        position_ids: Of the queries; None where they are the last of the keys.
+    Without position_ids, the queries are the last positions of the keys.
     """
     if isinstance(mask, RaggedMask):
         mask = mask.dense()
@@ -339,7 +333,7 @@ def _mask_of_blocks(
 
 
 def refuse_paged(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """Stands where continuous batching looks for an attention function, and says that there is none."""
+    """Attention function registered for continuous batching; always raises `UnsupportedAttentionError`."""
     raise UnsupportedAttentionError(
         f"continuous batching (attn_implementation={PAGED_NAME!r})",
         f"Use attn_implementation='sdpa', or a newer version of transformers, which takes {NAME!r} itself.",

@@ -1,4 +1,4 @@
-"""Custom ops of torch.compile, opaque to the compiler: attention, and the handle of a lazy mask."""
+"""Custom ops for torch.compile: ragged attention, and handles of lazy masks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .transformers_patches import weights_are_collected
 __all__ = ["mask_handle", "mask_of_handle", "mask_values", "ragged_attention", "unpadded_mask"]
 
 
-# They plan on the host and keep workspaces, neither of which may happen inside a graph's memory pool.
+# The ops plan on the host and keep workspaces, which must not be in the memory pool of a CUDA graph.
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 
-# Annotations are read at run time to make an op's schema, on Python 3.10 too.
+# torch reads the annotations at run time to make the schema of an op, on Python 3.10 too.
 @torch.library.custom_op("hf_flashinfer_attn::mask_handle", mutates_args=(), tags=_TAGS)
 def mask_handle(
     padding_mask: Optional[torch.Tensor],  # noqa: UP045
@@ -47,35 +47,32 @@ def mask_handle(
     right: Optional[int],  # noqa: UP045
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Makes the lazy mask of one forward, as an op; an attribute of the returned tensor holds it.
+    """Makes the lazy mask of one forward, and returns an empty tensor, its handle for the other ops.
 
     Args:
-        padding_mask: Valid positions, bool, shape `(batch, tokens seen so far)`.
-        packed: The sequence that each slot belongs to, never decreasing, shape `(batch, q_length)`.
-        positions: What the band counts in, stepping by one in every packed sequence, shape `(batch, q_length)`.
-        first_query: In the place of `q_offset` for a cache that counts on the device, an integer of no dimensions.
+        padding_mask: Padding mask, bool, shape `(batch, tokens seen so far)`.
+        packed: Sequence index of each token, never decreasing, shape `(batch, q_length)`.
+        positions: Positions that the band counts in, increasing by one in every sequence, shape `(batch, q_length)`.
+        first_query: 0-dimensional integer that replaces `q_offset`, for caches that count on the device.
         batch_size: Rows.
-        q_length: Query slots per row.
-        kv_length: Key slots per row.
+        q_length: Padded length of the queries.
+        kv_length: Padded length of the keys.
         q_offset: Position of the first query.
         kv_offset: Position of the first key.
-        left: How many keys before its own position a query sees; None for all.
-        right: How many keys after its own position a query sees; None for all.
-        dtype: Of the mask's values.
-
-    Returns:
-        An empty tensor, to be handed to the other ops.
+        left: Number of keys before its own position that a query sees; None for all.
+        right: Number of keys after its own position that a query sees; None for all.
+        dtype: dtype of the mask.
 
     Raises:
-        RuntimeError: If sequences or positions are not those of packing; asynchronously on a GPU.
+        RuntimeError: If sequences are not contiguous or positions do not increase by one; asynchronously on a GPU.
     """
     anchor = next(tensor for tensor in (padding_mask, packed, first_query) if tensor is not None)
-    # The lazy mask outlives this op, and the compiler may use the memory of its inputs again after their last use.
+    # The lazy mask outlives the op, and the compiler may reuse the memory of the op's inputs.
     if padding_mask is not None:
         padding_mask = copy_of(padding_mask)
     if packed is not None:
         packed = packed.clone()
-        # transformers counts sequences up, and positions up in each; a mask function of anybody else might not.
+        # True for transformers' mask functions; a user's mask function may differ.
         steps = packed.diff()
         is_packing = steps >= 0
         if positions is not None:
@@ -121,7 +118,7 @@ def mask_of_handle(handle: torch.Tensor) -> RaggedMask:
     """Returns the lazy mask of a handle from `mask_handle`.
 
     Raises:
-        RuntimeError: If the tensor was copied on its way.
+        RuntimeError: If the compiled graph copied the tensor.
     """
     mask: RaggedMask | None = getattr(handle, "_ragged_mask", None)
     if mask is None:
@@ -141,7 +138,7 @@ def unpadded_mask(
     dtype: torch.dtype,
     device: torch.device,
 ) -> RaggedMask:
-    """Makes the lazy mask of rows without padding, whose last query stands at the last key."""
+    """Makes the lazy mask of rows without padding; the last query is aligned with the last key."""
     mask_function = _mask_function(left, right, None)
     return lazy_mask(
         batch_size, q_length, kv_length, kv_length - q_length, 0, mask_function, None, dtype, device, use_vmap=False
@@ -163,7 +160,7 @@ def _mask_function(left: int | None, right: int | None, packed: torch.Tensor | N
 def mask_values(
     handle: torch.Tensor, batch_size: int, q_length: int, kv_length: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Returns the additive mask that a handle stands for, shape `(batch, 1, q_length, kv_length)`."""
+    """Returns the additive mask of a handle, shape `(batch, 1, q_length, kv_length)`."""
     return mask_of_handle(handle)._moved(dtype, handle.device).dense().clone()
 
 
@@ -178,35 +175,35 @@ def ragged_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     handle: Optional[torch.Tensor],  # noqa: UP045
-    query_offsets: Optional[torch.Tensor],  # noqa: UP045
-    key_offsets: Optional[torch.Tensor],  # noqa: UP045
+    query_cu_seqlens: Optional[torch.Tensor],  # noqa: UP045
+    key_cu_seqlens: Optional[torch.Tensor],  # noqa: UP045
     left: Optional[int],  # noqa: UP045
     right: Optional[int],  # noqa: UP045
-    kept_queries: Optional[str],  # noqa: UP045
+    padded_queries: Optional[str],  # noqa: UP045
     sm_scale: float,
     softcap: Optional[float],  # noqa: UP045
 ) -> torch.Tensor:
-    """Attention over padded or packed tokens, as an op; forward only.
+    """Attention over padded or packed tokens; forward only.
 
     Args:
-        query: Shape `(rows, q_slots, heads, head_dim)`.
-        key: Shape `(rows, kv_slots, kv_heads, head_dim)`.
-        value: Shape `(rows, kv_slots, kv_heads, value_head_dim)`.
-        handle: The mask, from `mask_handle`; None for rows without padding, aligned to the last key.
-        query_offsets: Offsets of packed sequences, shape `(sequences + 1,)`; None for those of the mask.
-        key_offsets: The same of the keys.
-        left: How many keys before its own position a query sees, where there is no handle; None for all.
-        right: How many keys after its own position a query sees, where there is no handle; None for all.
-        kept_queries: Why padded queries are computed; None if they are not.
-        sm_scale: What logits are multiplied with.
+        query: Shape `(rows, q_length, heads, head_dim)`.
+        key: Shape `(rows, kv_length, kv_heads, head_dim)`.
+        value: Shape `(rows, kv_length, kv_heads, value_head_dim)`.
+        handle: Mask, from `mask_handle`; None for rows without padding, aligned to the last key.
+        query_cu_seqlens: cu_seqlens of packed queries, shape `(sequences + 1,)`; None unless packed, or if the mask is.
+        key_cu_seqlens: The same for the keys.
+        left: Number of keys before its own position that a query sees, without a handle; None for all.
+        right: Number of keys after its own position that a query sees, without a handle; None for all.
+        padded_queries: Why padded queries are computed; None if they are not.
+        sm_scale: Factor of the logits.
         softcap: Caps logits to `softcap * tanh(logits / softcap)`.
 
     Returns:
-        Shape `(rows, q_slots, heads, value_head_dim)`, contiguous.
+        Shape `(rows, q_length, heads, value_head_dim)`, contiguous.
 
     Raises:
-        UnsupportedAttentionError: If offsets come with a padding mask, weights are collected that an op cannot return,
-            or a fallback is needed that was forbidden.
+        UnsupportedAttentionError: If cu_seqlens come with a padding mask, attention weights must be returned, or the
+            settings forbid a fallback.
     """
     if weights_are_collected():
         raise UnsupportedAttentionError(
@@ -224,23 +221,23 @@ def ragged_attention(
         object(),
         mask,
         softcap,
-        padded_queries=kept_queries,
+        padded_queries=padded_queries,
     )
-    if query_offsets is not None and key_offsets is not None:
+    if query_cu_seqlens is not None and key_cu_seqlens is not None:
         if mask is not None and mask.state.has_padding:
             raise UnsupportedAttentionError(
                 "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
                 "Packed input has no padding: leave the attention_mask out.",
             )
-        inputs.cu_seqlens = query_offsets, key_offsets
+        inputs.cu_seqlens = query_cu_seqlens, key_cu_seqlens
         _use_same_lengths(inputs)
     return attend(inputs)[0]
 
 
 def _use_same_lengths(inputs: AttentionInputs) -> None:
-    """Finds the state of packed sequences, and makes sure that cu_seqlens are still those that it was read from.
+    """Sets the state of packed sequences, and checks that cu_seqlens did not change since they were read.
 
-    Generated code may reuse the memory of cu_seqlens that a graph computes, which version counters do not see.
+    Generated code may reuse the memory of cu_seqlens without changing their version counters.
     """
     assert inputs.cu_seqlens is not None
     queries, keys = inputs.cu_seqlens
@@ -251,7 +248,7 @@ def _use_same_lengths(inputs: AttentionInputs) -> None:
     if keys is not queries:
         same = same & (layout.key.cu_seqlens(keys.device) == keys).all()
     if same.is_cuda:
-        # Without making the host wait in every layer, this can only be checked, not mended.
+        # Only checked: reading the new lengths would make the host wait in every layer.
         torch._assert_async(same, "cu_seqlens that changed between two layers")
     elif not same:
         inputs.state = ForwardState(RaggedLayout.from_cu_seqlens(queries, keys, *shapes))
@@ -263,11 +260,11 @@ def _(
     key: torch.Tensor,
     value: torch.Tensor,
     handle: torch.Tensor | None,
-    query_offsets: torch.Tensor | None,
-    key_offsets: torch.Tensor | None,
+    query_cu_seqlens: torch.Tensor | None,
+    key_cu_seqlens: torch.Tensor | None,
     left: int | None,
     right: int | None,
-    kept_queries: str | None,
+    padded_queries: str | None,
     sm_scale: float,
     softcap: float | None,
 ) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Lazy mask in graphs of torch.compile: a plain object with a handle, whose values are made on demand."""
+"""Lazy mask inside compiled graphs: a plain object with a handle, which makes its values on demand."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["GraphMask", "trace_mask"]
 
 
 class GraphMask:
-    """Stands for an additive mask `(batch, 1, q_length, kv_length)` while torch.compile traces.
+    """Additive mask `(batch, 1, q_length, kv_length)` while torch.compile traces.
 
-    Tensor subclasses cannot be made inside a graph. This is no tensor, but behaves as one: whoever computes with it
-    gets its values, the first use makes them, and from then on they are the mask.
+    torch.compile cannot make tensor subclasses inside a graph, so this is a plain object with a tensor's operators. The
+    first operation makes the values, which then replace the lazy mask.
 
     Args:
-        handle: What `mask_handle` returned; None for rows without padding, whose last query stands at the last key.
-        shape: Rows, query slots and key slots.
-        left: How many keys before its own position a query sees; None for all.
-        right: How many keys after its own position a query sees; None for all.
-        dtype: Of the values.
-        device: Of the values.
+        handle: Result of `mask_handle`; None for rows without padding, aligned to the last key.
+        shape: Rows, and padded lengths of queries and keys.
+        left: Number of keys before its own position that a query sees; None for all.
+        right: Number of keys after its own position that a query sees; None for all.
+        dtype: dtype of the values.
+        device: Device of the values.
     """
 
     def __init__(
@@ -61,19 +61,19 @@ class GraphMask:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         if self.values is None:
-            # An empty tensor answers what the many spellings of this call mean.
+            # An empty tensor resolves the many signatures of this call.
             probe = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
             if (probe.dtype, probe.device) == (self.dtype, self.device) and not kwargs.get("copy"):
                 return self
         return self.dense().to(*args, **kwargs)
 
     def fits(self, query: torch.Tensor, key: torch.Tensor) -> bool:
-        """Whether this is of the shape of a call, queries and keys `(batch, heads, length, head_dim)`."""
+        """Whether the mask has the shape of a call; query and key are `(batch, heads, length, head_dim)`."""
         lengths = query.shape[0], key.shape[0], query.shape[2], key.shape[2]
         return lengths == (self.batch_size, self.batch_size, self.q_length, self.kv_length)
 
     def lazy(self) -> RaggedMask:
-        """Returns the lazy mask that this stands for; outside of a graph."""
+        """Returns the lazy mask, for use outside of a graph."""
         if self.handle is not None:
             return mask_of_handle(self.handle)
         lengths = self.batch_size, self.q_length, self.kv_length
@@ -123,7 +123,7 @@ def _on_values(name: str) -> Callable[..., Any]:
     return operator
 
 
-# Python looks operators up on the class, and takes `==` for identity where it finds none.
+# Python looks operators up on the class; without an `__eq__`, `==` would compare identities.
 for _name in (
     "abs", "add", "and", "bool", "eq", "float", "ge", "getitem", "gt", "int", "invert", "iter", "le", "len", "lt",
     "matmul", "mul", "ne", "neg", "or", "pow", "radd", "rmul", "rsub", "rtruediv", "setitem", "sub", "truediv", "xor",
@@ -143,11 +143,8 @@ def trace_mask(
     device: torch.device | str,
     use_vmap: bool,
 ) -> GraphMask | None:
-    """Makes the mask of one forward inside a graph; None if it is no band in packed sequences for certain.
-
-    Arguments are those of `lazy_mask`.
-    """
-    # With vmap come mask functions of the user's.
+    """Makes the mask of one forward inside a graph, from the arguments of `lazy_mask`; None unless surely a band."""
+    # transformers uses vmap for mask functions of users.
     visible = None if use_vmap else interpret(mask_function)
     if visible is None:
         return None
@@ -164,7 +161,7 @@ def trace_mask(
     if attention_mask is None and visible.packed is None and not isinstance(q_offset, torch.Tensor) and not aligned:
         if right != 0:
             return None
-        # A static cache that is not full: its unwritten slots are out of sight.
+        # A static cache that is not full: its unwritten keys are hidden.
         attention_mask = torch.ones(batch_size, q_offset + q_length, dtype=torch.bool, device=device)
     if attention_mask is not None or visible.packed is not None or counted:
         handle = mask_handle(

@@ -1,6 +1,6 @@
-"""Private names of transformers that this package uses: two functions replaced, one called, variables read.
+"""Use of private names of transformers: replaces two functions, calls one, reads variables.
 
-Guarded by `tests/test_registration.py` for every supported version of transformers.
+`tests/test_registration.py` checks these names for every supported version of transformers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ..log import log_once
 
 __all__ = ["answer_flash_imports", "block_mask", "join_compatible_implementations", "weights_are_collected"]
 
-# Models that select an attention class by name, where they still have a table of classes: a KeyError before
-# transformers 5.23, and since then flash-attn's class with a mask made for another.
+# Models that select an attention class by name. An unknown name is a KeyError before transformers 5.23; later versions
+# use flash-attn's class with a mask of another implementation.
 _OWN_FLASH_CLASSES = frozenset({"falcon", "gpt_neo", "gptj", "semantic", "coarse_acoustics", "fine_acoustics"})
-# Have a class for each implementation that they know, in some versions; any other name is a KeyError there. Models of
-# other configs may be in the same files.
+# Models with a table of attention classes in some versions, where any other name is a KeyError. The same files may have
+# models of other configs.
 _OWN_CLASSES = frozenset(
     {
         "altclip_text_model", "beit", "data2vec-vision", "deepseek_ocr2_sam_vision_model", "diffllama", "git",
@@ -40,7 +40,7 @@ _MARK = "_knows_flashinfer"
 
 
 def _hook(owner: Any, name: str, first_parameters: list[str]) -> Callable[..., Any] | None:
-    """Returns the function to wrap; None if it is wrapped already."""
+    """Returns the function to wrap; None if it is already wrapped."""
     original: Callable[..., Any] | None = getattr(owner, name, None)
     if getattr(original, _MARK, False):
         return None
@@ -56,13 +56,13 @@ def _hook(owner: Any, name: str, first_parameters: list[str]) -> Callable[..., A
 def answer_flash_imports(
     names: tuple[str, ...], dense_function: Callable[..., Any], varlen_function: Callable[..., Any]
 ) -> None:
-    """Makes transformers' loader of flash kernels answer for our names.
+    """Makes transformers' loader of flash kernels return our functions for our names.
 
-    transformers 5.x takes every name with "flash" in it for a flash-attention kernel, and asks this loader for the
-    kernel's functions before it builds a model; for an unknown name the loader looks for a hub repository and raises.
+    transformers 5.x loads a flash kernel for every name that contains "flash" before it builds a model. For an unknown
+    name, the loader searches a Hub repository and raises.
 
     Raises:
-        RuntimeError: If this version of transformers has no loader of the known shape.
+        RuntimeError: If this version of transformers has no such loader, or one with other parameters.
     """
     loader = _hook(flash_utils, "_lazy_imports", ["implementation"])
     if loader is None:
@@ -79,12 +79,12 @@ def answer_flash_imports(
 
 
 def join_compatible_implementations(name: str) -> None:
-    """Keeps models that list the flash kernels they work with from replacing `name` by the first of that list.
+    """Adds `name` to the flash kernels that a model lists as compatible; else transformers would replace it.
 
-    Their attention needs features that flash kernels lack, such as sinks; ours has them, or falls back and says so.
+    Such models need features that flash kernels lack, such as sinks. This package supports them, or logs a fallback.
 
     Raises:
-        RuntimeError: If this version of transformers has no such choice of the known shape.
+        RuntimeError: If this version of transformers has no such check, or one with other parameters.
     """
     adjust = _hook(PreTrainedModel, "_check_and_adjust_attn_implementation", ["self", "attn_implementation"])
     if adjust is None:
@@ -106,7 +106,7 @@ def join_compatible_implementations(name: str) -> None:
                 f"{model_type}, whose layers are classes of their own for {', '.join(map(repr, own))}",
                 "Use one of these for this model, or for this part: attn_implementation={'vision_config': 'eager'}.",
             )
-        # Parts with their own configs are checked separately.
+        # transformers checks parts with their own configs separately.
         is_whole = not any(isinstance(part, PreTrainedConfig) for part in vars(self.config).values())
         attends = is_whole and hasattr(self.config, "num_attention_heads")
         if attn_implementation == name and attends and not _may_call_interface(self.__class__):
@@ -125,11 +125,11 @@ def join_compatible_implementations(name: str) -> None:
 
 
 def _own_classes(model: type, name: str) -> tuple[str, ...]:
-    """Returns the implementation names that a model's table of attention classes accepts, if ours is not among them."""
-    # A user's subclass has them where its base is.
+    """Returns the names in a model's tables of attention classes that lack ours."""
+    # The table of a user's subclass is in the module of its base.
     modules = dict.fromkeys(sys.modules.get(base.__module__) for base in model.__mro__)
     names = [vars(module) for module in modules if module is not None]
-    tables = [value for known in names for key, value in known.items() if key.endswith("_ATTENTION_CLASSES")]
+    tables = [value for scope in names for key, value in scope.items() if key.endswith("_ATTENTION_CLASSES")]
     return tuple(dict.fromkeys(own for table in tables if name not in table for own in table))
 
 
@@ -148,7 +148,7 @@ def _module_may_call_interface(module: str, seen: frozenset[str]) -> bool:
     values = list(vars(sys.modules[module]).values())
     if any(isinstance(value, AttentionInterface) for value in values):
         return True
-    # Auto classes may build any model. Classes and functions from other modules may use what those modules use.
+    # Auto classes may build any model. Imported classes and functions may use the interface in their own modules.
     sources = {getattr(value, "__module__", None) or "" for value in values if callable(value)}
     return any(
         source.startswith("transformers.models.auto.modeling") or _module_may_call_interface(source, seen | {module})
@@ -157,10 +157,10 @@ def _module_may_call_interface(module: str, seen: frozenset[str]) -> bool:
 
 
 def weights_are_collected() -> bool:
-    """Whether transformers gathers attention weights in this forward; not every model tells its attention so."""
+    """Whether transformers collects attention weights in this forward; some models do not pass output_attentions."""
     collector = output_capturing._active_collector
     if torch.compiler.is_compiling() and not collector.compiling:
-        # torch.compile cannot read the context variable of a forward that it entered midway; ops ask when they run.
+        # torch.compile cannot read the context variable if it starts inside a forward; the ops check it at run time.
         return False
     collected = collector.get()
     return bool(collected) and any("attentions" in name for name in collected)
@@ -175,16 +175,16 @@ def block_mask(
     device: torch.device,
     position_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """Asks a layer of block-sparse attention (MiniMax M3) for the mask that it would give eager attention.
+    """Calls a layer of block-sparse attention (MiniMax M3) to make its mask for eager attention.
 
     Args:
         module: The layer.
-        block_indices: The blocks it chose, shape `(batch, groups, q_length, chosen)`.
-        mask: Whole, additive; or None.
-        kv_length: Keys.
-        dtype: Of the result.
-        device: Of the result.
-        position_ids: Of the queries, shape `(batch, q_length)`.
+        block_indices: The selected blocks, shape `(batch, groups, q_length, selected)`.
+        mask: Whole additive mask, or None.
+        kv_length: Number of keys.
+        dtype: dtype of the result.
+        device: Device of the result.
+        position_ids: Positions of the queries, shape `(batch, q_length)`.
 
     Raises:
         UnsupportedAttentionError: If the layer has no such function.

@@ -165,7 +165,7 @@ class KernelPlan:
                 prefill.run(*sides, *extras, out=out)
                 continue
             _, logsumexp = prefill.run(*sides, *extras, out=out, return_lse=True, lse_base="ln")
-            # A sink adds to the denominator of the softmax, whose logarithm is the logsumexp.
+            # A sink adds to the denominator of the softmax; the logsumexp is its logarithm.
             share = torch.sigmoid(logsumexp.nan_to_num(nan=-math.inf) - sinks.float())
             out.mul_(share[..., None])
 

@@ -1,7 +1,7 @@
 """First-use compilation of FlashInfer's kernels: logged, once per process, in the foreground or the background.
 
-FlashInfer's `JitSpec` writes the build files and holds the lock, so that FlashInfer later finds nothing left to do.
-Ninja itself runs here: `JitSpec.build` takes no number of jobs and shows the compiler's output only after a failure.
+FlashInfer's `JitSpec` writes the build files and locks them, so FlashInfer later finds its modules up to date. This
+file runs ninja itself, since `JitSpec.build` has no number of jobs and shows the compiler's output only on failure.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
     "why_not",
 ]
 
-# Seconds between two log lines about a kernel that is being compiled.
+# Seconds between two log lines during a compilation.
 HEARTBEAT = 10.0
 _WAY_OUT = (
     "Run `hf-flashinfer-attn doctor` to see what is missing, or use hf_flashinfer_attn.configure(backend='torch')."
@@ -59,7 +59,7 @@ COMPILE_AHEAD = (
     "hf_flashinfer_attn.configure(jit='wait')."
 )
 _DEFAULT_HOME = "/usr/local/cuda"
-# Messages of the compiler where the machine lacks something, and what to do about it.
+# Compiler messages about missing parts of the system, and how to resolve them.
 _CURES = {
     "cannot find -lcuda:": "The linker found no libcuda: install the driver or the CUDA toolkit's stubs, and name "
     "their folder with FLASHINFER_EXTRA_LDFLAGS=-L/usr/local/cuda/lib64/stubs. ",
@@ -67,7 +67,7 @@ _CURES = {
     "curand_kernel.h": "Install cuRAND's headers, and name their folder with CPATH. ",
     "Unsupported gpu architecture": "This nvcc is older than the GPU: install a newer CUDA toolkit. ",
 }
-# Not a line of ninja's own, nor a flag with such a name.
+# Excludes ninja's own lines, and flags whose names contain "error".
 _DIAGNOSTIC = re.compile(r"^(?!\[\d+/).*?((?:fatal|error)(?: error)?\s*:.*|cannot find -l.*)$", re.M | re.I)
 OnStep = Callable[[int, int], None]
 
@@ -75,21 +75,21 @@ OnStep = Callable[[int, int], None]
 def nvcc_path() -> Path | None:
     """Returns the nvcc that FlashInfer would run; None if there is none."""
     if (named := os.environ.get("FLASHINFER_NVCC")) is not None:
-        found = shutil.which(named)
-        return None if found is None else Path(found)
+        path = shutil.which(named)
+        return None if path is None else Path(path)
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    # FlashInfer looks at the PATH only where no variable names a toolkit, and never at a second toolkit.
+    # FlashInfer searches the PATH only if no variable names a toolkit, and tries only one toolkit.
     if home is None:
         on_path = shutil.which("nvcc")
         home = _DEFAULT_HOME if on_path is None else os.path.dirname(os.path.dirname(on_path))
-    # Not joined as paths are: FlashInfer writes an empty variable into its build files as it is.
+    # String formatting, as in FlashInfer, also for an empty variable.
     nvcc = Path(f"{home}/bin/nvcc")
     return nvcc if nvcc.is_file() else None
 
 
 @contextmanager
 def _building(module: KernelModule) -> Iterator[Any]:
-    """Yields FlashInfer's `JitSpec` with its files written; errors before the compiler starts become ours."""
+    """Yields FlashInfer's `JitSpec` with its files written; its errors become `BackendUnavailableError`."""
     try:
         spec = module.spec()
         if hasattr(spec, "ninja_path"):
@@ -110,31 +110,32 @@ def _ninja(spec: Any, *options: str) -> list[str]:
             "there is no ninja on the PATH to compile its kernels with",
             "Install it: pip install ninja, with the environment's bin folder on the PATH.",
         )
-    # In FlashInfer's own folder, where ninja keeps its notes of what is done.
+    # FlashInfer's folder, which has ninja's build log.
     return [ninja, *options, "-C", str(spec.build_dir.resolve()), "-f", str(spec.ninja_path.resolve())]
 
 
 def is_up_to_date(module: KernelModule) -> bool:
-    """Whether FlashInfer would load a module and compile nothing; takes some 20 ms."""
+    """Whether FlashInfer would load a module without compiling; takes about 20 ms."""
     library = compiled_library(module)
     if library is None or not library.is_relative_to(cache_directory()):
         return library is not None
     with _building(module) as spec:
         if not hasattr(spec, "ninja_path"):
             return bool(spec.is_compiled)
-        asked = subprocess.run(_ninja(spec, "-n"), capture_output=True, text=True, check=False)
-    return asked.returncode == 0 and "no work to do" in asked.stdout
+        dry_run = subprocess.run(_ninja(spec, "-n"), capture_output=True, text=True, check=False)
+    return dry_run.returncode == 0 and "no work to do" in dry_run.stdout
 
 
 def log_of(module: KernelModule) -> Path:
-    """Returns the log of the compiler's output."""
+    """Returns the path of the compiler log."""
     return cache_directory() / module.name / "build.log"
 
 
 def compile_module(module: KernelModule, *, jobs: int | None = None, on_step: OnStep | None = None) -> float:
-    """Compiles a module, or finds that another process did, and returns the seconds that it took.
+    """Compiles a module, unless another process has compiled it meanwhile, and returns the seconds that it took.
 
-    `jobs` files at a time, by default `MAX_JOBS` or all cores; `on_step` takes files done and files in all after each.
+    `jobs` is the number of files at a time, by default `MAX_JOBS` or all cores. `on_step` gets the number of compiled
+    files and of all files after each file.
     """
     start = time.perf_counter()
     if os.environ.get("FLASHINFER_DISABLE_JIT"):
@@ -145,14 +146,14 @@ def compile_module(module: KernelModule, *, jobs: int | None = None, on_step: On
         )
     if nvcc_path() is None:
         raise BackendUnavailableError("flashinfer", NO_NVCC, GET_NVCC)
-    at_once = str(jobs or os.environ.get("MAX_JOBS", ""))
-    # FlashInfer's lock: two processes do not compile the same.
+    num_jobs = str(jobs or os.environ.get("MAX_JOBS", ""))
+    # FlashInfer's lock: only one process compiles a module.
     with _building(module) as spec, FileLock(spec.lock_path, thread_local=False):
         if hasattr(spec, "ninja_path"):
-            options = ["-v", *(["-j", at_once] if at_once.isdigit() else [])]
+            options = ["-v", *(["-j", num_jobs] if num_jobs.isdigit() else [])]
             status = _run(_ninja(spec, *options), log_of(module), on_step)
         else:
-            # Another toolchain, whose output FlashInfer keeps.
+            # Another build tool, which FlashInfer runs.
             status = spec.build() or 0
     seconds = time.perf_counter() - start
     if status != 0:
@@ -161,7 +162,7 @@ def compile_module(module: KernelModule, *, jobs: int | None = None, on_step: On
 
 
 def _run(command: list[str], log: Path, on_step: OnStep | None) -> int:
-    """Runs ninja, its output into a log as it comes, and returns its status."""
+    """Runs ninja, writes its output to a log line by line, and returns its exit status."""
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
     with log.open("wb", buffering=0) as file, subprocess.Popen(command, env=environment, **options) as process:
@@ -178,17 +179,17 @@ def _run(command: list[str], log: Path, on_step: OnStep | None) -> int:
 
 def _failure(module: KernelModule, log: Path, seconds: float) -> BackendUnavailableError:
     text = log.read_text(encoding="utf-8", errors="replace")
-    said = _DIAGNOSTIC.search(text)
-    what = "" if said is None else f": {said[1].strip()[:200]}"
-    cure = "".join(cure for sign, cure in _CURES.items() if sign in text)
+    diagnostic = _DIAGNOSTIC.search(text)
+    what = "" if diagnostic is None else f": {diagnostic[1].strip()[:200]}"
+    cure = "".join(cure for message, cure in _CURES.items() if message in text)
     message = f"compiling its kernel ({module}) failed after {seconds:.0f} s{what}; the log is {log}"
     return BackendUnavailableError("flashinfer", message, f"{cure}{_WAY_OUT}")
 
 
 _ready: set[KernelModule] = set()
-# Held while a module is looked for and compiled.
+# Held while a module is checked and compiled.
 _locks: dict[KernelModule, threading.Lock] = {}
-# Modules that could not be compiled, and those that "never" found missing: both are tried again with other settings.
+# Modules that failed to compile, and modules that jit="never" found missing; both are retried under new settings.
 _failed: dict[KernelModule, tuple[Settings, BackendUnavailableError]] = {}
 _missing: dict[KernelModule, Settings] = {}
 _waiting: ContextVar[bool] = ContextVar("hf_flashinfer_attn_waiting", default=False)
@@ -196,12 +197,12 @@ _watched: set[str] = set()
 
 
 def _lock_of(module: KernelModule) -> threading.Lock:
-    # One step, so that two threads get the same lock.
+    # `setdefault` is atomic, so two threads get the same lock.
     return _locks.setdefault(module, threading.Lock())
 
 
 def is_ready(module: KernelModule) -> bool:
-    """Whether a module is known to be compiled: one look into a set."""
+    """Whether a module was found compiled earlier in this process; no disk access."""
     return module in _ready
 
 
@@ -212,7 +213,7 @@ def is_pending(module: KernelModule) -> bool:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Has this thread wait for kernels inside the block, with jit="background" too."""
+    """Makes this thread wait for kernels inside the block, even with jit="background"."""
     token = _waiting.set(True)
     try:
         yield
@@ -227,7 +228,7 @@ def is_waiting() -> bool:
 
 @contextmanager
 def heartbeat(say: Callable[[], None]) -> Iterator[None]:
-    """Calls a function every ten seconds inside the block, from a thread of its own."""
+    """Calls a function every ten seconds inside the block, in another thread."""
     over = threading.Event()
 
     def beat() -> None:
@@ -244,7 +245,7 @@ def heartbeat(say: Callable[[], None]) -> Iterator[None]:
 
 
 class _Elapsed:
-    """Time since a compilation began, and files done where known, as text."""
+    """Formats the time since a compilation began, and the number of compiled files if known."""
 
     def __init__(self) -> None:
         self._start, self._files = time.perf_counter(), ""
@@ -257,20 +258,20 @@ class _Elapsed:
 
 
 def _look(module: KernelModule) -> bool:
-    """Whether a module is ready, after a look on disk unless that is known."""
+    """Whether a module is ready; checks the disk unless the result is cached."""
     if module not in _ready and is_up_to_date(module):
         _ready.add(module)
     return module in _ready
 
 
 def _failure_of(module: KernelModule) -> BackendUnavailableError | None:
-    """Returns why a module could not be compiled under the settings in force."""
+    """Returns the error of a failed compilation under the current settings; None without one."""
     settings, error = _failed.get(module, (None, None))
     return error if settings is current_settings() else None
 
 
 def _compile(module: KernelModule, elapsed: _Elapsed) -> None:
-    """Compiles a module whose lock is held, and remembers the outcome."""
+    """Compiles a module and caches the outcome; the caller holds the module's lock."""
     settings = current_settings()
     try:
         compile_module(module, on_step=elapsed.step)
@@ -281,7 +282,7 @@ def _compile(module: KernelModule, elapsed: _Elapsed) -> None:
 
 
 def require(module: KernelModule) -> None:
-    """Returns once a module is compiled, and logs why it takes long; raises where it cannot or must not be."""
+    """Waits until a module is compiled, with log lines; raises if it cannot be compiled or the settings forbid it."""
     if module in _ready:
         return
     if current_settings().jit == "never":
@@ -291,7 +292,7 @@ def require(module: KernelModule) -> None:
     # One thread compiles and logs; others wait here.
     with _lock_of(module):
         if (error := _failure_of(module)) is not None:
-            # Raised by many threads, each with a traceback of its own.
+            # A new error, since many threads may raise it, each with its own traceback.
             raise BackendUnavailableError(error.backend, error.reason, error.way_out) from error
         if _look(module):
             return
@@ -308,16 +309,16 @@ def require(module: KernelModule) -> None:
 
 
 def compile_in_background(module: KernelModule) -> str | None:
-    """Has a thread compile a module, unless one did; returns why it cannot be used yet, or at all. None if it can."""
+    """Starts a thread that compiles a module, once; returns why the module cannot be used yet, or None if it can."""
     lock = _lock_of(module)
     with ExitStack() as held:
         if module not in _ready and lock.acquire(blocking=False):
             held.callback(lock.release)
-            settled = False
-            # Where looking fails, compiling does too, and says why.
+            is_done = False
+            # An error of `_look` is raised again, and reported, by the thread.
             with suppress(BackendUnavailableError):
-                settled = _failure_of(module) is not None or _look(module)
-            if not settled:
+                is_done = _failure_of(module) is not None or _look(module)
+            if not is_done:
                 logger.warning(
                     "compiling FlashInfer's kernel (%s) in the background; attention runs on the torch backend until "
                     "it is ready. Log: %s",
@@ -346,7 +347,7 @@ def _compile_aside(module: KernelModule, lock: threading.Lock) -> None:
 
 
 def why_not(module: KernelModule) -> str | None:
-    """Returns why a module cannot be used without compiling it; looked up once per settings. None if it can."""
+    """Returns why jit="never" forbids a module, None if it is compiled; the disk is checked once per settings."""
     settings = current_settings()
     if module not in _ready and _missing.get(module) is not settings and not _look(module):
         _missing[module] = settings
@@ -357,7 +358,7 @@ def why_not(module: KernelModule) -> str | None:
 
 @contextmanager
 def watched(name: str) -> Iterator[None]:
-    """Logs that the first use of a kernel takes long, where only FlashInfer knows what it compiles."""
+    """Logs that the first use of a kernel takes long, for kernels that FlashInfer selects and compiles itself."""
     if name in _watched:
         yield
         return

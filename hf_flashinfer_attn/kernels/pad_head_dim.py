@@ -71,9 +71,8 @@ class GatherQkv:
             cached.launch(*pointers, *cached.pointers)
             return buffers[0], buffers[1], buffers[2]
         made = self._make_buffers(query, key, value)
-        cached.launch(
-            *pointers, *(buffer.data_ptr() for buffer in made), *(at or pointers[0] for at in cached.pointers)
-        )
+        positions = [pointer or pointers[0] for pointer in cached.pointers]
+        cached.launch(*pointers, *(buffer.data_ptr() for buffer in made), *positions)
         return made[0], made[1], made[2]
 
     @property

@@ -1,4 +1,4 @@
-"""FlashInfer's wrappers: plans, pools, and the memory that plans of captured graphs share."""
+"""FlashInfer's wrappers: their plans, pools per stream, and shared memory for plans of captured graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..ragged.layout import RaggedLayout
 from ..tracing import record_plan
 from . import jit
 from .biased import biased_module_arguments
-from .plan_replay import CallRecorder, Lengths, device_offsets_of, find, learn_planner, recording, share_workspace
+from .recorded_calls import CallRecorder, Lengths, device_offsets_of, find, learn_planner, recording, share_workspace
 
 __all__ = [
     "GraphWorkspace",
@@ -36,9 +36,9 @@ __all__ = [
 Kernel = Literal["fa2", "fa3", "auto"]
 
 
-# Wrappers per kernel and stream, so that the host can run ahead of the GPU; 8 MiB on the device each.
+# Wrappers per kernel and stream, so that the host can run ahead of the GPU; each has 8 MiB on the device.
 _RING = 4
-# Only split-KV (switched off) and some Blackwell kernels take memory from it.
+# Used only by split-KV, which is disabled, and by some Blackwell kernels.
 _FLOAT_WORKSPACE_BYTES = {"fa2": 1 << 20, "fa3": 1 << 20, "auto": 128 << 20}
 
 
@@ -61,7 +61,7 @@ class PlanKey:
 
 @dataclass(slots=True)
 class _Replay:
-    """A recorded call of a compiled module by `run`, without its tensors, which it would keep alive."""
+    """A recorded `run` call of a compiled module, without its tensors, so as not to keep them alive."""
 
     launch: Callable[..., Any]
     arguments: list[Any]
@@ -71,14 +71,14 @@ class _Replay:
 
 
 def planning_ways() -> dict[str, str]:
-    """Returns, by kernel, how plans after the first are made in this process."""
+    """Returns, by kernel, how plans after the first one are made in this process."""
     if (flashinfer := sys.modules.get("flashinfer")) is None:
         return {}
     ways = {}
-    for (kernel, biased, in_graphs), known in list(_recording_class(flashinfer).planners.items()):
+    for (kernel, biased, in_graphs), fields in list(_recording_class(flashinfer).planners.items()):
         name = kernel + " with a bias" * biased + ", captured graphs" * in_graphs
-        slow = f"FlashInfer's public plan(), about 0.2 ms slower per forward: {known}"
-        ways[name] = slow if isinstance(known, str) else "recorded arguments"
+        slow = f"FlashInfer's public plan(), about 0.2 ms slower per forward: {fields}"
+        ways[name] = slow if isinstance(fields, str) else "recorded arguments"
     return ways
 
 
@@ -89,14 +89,14 @@ def _recording_class(flashinfer: ModuleType) -> type[Any]:
 class Wrapper:
     """A FlashInfer wrapper with its own plan buffers.
 
-    `plan` fills a pinned buffer and returns before its copy to the GPU has finished. The next plan must not write to
-    that buffer before `event` has completed.
+    `plan` fills a pinned buffer and returns before the buffer is copied to the GPU. The next plan must not write to it
+    before `event` has completed.
     """
 
     def __init__(self, module: ModuleKind, float_workspace: torch.Tensor, **options: Any) -> None:
         import flashinfer
 
-        # "auto" selects a kernel by lengths in every plan, so calls are not repeated.
+        # "auto" selects a kernel by row lengths in every plan, so its calls cannot be repeated.
         is_auto = module.kernel == "auto"
         wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper if is_auto else _recording_class(flashinfer)
         jit_args = None if module.biased is None else biased_module_arguments(*module.biased)
@@ -121,9 +121,9 @@ class Wrapper:
         record_plan()
 
     def _plan_publicly(self, key: PlanKey, lengths: Lengths) -> CallRecorder | None:
-        """Plans with FlashInfer's public method; offsets come from the host, so none are copied from the GPU."""
+        """Plans with FlashInfer's public method; cu_seqlens are on the host, so no copy from the GPU is needed."""
         name = f"{key.kernel}, {str(key.dtype).removeprefix('torch.')}, head_dim {key.head_dim}"
-        # Only FlashInfer knows which kernel "auto" selects, and whether it is compiled.
+        # FlashInfer selects the kernel of "auto" and may compile it.
         with jit.watched(name) if key.kernel == "auto" else nullcontext():
             self.prefill.plan(
                 lengths.query_offsets,
@@ -136,8 +136,7 @@ class Wrapper:
                 sm_scale=key.sm_scale,
                 logits_soft_cap=key.softcap,
                 q_data_type=key.dtype,
-                # Split-KV makes results depend on the batch around a row, and drops keys under some masks (upstream
-                # #4972).
+                # Split-KV makes a row's result depend on its batch, and drops keys under some masks (upstream #4972).
                 disable_split_kv=True,
             )
         return self._recorder
@@ -147,22 +146,22 @@ class Wrapper:
     ) -> tuple[str | None, ...] | None:
         """Returns the field of `Lengths` for each planner argument; None if only the public method can be used.
 
-        Learning them makes plans for other lengths; `lengths` are planned again afterwards.
+        `learn_planner` plans for other lengths, so `lengths` are planned again afterwards.
         """
         planners = type(self.prefill).planners
         kind = key.kernel, key.biased, fixed_rows is not None
         if kind not in planners:
             planners[kind] = learn_planner(lambda probe: self._plan_publicly(key, probe), fixed_rows=fixed_rows)
             self._plan_publicly(key, lengths)
-        known = planners[kind]
-        return None if isinstance(known, str) else known
+        fields = planners[kind]
+        return None if isinstance(fields, str) else fields
 
     def _plan_recorded(self, key: PlanKey, lengths: Lengths, replay: _Replay) -> bool:
-        """Plans with recorded arguments; returns False if that might be wrong."""
+        """Plans with recorded arguments; returns False if they are not recognised."""
         fields, recorder = self._planner(key, lengths), self._recorder
         if fields is None or recorder is None or recorder.plan_arguments is None:
             return False
-        replay.arguments[replay.plan] = recorder.module.plan(*_exchanged(recorder.plan_arguments, fields, lengths))
+        replay.arguments[replay.plan] = recorder.module.plan(*_with_lengths(recorder.plan_arguments, fields, lengths))
         query_offsets = lengths.query_offsets.to(key.device, non_blocking=True)
         key_offsets = query_offsets
         if lengths.key_offsets is not lengths.query_offsets:
@@ -174,7 +173,7 @@ class Wrapper:
         """Runs the planned kernel on contiguous ragged tensors, and writes to `output`."""
         replay = self._replay
         if replay is not None:
-            # A copy: two threads may run one plan.
+            # A copy, since two threads may run one plan.
             arguments = replay.arguments.copy()
             first, second, third, last = replay.tensors
             arguments[first], arguments[second], arguments[third], arguments[last] = query, key, value, output
@@ -183,17 +182,17 @@ class Wrapper:
         self.prefill.run(query, key, value, out=output)
         if (recorder := self._recorder) is None:
             return
-        # If another thread ran the same plan meanwhile, these tensors are not found.
+        # Fails, harmlessly, if another thread ran the same plan meanwhile.
         recorded, recorder.run_arguments = recorder.run_arguments or (), None
         tensors = find(recorded, (query, key, value, output))
         fixed = find(recorded, (recorder.plan_result, *device_offsets_of(self.prefill)))
         if tensors is not None and fixed is not None:
-            arguments = [None if place in tensors else argument for place, argument in enumerate(recorded)]
+            arguments = [None if index in tensors else argument for index, argument in enumerate(recorded)]
             launch = recorder.module.ragged_run
             self._replay = _Replay(launch, arguments, tensors, fixed[0], fixed[1:])  # type: ignore[arg-type]
 
 
-def _exchanged(arguments: Sequence[Any], fields: Sequence[str | None], lengths: Lengths) -> list[Any]:
+def _with_lengths(arguments: Sequence[Any], fields: Sequence[str | None], lengths: Lengths) -> list[Any]:
     return [value if field is None else getattr(lengths, field) for value, field in zip(arguments, fields)]
 
 
@@ -201,10 +200,10 @@ _PinnedRing = deque[tuple[torch.Tensor, torch.cuda.Event]]
 
 
 class GraphWorkspace:
-    """Memory for the plans of all graphs of one model, which are replayed one at a time.
+    """Memory for the plans of all graphs of one model; graphs are replayed one at a time.
 
-    Each kind of attention in the model has a buffer on the device, which every replay's plan overwrites, and a ring of
-    pinned buffers, so that the host need not wait for the copy of the last plan.
+    Each kind of attention in the model has a device buffer, which every replay overwrites with its plan, and a ring
+    of pinned buffers, so that the host need not wait until the last plan is copied.
     """
 
     _BYTES, _PINNED = 4 << 20, 4
@@ -226,7 +225,7 @@ class GraphWorkspace:
 
 
 class GraphWrapper(Wrapper):
-    """A wrapper whose plans have the same launches for all lengths, so that a captured graph can use them."""
+    """A wrapper for captured graphs: its plans have the same launches for all lengths."""
 
     def __init__(self, key: PlanKey, layout: RaggedLayout, index: int) -> None:
         workspace: GraphWorkspace = layout.graph_workspace
@@ -240,15 +239,14 @@ class GraphWrapper(Wrapper):
             kv_indptr_buf=self._offsets,
         )
         buffer, self._ring = workspace.part(index)
-        # For plans through the public method. In recorded arguments another buffer of the ring replaces it.
+        # For the public `plan`; recorded calls replace it by the next buffer of the ring.
         self._pinned, self._pinned_event = self._ring[0]
         share_workspace(self.prefill, workspace.float_buffer, buffer, self._pinned)
         self._fields: tuple[str | None, ...] | None = None
         self._plan_info: list[Any] | None = None
 
     def plan(self, key: PlanKey, layout: RaggedLayout) -> None:
-        # Planned for the maximum: `run` checks the number of tokens, and later plans must not exceed it. The captured
-        # launches are the same for all lengths; `plan_again` plans for the actual lengths before each replay.
+        # Plans for the maximum, since `run` checks the number of tokens. `plan_again` plans for the actual lengths.
         whole = Lengths.of_rows(self._rows, [self._tokens])
         self._pinned_event.synchronize()
         self._plan_publicly(key, whole)
@@ -274,9 +272,9 @@ class GraphWrapper(Wrapper):
             pinned, event = self._ring[0]
             self._ring.rotate(-1)
             event.synchronize()
-            # The kernels may read offsets there or in the plan.
+            # Kernels read cu_seqlens from this buffer or from the plan.
             self._offsets.copy_(lengths.query_offsets, non_blocking=True)
-            arguments = _exchanged(recorder.plan_arguments, self._fields, lengths)
+            arguments = _with_lengths(recorder.plan_arguments, self._fields, lengths)
             plan_info = recorder.module.plan(*(pinned if value is self._pinned else value for value in arguments))
         event.record(torch.cuda.current_stream(key.device))
         record_plan()
@@ -285,20 +283,15 @@ class GraphWrapper(Wrapper):
 
 
 def plan_graph(layout: RaggedLayout, lengths: Sequence[int]) -> None:
-    """Plans all attention of a captured graph for other lengths.
-
-    Args:
-        layout: Layout that the graph was captured with.
-        lengths: Row lengths, within the rows and tokens of the graph.
-    """
-    planned_for = Lengths.of_rows(len(layout.query.lengths), lengths)
+    """Plans all attention of a captured graph for other row lengths; `layout` is that of the capture."""
+    arguments = Lengths.of_rows(len(layout.query.lengths), lengths)
     for wrapper in layout.plans.values():
-        wrapper.plan_again(planned_for)
+        wrapper.plan_again(arguments)
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleKind:
-    """Key of wrappers: a kernel for all dtypes and head_dims, or, with a bias, for one of each."""
+    """Key of a wrapper pool: the kernel, and for a bias also dtype and head_dim."""
 
     kernel: Kernel
     biased: tuple[torch.dtype, int] | None
@@ -309,7 +302,7 @@ class ModuleKind:
 
 
 class WrapperPool:
-    """Wrappers of one kernel, device and stream. A plan holds its wrapper as long as its layout lives."""
+    """Pool of wrappers of one kernel, device and stream. A plan holds its wrapper until its layout is freed."""
 
     def __init__(self, module: ModuleKind, device: torch.device) -> None:
         self._module = module
@@ -319,8 +312,8 @@ class WrapperPool:
         self.is_evicted = False
 
     def take(self, key: PlanKey) -> Wrapper:
-        # Prefers a wrapper with the same key, then the one returned first, whose last copy has most likely finished.
-        # Wrappers are returned by finalizers at any time, so this must not take a lock.
+        # Prefers a wrapper with the same key, then the one that was returned first: its copy has most likely finished.
+        # Finalizers return wrappers at any time, so this must not take a lock.
         wrapper: Wrapper | None = None
         others: list[Wrapper] = []
         with suppress(IndexError):
@@ -333,7 +326,7 @@ class WrapperPool:
         if wrapper is not None:
             if self._made >= _RING or wrapper.event.query():
                 return wrapper
-            # Up to _RING wrappers, a new one is better than waiting for the GPU.
+            # Makes up to _RING wrappers rather than wait for the GPU.
             self._free.appendleft(wrapper)
         self._made += 1
         return Wrapper(self._module, self._float_workspace)
@@ -352,14 +345,14 @@ class WrapperPool:
                 _evicted.append(self._free.popleft())
 
 
-# Least recently used first; bounded, because servers may make a stream per request.
+# Least recently used first; bounded, since servers may make a stream per request.
 _pools: OrderedDict[tuple[ModuleKind, torch.device, int], WrapperPool] = OrderedDict()
 _pools_lock = threading.Lock()
-# On each device.
+# Pools per device.
 _MOST_POOLS = 16
-# Wrappers that are freed once the copies from their pinned memory have finished.
+# Wrappers to be freed when the copies from their pinned memory have finished.
 _evicted: deque[Wrapper] = deque()
-# Layouts whose plans captured graphs read, never freed: see `planned`.
+# Layouts of captured graphs, never freed: see `planned`.
 _captured: set[RaggedLayout] = set()
 _MOST_CAPTURED = 256
 
@@ -372,7 +365,7 @@ def _pool_of(module: ModuleKind, device: torch.device, stream: int) -> WrapperPo
                 _evicted.append(wrapper)
         pool = _pools.get((module, device, stream))
         if pool is None:
-            on_device = [place for place in _pools if place[1] == device]
+            on_device = [key for key in _pools if key[1] == device]
             if len(on_device) >= _MOST_POOLS:
                 _pools.pop(on_device[0]).evict()
             pool = _pools[module, device, stream] = WrapperPool(module, device)
@@ -381,10 +374,10 @@ def _pool_of(module: ModuleKind, device: torch.device, stream: int) -> WrapperPo
 
 
 def keep_captured(layout: RaggedLayout) -> None:
-    """Keeps a layout, whose plans a captured graph reads, until the process ends.
+    """Keeps the plans of a captured graph until the process ends.
 
     Raises:
-        UnsupportedAttentionError: If 256 are kept already, 4 GiB of GPU and pinned memory.
+        UnsupportedAttentionError: If there are 256 already, which take 4 GiB of GPU and pinned memory.
     """
     if layout not in _captured and len(_captured) >= _MOST_CAPTURED:
         raise UnsupportedAttentionError(
@@ -395,7 +388,7 @@ def keep_captured(layout: RaggedLayout) -> None:
 
 
 def _not_planned(layout: RaggedLayout, key: PlanKey) -> str:
-    """Returns on which streams (`cuda_stream` handles) a layout has a plan, for an error."""
+    """Returns the error text for a missing plan; it lists the streams (`cuda_stream` handles) that have one."""
     plans = [plan for plan in list(layout.plans) if isinstance(plan, PlanKey)]
     streams = sorted({f"{plan.stream:#x}" for plan in plans if replace(plan, stream=key.stream) == key})
     missing = f"these lengths have no plan on the capturing stream {key.stream:#x} of {key.device}"
@@ -403,12 +396,12 @@ def _not_planned(layout: RaggedLayout, key: PlanKey) -> str:
 
 
 def planned(layout: RaggedLayout, key: PlanKey) -> Wrapper:
-    """Returns a wrapper planned for `key` on `layout`, planning at most once per layout.
+    """Returns a wrapper planned for `key` on `layout`; plans at most once per layout.
 
-    A plan that a user's CUDA graph captures must outlive the graph, whose end cannot be observed. It is therefore kept
-    until the process ends, at 8 MiB on the device and 8 MiB pinned each. Another capture on the same stream reuses the
-    plan while the layout of its shape is cached. So one graph per shape costs one plan each; repeated captures with
-    many shapes in between cost one plan per capture.
+    A plan in a user's CUDA graph must outlive the graph, whose end cannot be observed. It is therefore kept until the
+    process ends, and takes 8 MiB on the device and 8 MiB of pinned memory. Another capture on the same stream reuses
+    the plan while the layout of its shape is cached. One graph per shape thus costs one plan; repeated captures with
+    many shapes in between cost one plan each.
     """
     wrapper: Wrapper | None = layout.plans.get(key)
     if torch.cuda.is_current_stream_capturing():
@@ -417,7 +410,7 @@ def planned(layout: RaggedLayout, key: PlanKey) -> Wrapper:
                 f"planning FlashInfer attention while a CUDA graph is captured: {_not_planned(layout, key)}",
                 "Run the model once on the same shapes, without padding, on the capturing stream before the capture.",
             )
-        # Every replay reads this plan: its buffers must not be reused.
+        # Every replay reads the plan, so its buffers must not be reused.
         if layout.graph_workspace is None:
             keep_captured(layout)
     elif wrapper is None and layout.graph_workspace is not None:

@@ -1,4 +1,4 @@
-"""Records and repeats calls of FlashInfer's compiled modules. Only this file uses private names of its wrapper.
+"""Records and repeats calls of compiled modules. Only this file uses private names of FlashInfer's wrapper.
 
 `plan()` and `run()` of FlashInfer's wrapper spend 0.2 ms and 30 us of host time on two dozen arguments before they call
 a compiled module. Most arguments are constant: forwards of one kind differ in row lengths, layers of one forward in
