@@ -182,10 +182,10 @@ class Engine:
             type_ids: TypeIds = "none" if types is None else "own" if self.takes_pairs or types.any() else "zeros"
             tokenise = self._cache.tokeniser(self.max_length, type_ids)
             tokens, order = tokenise(self._prompted(inputs))
-            ours = {name: value[np.argsort(order)] for name, value in tokens.pad(self._padding).items()}
-            constants = {name: value for name, value in own.items() if name not in ours}
+            features = {name: value[np.argsort(order)] for name, value in tokens.pad(self._padding).items()}
+            constants = {name: value for name, value in own.items() if name not in features}
             if not any(isinstance(value, torch.Tensor) for value in constants.values()) and all(
-                isinstance(own.get(name), torch.Tensor) and torch.equal(own[name], ours[name]) for name in ours
+                isinstance(own.get(name), torch.Tensor) and torch.equal(own[name], features[name]) for name in features
             ):
                 return tokenise, constants
         log_once(

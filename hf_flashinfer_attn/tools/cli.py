@@ -125,30 +125,30 @@ def _add_bench(commands: Subparsers) -> None:
     # Replaces the generated usage of 14 lines, which precedes each error.
     parser.usage = "%(prog)s (--model PATH_OR_ID | --shape NAME,...) [options]"
 
-    what = parser.add_argument_group("what to run")
-    models = what.add_mutually_exclusive_group(required=True)
+    inputs = parser.add_argument_group("what to run")
+    models = inputs.add_mutually_exclusive_group(required=True)
     models.add_argument("--model", metavar="PATH_OR_ID", help="your model")
     _add_names(models, "--shape", _SHAPES, "named shapes with random weights: {}", dest="shapes", default=())
-    what.add_argument("--texts", metavar="FILE", help="with --model: texts to embed, one per line")
+    inputs.add_argument("--texts", metavar="FILE", help="with --model: texts to embed, one per line")
     lengths = (
         f"request sets of random tokens: {', '.join(_REQUEST_SETS)}; a length (128); alternating lengths (16+32+128); "
         "uniform:LOW:HIGH (default, without --texts: chat)"
     )
-    what.add_argument("--lengths", metavar="SET,...", help=lengths)
-    _add_count(what, "--batch-size", "rows per forward (default: the request set's, 64)")
-    _add_count(what, "--requests", "requests per request set, at most; for small machines")
-    _add_count(what, "--layers", "with --shape: number of layers, for small machines")
-    what.add_argument("--sort", action="store_true", help="with --texts: longest first")
-    _add_count(what, "--max-length", "with --texts: truncate them to N tokens")
+    inputs.add_argument("--lengths", metavar="SET,...", help=lengths)
+    _add_count(inputs, "--batch-size", "rows per forward (default: the request set's, 64)")
+    _add_count(inputs, "--requests", "requests per request set, at most; for small machines")
+    _add_count(inputs, "--layers", "with --shape: number of layers, for small machines")
+    inputs.add_argument("--sort", action="store_true", help="with --texts: longest first")
+    _add_count(inputs, "--max-length", "with --texts: truncate them to N tokens")
 
-    how = parser.add_argument_group("how to run it")
+    running = parser.add_argument_group("how to run it")
     rivals = "others to compare with: {} (default: sdpa, which always runs)"
-    _add_names(how, "--against", _RIVALS, rivals, default=("sdpa",))
-    _add_names(how, "--ours", _OURS, "variants of this package: {} (default: all that can run here)")
-    _add_device_and_dtype(how)
-    _add_count(how, "--repeats", "timed passes per variant (default: 3)", default=3)
+    _add_names(running, "--against", _RIVALS, rivals, default=("sdpa",))
+    _add_names(running, "--ours", _OURS, "variants of this package: {} (default: all that can run here)")
+    _add_device_and_dtype(running)
+    _add_count(running, "--repeats", "timed passes per variant (default: 3)", default=3)
     limit = "time limit per model and request set; no new round of passes starts after it (default: none)"
-    _add_count(how, "--seconds", limit)
+    _add_count(running, "--seconds", limit)
 
     results = parser.add_argument_group("results")
     meaning = "write all results to FILE, after each table"
@@ -285,10 +285,10 @@ def _graph_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 def _capability(text: str) -> tuple[int, int]:
     # Accepts "9.0", "90", "sm_90" and "9.0a".
-    found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)[af]?", text)
-    if found is None:
+    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)[af]?", text)
+    if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a compute capability such as 8.0 or 9.0")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _names(text: str) -> tuple[str, ...]:

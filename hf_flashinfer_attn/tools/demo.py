@@ -397,11 +397,11 @@ def format_report(report: DemoReport, width: int = 100) -> str:
     # About four lines per passage.
     rows = [
         (
-            f"{found.rank:>2}",
-            f"{found.score:.3f}",
-            textwrap.shorten(found.passage, 4 * (width - 16), placeholder=" ..."),
+            f"{result.rank:>2}",
+            f"{result.score:.3f}",
+            textwrap.shorten(result.passage, 4 * (width - 16), placeholder=" ..."),
         )
-        for found in report.results
+        for result in report.results
     ]
     tables = text_table((), rows, width=width), text_table((), facts.items(), width=width)
     return "\n\n".join((textwrap.fill(report.query, width), *tables))

@@ -173,11 +173,11 @@ def warmup(
     notes: dict[str, None] = {}
     for dtype, (major, minor) in product(chosen, map(_capability, archs)):
         plan = plan_of_config(config, dtype=dtype, capability=(major, minor))
-        found = modules_of(plan, dtype)
-        modules |= dict.fromkeys(found)
+        needed = modules_of(plan, dtype)
+        modules |= dict.fromkeys(needed)
         if plan.problem is not None:
             notes[f"what its attention needs is not known: {plan.problem}"] = None
-        elif not found:
+        elif not needed:
             reasons = dict.fromkeys(layer.reason or "the settings in force" for layer in plan.layers)
             notes[f"no kernel of FlashInfer serves it in {_named(dtype)}: {'; '.join(reasons)}"] = None
         if any("auto" in layer.kernels for layer in plan.layers):
@@ -212,9 +212,9 @@ def _archs(arch: str | None) -> tuple[str, ...]:
 
 
 def _capability(arch: str) -> tuple[int, int]:
-    if (found := re.fullmatch(r"(\d+)\.(\d)[af]?", arch)) is None:
+    if (match := re.fullmatch(r"(\d+)\.(\d)[af]?", arch)) is None:
         raise ValueError(f"arch={arch!r} is not a compute capability; expected one such as '8.0', '9.0a' or '12.0f'.")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _dtypes(config: PreTrainedConfig, dtypes: Sequence[torch.dtype] | None) -> tuple[torch.dtype, ...]:

@@ -52,7 +52,9 @@ def probe_versions() -> tuple[Probe, ...]:
         Probe("python", version, f"{version}, {platform.system()} {platform.machine()}"),
         _package("torch", "torch", build),
         _package("transformers", "transformers"),
-        _package("flashinfer", "flashinfer-python", "".join(f", {name} {found}" for name, found in kernels if found)),
+        _package(
+            "flashinfer", "flashinfer-python", "".join(f", {name} {number}" for name, number in kernels if number)
+        ),
         _package("triton", "triton", required=False),
         _driver(),
     )
@@ -147,9 +149,9 @@ def _driver() -> Probe:
         module = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         module = ""
-    found = re.search(r"(?:Module|x86_64|aarch64)\s+(\d+(?:\.\d+)+)", module)
-    if found is not None:
-        return Probe("driver", found[1], found[1])
+    match = re.search(r"(?:Module|x86_64|aarch64)\s+(\d+(?:\.\d+)+)", module)
+    if match is not None:
+        return Probe("driver", match[1], match[1])
     smi, query = shutil.which("nvidia-smi"), ("--query-gpu=driver_version", "--format=csv,noheader")
     probe = _program("driver", smi, r"^(\d\S*)", "none: no NVIDIA kernel module, no nvidia-smi", *query)
     if probe.value is None:
@@ -170,8 +172,8 @@ def _program(name: str, path: str | None, version: str, missing: str, *query: st
     if ran.returncode != 0:
         output = (ran.stderr or ran.stdout).strip().partition("\n")[0]
         return Probe(name, None, f"{' '.join(command)} fails with status {ran.returncode}: {output}", is_problem=True)
-    found = re.search(version, ran.stdout)
-    number = None if found is None else found[1]
+    match = re.search(version, ran.stdout)
+    number = None if match is None else match[1]
     return Probe(name, {"path": path, "version": number}, f"{number or 'of unknown version'}, {path}")
 
 

@@ -63,7 +63,7 @@ def unpadding_table() -> str:
         }
         shown = "; ".join(text for text, applies in remarks.items() if applies)
         rows.append((f"`{name}`", family.positions.value, shown))
-    return _table(("backbone", "tokens are numbered", "besides"), rows)
+    return _table(("backbone", "position ids", "remarks"), rows)
 
 
 def refused_table() -> str:

@@ -236,7 +236,7 @@ def _find_packing(
         if packing.is_full:
             if has_graph(*packing.shape):
                 return packing
-            # A mask known to be all ones spares attention a second copy of the row lengths.
+            # A mask tagged all-True, so that attention does not copy the row lengths again.
             inputs["attention_mask"] = mask_of_ones(*packing.shape, device)
             return None
         if packing.layout.query.total_tokens == 0:
