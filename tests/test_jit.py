@@ -486,6 +486,18 @@ def test_packed_calls_are_served_around_too(toolkit: Toolkit) -> None:
     assert torch.equal(first, second)
 
 
+def test_a_library_that_cannot_be_checked_is_reported_at_once(
+    toolkit: Toolkit, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jit.compile_module(PLAIN)
+    monkeypatch.setenv("PATH", "/nowhere")
+    reason = decide(Settings(jit="background"))
+    assert reason is not None
+    assert "ninja" in reason
+    assert not jit.is_pending(PLAIN)
+    assert [line for line in log() if "attention stays on the torch backend" in line] == log()[-1:]
+
+
 def test_nothing_is_kept_from_those_who_must_not_fall_back(toolkit: Toolkit) -> None:
     toolkit.hold()
     for settings in (Settings(backend="flashinfer", jit="background"), Settings(strict=True, jit="background")):

@@ -93,7 +93,7 @@ def test_the_first_of_too_many_free_leases_is_dropped(pools: OrderedDict[Any, An
     for size in list(states):
         del states[size]
     (pool,) = pools.values()
-    assert [memory.numel() // MIB for memory in pool] == [4, 8, 16, 32]
+    assert [memory.numel() // MIB for memory in pool] == [16, 32]
 
 
 def test_pools_are_bounded(pools: OrderedDict[Any, Any]) -> None:
@@ -101,7 +101,7 @@ def test_pools_are_bounded(pools: OrderedDict[Any, Any]) -> None:
     memory = lease(kept, stream=0)
     for stream in range(1, 40):
         lease(state(), stream=stream)
-    assert [stream for _, stream in pools] == list(range(24, 40))
+    assert [stream for _, stream in pools] == list(range(32, 40))
     # Memory in use is not taken away.
     assert lease(kept, stream=0) is memory
 

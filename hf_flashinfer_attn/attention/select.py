@@ -273,7 +273,9 @@ def compiling_reason(module: KernelModule | None, settings: Settings, *, in_grap
             raise BackendUnavailableError("flashinfer", reason, jit.COMPILE_AHEAD)
         raise UnsupportedAttentionError(f"{reason}, and strict=True forbids a fallback", jit.COMPILE_AHEAD)
     if in_graph or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
-        error = KernelPendingError if jit.is_pending(module) else UnsupportedAttentionError
+        # The thread that compiles it may have finished meanwhile.
+        pending = jit.is_pending(module) or jit.is_ready(module)
+        error = KernelPendingError if pending else UnsupportedAttentionError
         raise error(f"a captured graph of attention: {reason}", jit.COMPILE_AHEAD)
     if settings.jit == "never":
         log_once(f"falling back to torch attention: {reason}")

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -314,10 +314,11 @@ def compile_in_background(module: KernelModule) -> str | None:
     with ExitStack() as held:
         if module not in _ready and lock.acquire(blocking=False):
             held.callback(lock.release)
-            is_done = False
-            # An error of `_look` is raised again, and reported, by the thread.
-            with suppress(BackendUnavailableError):
+            try:
                 is_done = _failure_of(module) is not None or _look(module)
+            except BackendUnavailableError as error:
+                _failed[module], is_done = (current_settings(), error), True
+                logger.warning("attention stays on the torch backend: %s", error)
             if not is_done:
                 logger.warning(
                     "compiling FlashInfer's kernel (%s) in the background; attention runs on the torch backend until "
@@ -331,8 +332,8 @@ def compile_in_background(module: KernelModule) -> str | None:
                 held.pop_all()
     if module in _ready:
         return None
-    error = _failure_of(module)
-    return f"its kernel ({module}) is being compiled" if error is None else error.reason
+    failure = _failure_of(module)
+    return f"its kernel ({module}) is being compiled" if failure is None else failure.reason
 
 
 def _compile_aside(module: KernelModule, lock: threading.Lock) -> None:

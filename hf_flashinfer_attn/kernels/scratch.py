@@ -19,7 +19,8 @@ __all__ = ["scratch_of"]
 
 # Larger tensors are allocated in each call: their kernels hide the host's time, and their memory is freed at once.
 _MOST_BYTES = 64 << 20
-_MOST_FREE, _MOST_STREAMS = 4, 16
+# At most 1 GiB of free memory in the process.
+_MOST_FREE, _MOST_STREAMS = 2, 8
 _Stream = tuple[torch.device, int]
 # Least recently used first; bounded, since servers may make a stream per request.
 _pools: OrderedDict[_Stream, deque[torch.Tensor]] = OrderedDict()
