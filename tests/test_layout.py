@@ -43,8 +43,10 @@ def test_without_padding_the_views_are_used_directly() -> None:
 
 def test_uniform_layouts_are_shared() -> None:
     assert uniform_layout(2, 3, 3) is uniform_layout(2, 3, 3)
-    assert uniform_layout(2, 3, 3).is_self_attention
-    assert not uniform_layout(2, 3, 5).is_self_attention
+    layout = uniform_layout(2, 3, 3)
+    assert layout.key is layout.query
+    layout = uniform_layout(2, 3, 5)
+    assert layout.key is not layout.query
 
 
 def test_a_padded_side_needs_its_mask() -> None:
@@ -64,7 +66,7 @@ def test_equal_cu_seqlens_make_self_attention_be_they_one_tensor_or_two() -> Non
     for keys, lengths in ((queries, (2, 3)), (queries.clone(), (2, 3)), (torch.tensor([0, 4, 5]), (4, 1))):
         layout = RaggedLayout.from_cu_seqlens(queries, keys, shape, shape)
         assert (layout.query.lengths, layout.key.lengths) == ((2, 3), lengths)
-        assert layout.is_self_attention == (lengths == (2, 3))
+        assert (layout.key is layout.query) == (lengths == (2, 3))
 
 
 @pytest.mark.parametrize("one", [True, False])

@@ -219,7 +219,7 @@ def test_other_data_is_refused() -> None:
 def test_lengths(options, keep: bool, queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
     layout = make(**options).state.layout(keep_padded_queries=keep)
     assert (layout.query.lengths, layout.key.lengths) == (queries, keys)
-    assert layout.is_self_attention == (queries == keys)
+    assert (layout.key is layout.query) == (queries == keys)
     assert layout.query.is_full == (queries in ((4, 4, 4), (2, 2, 2)))
 
 

@@ -13,7 +13,7 @@ from ..settings import current_settings
 from ..tracing import AttentionCall, is_tracing, record_call
 from .dense_mask import bias_of_packed, dense_mask_of
 from .plan import AttentionPlan, TorchPlan, make_plan, plan_cache_key
-from .recorders import recorder, refuse_recording
+from .recorders import refuse_recording
 from .select import Backend, Choice, select
 from .spec import WINDOW_KEEPS, AttentionInputs, AttentionSpec
 
@@ -49,11 +49,9 @@ def attend(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor | None, 
             "Make the dtypes of the model and of its cache the same.",
         )
     state = inputs.find_state()
-    # A captured graph owns its memory, and a recorded forward runs once: neither plan may be cached.
-    is_capturing = spec.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if is_capturing or recorder() is not None:
-        plan = make_plan(spec, choice, state, settings)
-        return _run(plan, inputs), None, None
+    if spec.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A captured graph owns its memory, so its plan must not be cached.
+        return _run(make_plan(spec, choice, state, settings), inputs), None, None
     key = plan_cache_key(spec, state, settings)
     cached: AttentionPlan | None = state.plans.get(key)
     if cached is None:

@@ -64,10 +64,9 @@ class FlashInferPlan:
         Returns:
             Shape `(batch, q_length, heads, value_head_dim)`, contiguous, zero in padding.
         """
-        device = query.get_device() if query.is_cuda else -1
-        if device >= 0 and torch._C._cuda_getDevice() != device:
+        if query.is_cuda and torch._C._cuda_getDevice() != query.get_device():
             # Kernels run on the current device, even if their tensors are on another one.
-            with torch.cuda.device(device):
+            with torch.cuda.device(query.device):
                 return self(query, key, value, bias, sinks)
         packed_query, packed_key, packed_value = self.gather(query, key, value)
         output = None if self.scatter.is_view(packed_query.shape[2]) else self.gather.output_buffer

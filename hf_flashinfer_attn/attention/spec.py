@@ -214,6 +214,19 @@ class AttentionInputs:
         """Whether rows hold packed sequences, separated by cu_seqlens or image positions."""
         return self.cu_seqlens is not None or self.images is not None
 
+    def packed_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Returns rows and length of the packed queries and keys.
+
+        Raises:
+            UnsupportedAttentionError: If packed sequences come with a padding mask.
+        """
+        if self.cu_seqlens is not None and self.lazy is not None and self.lazy.state.has_padding:
+            raise UnsupportedAttentionError(
+                "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
+                "Packed input has no padding: leave the attention_mask out.",
+            )
+        return (self.query.shape[0], self.query.shape[2]), (self.key.shape[0], self.key.shape[2])
+
     def find_state(self) -> ForwardState:
         """Returns the state of the forward.
 
@@ -223,16 +236,10 @@ class AttentionInputs:
         if self.state is not None:
             return self.state
         query, key, lazy = self.query, self.key, self.lazy
-        shapes = (query.shape[0], query.shape[2]), (key.shape[0], key.shape[2])
         if self.cu_seqlens is not None:
-            if lazy is not None and lazy.state.has_padding:
-                raise UnsupportedAttentionError(
-                    "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
-                    "Packed input has no padding: leave the attention_mask out.",
-                )
-            self.state = packed_state(self.layer, *self.cu_seqlens, shapes)
+            self.state = packed_state(self.layer, *self.cu_seqlens, self.packed_shapes())
         elif self.images is not None:
-            self.state = image_state(self.layer, self.images, shapes)
+            self.state = image_state(self.layer, self.images, self.packed_shapes())
         elif lazy is not None:
             self.state = lazy.state
         elif self.mask is None:

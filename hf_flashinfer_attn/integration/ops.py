@@ -224,11 +224,6 @@ def ragged_attention(
         padded_queries=padded_queries,
     )
     if query_cu_seqlens is not None and key_cu_seqlens is not None:
-        if mask is not None and mask.state.has_padding:
-            raise UnsupportedAttentionError(
-                "cu_seq_lens_q and cu_seq_lens_k together with a padding mask",
-                "Packed input has no padding: leave the attention_mask out.",
-            )
         inputs.cu_seqlens = query_cu_seqlens, key_cu_seqlens
         _use_same_lengths(inputs)
     return attend(inputs)[0]
@@ -241,8 +236,8 @@ def _use_same_lengths(inputs: AttentionInputs) -> None:
     """
     assert inputs.cu_seqlens is not None
     queries, keys = inputs.cu_seqlens
-    shapes = (inputs.query.shape[0], inputs.query.shape[2]), (inputs.key.shape[0], inputs.key.shape[2])
-    inputs.state = packed_state(object(), queries, keys, shapes, inputs.mask)
+    shapes = inputs.packed_shapes()
+    inputs.state = packed_state(inputs.layer, queries, keys, shapes, inputs.mask)
     layout = inputs.state.layout()
     same = (layout.query.cu_seqlens(queries.device) == queries).all()
     if keys is not queries:

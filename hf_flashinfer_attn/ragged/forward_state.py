@@ -204,14 +204,15 @@ def image_state(layer: object, position_ids: torch.Tensor, shapes: Shapes) -> Pa
 def _find_or_read(
     layer: object, owner: torch.Tensor, key: torch.Tensor, shapes: Shapes, read: Callable[[], RaggedLayout]
 ) -> PackedState:
-    state = attached_state(owner)
-    if state is None or not state.is_of(layer, owner, key, shapes):
-        versions, layout = _versions_of(owner, key), read()
-        layers = (getattr(layer, "config", layer), {id(layer)}) if versions is None else None
-        state = PackedState(layout, versions, None if key is owner else key, layers)
-        # A self-attention layout has one padded shape, where the call may have two.
-        state.shapes = shapes
-        # `unpad` needs its own state again to pad the outputs.
-        if (attached := attached_state(owner)) is None or attached.packing is None:
-            setattr(owner, _ATTRIBUTE, state)
+    attached = attached_state(owner)
+    if attached is not None and attached.is_of(layer, owner, key, shapes):
+        return attached
+    versions, layout = _versions_of(owner, key), read()
+    layers = (getattr(layer, "config", layer), {id(layer)}) if versions is None else None
+    state = PackedState(layout, versions, None if key is owner else key, layers)
+    # A self-attention layout has one padded shape, where the call may have two.
+    state.shapes = shapes
+    # `unpad` needs its own state again to pad the outputs.
+    if attached is None or attached.packing is None:
+        setattr(owner, _ATTRIBUTE, state)
     return state

@@ -137,11 +137,6 @@ class RaggedLayout:
         record_layout()
 
     @property
-    def is_self_attention(self) -> bool:
-        """Whether queries and keys are the same tokens."""
-        return self.key is self.query
-
-    @property
     def keeps_padded_queries(self) -> bool:
         """Whether queries include padding that the keys exclude."""
         return self.query.padded_shape == self.key.padded_shape and self.query.is_full and not self.key.is_full
